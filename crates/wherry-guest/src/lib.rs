@@ -1,0 +1,1 @@
+//! The guest library and the probe guest

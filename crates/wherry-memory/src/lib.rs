@@ -1,0 +1,1 @@
+//! Guest RAM: blocks, page sets and dirty sources

@@ -1,0 +1,1 @@
+//! The journey of a running VM: phases, rounds, switchover, ownership, progress

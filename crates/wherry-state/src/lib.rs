@@ -1,0 +1,1 @@
+//! State units and their versioned, tagged state

@@ -1,0 +1,1 @@
+//! The wire: handshake, frames and channels; knows no VM

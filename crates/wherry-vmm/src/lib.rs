@@ -1,0 +1,1 @@
+//! A KVM machine: vCPUs, boot, buses, state units, API server
