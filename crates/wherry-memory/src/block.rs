@@ -408,4 +408,50 @@ mod tests {
             assert!(flags.contains(" dc") && flags.contains(" nh"), "{flags}");
         }
     }
+
+    /// Lets the kernel hand out hugetlb pages on demand for the length of a test.
+    struct HugePages(String);
+
+    impl HugePages {
+        const FILE: &str = "/proc/sys/vm/nr_overcommit_hugepages";
+
+        fn permit() -> Option<Self> {
+            let before = std::fs::read_to_string(Self::FILE).ok()?;
+            std::fs::write(Self::FILE, "64").ok()?;
+            Some(Self(before))
+        }
+    }
+
+    impl Drop for HugePages {
+        fn drop(&mut self) {
+            let _ = std::fs::write(Self::FILE, &self.0);
+        }
+    }
+
+    #[test]
+    fn holes_of_hugetlb_blocks_are_known_although_the_kernel_calls_them_data() {
+        const UNIT: u64 = 2 << 20;
+        let Some(_permit) = HugePages::permit() else {
+            println!("SKIPPED: {} cannot be written, so there are no huge pages to test with", HugePages::FILE);
+            return;
+        };
+        let spec = BlockSpec { size: 8 * UNIT, page_size: PageSize::Huge2M, ..SPEC };
+        let block = match Block::create(spec) {
+            Ok(block) => block,
+            Err(error) => {
+                println!("SKIPPED: no huge pages on this machine: {error}");
+                return;
+            }
+        };
+        assert!(runs(&block).is_empty());
+        // SAFETY: inside the mapping, and nobody else knows of it.
+        unsafe {
+            block.guest_map().add(UNIT as usize).write_volatile(1);
+            block.engine_map().add(2 * UNIT as usize + 5).write_volatile(1);
+            block.guest_map().add(5 * UNIT as usize).write_volatile(1);
+        }
+        assert_eq!(runs(&block), [UNIT..3 * UNIT, 5 * UNIT..6 * UNIT]);
+        block.punch(2 * UNIT - 4096..4 * UNIT).unwrap();
+        assert_eq!(runs(&block), [UNIT..2 * UNIT, 5 * UNIT..6 * UNIT]);
+    }
 }
