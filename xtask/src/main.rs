@@ -1,2 +1,123 @@
-//! Project tasks.
-fn main() {}
+//! `cargo xtask`: everything that is done to the project rather than by it.
+//!
+//! - [`suite`] runs `cargo test` and counts; [`fuzz`] builds and runs the fuzz targets; [`lab`] runs Wherry with real
+//!   Linux guests in a nested virtual machine. `cargo xtask test` is all three, with one closing line.
+//! - [`debian`] installs what a machine lacks, [`process`] bounds everything that is started, [`tally`] counts.
+
+mod debian;
+mod process;
+mod suite;
+mod tally;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::tally::Tally;
+
+/// Project tasks of Wherry.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run all tests: cargo's, the sampled lab, the sampled fuzz targets.
+    Test {
+        /// Run only these parts.
+        #[arg(long, value_enum)]
+        only: Vec<Part>,
+        /// Make a test that cannot run a failure (the default when CI=true).
+        #[arg(long)]
+        deny_skips: bool,
+        /// Handed to the test binaries (a name filter, for example).
+        #[arg(last = true)]
+        filter: Vec<String>,
+    },
+    /// Install the Debian packages that the tests need.
+    Setup,
+}
+
+/// A part of `cargo xtask test`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// `cargo test` over the workspace.
+    Cargo,
+}
+
+/// The root of the workspace.
+fn root() -> &'static Path {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here)
+}
+
+/// A path below the target directory.
+fn target(below: &str) -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from).join(below)
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Test { only, deny_skips, filter } => test(&only, deny_skips || in_ci(), &filter),
+        Task::Setup => debian::ensure(&debian::TESTS).map(|()| true),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// True on a CI machine, where nothing may be skipped in silence.
+fn in_ci() -> bool {
+    std::env::var("CI").is_ok_and(|value| value == "true" || value == "1")
+}
+
+/// Runs the chosen parts (all of them if none is chosen) and prints the one summary.
+fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
+    let mut all = Tally::default();
+    let mut table = Vec::new();
+    for part in Part::value_variants() {
+        if !only.is_empty() && !only.contains(part) {
+            continue;
+        }
+        println!("==== {part:?} ====");
+        let start = Instant::now();
+        let result = match part {
+            Part::Cargo => debian::ensure(&debian::TESTS).and_then(|()| suite::run(filter)),
+        };
+        let tally = result.unwrap_or_else(|error| {
+            eprintln!("error: {error:#}");
+            let mut tally = Tally::default();
+            tally.fail(format!("{part:?}: {error:#}"));
+            tally
+        });
+        table.push(format!("{:<8} {tally}  ({:.0} s)", format!("{part:?}"), start.elapsed().as_secs_f64()));
+        all.add(tally);
+    }
+    println!("\n==== summary ====");
+    for line in table {
+        println!("{line}");
+    }
+    for skip in &all.skips {
+        println!("skipped: {skip}");
+    }
+    for failure in &all.failures {
+        println!("failed: {failure}");
+    }
+    let good = all.is_good(deny_skips);
+    if !good && all.failures.is_empty() {
+        println!("tests were skipped, and here that is a failure (CI=true or --deny-skips)");
+    }
+    println!("{all}");
+    Ok(good)
+}
