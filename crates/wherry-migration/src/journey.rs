@@ -1,0 +1,317 @@
+//! The shared handle of one journey: what the API and the command line hold while [`send`](crate::source::send) or
+//! [`receive`](crate::destination::receive) works in its own thread.
+//!
+//! One handle is for one journey. All methods may be called from any thread at any time and return at once.
+
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
+
+use crate::progress::{Job, Phase};
+use crate::testpoint::Point;
+
+/// One end of a journey.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// Where the VM comes from.
+    Source,
+    /// Where it goes.
+    Destination,
+}
+
+impl Side {
+    /// `source` or `destination`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        }
+    }
+}
+
+/// Why an [`Event`] was sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// The phase changed.
+    Phase,
+    /// A round of precopy ended.
+    Round,
+    /// Ten times a second while memory moves.
+    Progress,
+}
+
+/// News of a journey, with the job as it stood then.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Event {
+    /// Why it was sent.
+    pub kind: EventKind,
+    /// The job.
+    pub job: Job,
+}
+
+const OPEN: u8 = 0;
+const ASKED: u8 = 1;
+const CLOSED: u8 = 2;
+const UNSET: u64 = u64::MAX;
+
+/// Handle of one journey; clones share it.
+#[derive(Clone)]
+pub struct Journey {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    started: Instant,
+    job: Mutex<Job>,
+    subscribers: Mutex<Vec<Sender<Event>>>,
+    cancel: AtomicU8,
+    downtime_limit_us: AtomicU64,
+    /// Bytes per second; 0: no limit.
+    bandwidth: AtomicU64,
+    resolution: Mutex<Option<Side>>,
+    /// Readable after `cancel` and `resolve`, so that whoever waits for a peer hears of it at once.
+    alarm: Option<OwnedFd>,
+    test_hook: OnceLock<TestHook>,
+}
+
+type TestHook = Box<dyn Fn(Point) + Send + Sync>;
+
+impl fmt::Debug for Journey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Journey").field("phase", &lock(&self.inner.job).phase).finish_non_exhaustive()
+    }
+}
+
+impl Default for Journey {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Locks, also after a thread panicked with the lock held: everything locked here is plain data.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Journey {
+    /// A journey that has not begun.
+    pub fn new() -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                started: Instant::now(),
+                job: Mutex::default(),
+                subscribers: Mutex::default(),
+                cancel: AtomicU8::new(OPEN),
+                downtime_limit_us: AtomicU64::new(UNSET),
+                bandwidth: AtomicU64::new(UNSET),
+                resolution: Mutex::default(),
+                // Without it (no descriptors left) cancelling works all the same, within one tick of a wait.
+                alarm: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok(),
+                test_hook: OnceLock::new(),
+            }),
+        }
+    }
+
+    /// Asks for the journey to be given up; the VM runs on at the source. `false` if it is too late: the source has
+    /// given the VM away, or the destination has promised to take it, or the journey has ended. The journey has not
+    /// ended when this returns.
+    pub fn cancel(&self) -> bool {
+        let state = self.inner.cancel.compare_exchange(OPEN, ASKED, Ordering::SeqCst, Ordering::SeqCst);
+        self.ring();
+        matches!(state, Ok(_) | Err(ASKED))
+    }
+
+    /// Decides a journey that is in doubt: the VM belongs to `side` from now on. The caller answers for the other side
+    /// being dead or fenced. `false` if the journey is not in doubt.
+    pub fn resolve(&self, side: Side) -> bool {
+        // The resolution is looked at only in the phase `InDoubt`; holding the job's lock makes the check stand.
+        let job = lock(&self.inner.job);
+        if job.phase != Phase::InDoubt {
+            return false;
+        }
+        *lock(&self.inner.resolution) = Some(side);
+        drop(job);
+        self.ring();
+        true
+    }
+
+    /// The job as it stands.
+    pub fn job(&self) -> Job {
+        self.inner.stamped(&lock(&self.inner.job))
+    }
+
+    /// Every event from now on. A receiver that is dropped is forgotten.
+    pub fn subscribe(&self) -> Receiver<Event> {
+        let (sender, receiver) = channel();
+        lock(&self.inner.subscribers).push(sender);
+        receiver
+    }
+
+    /// Changes the limit for the blackout; looked at after every round.
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        let us = u64::try_from(limit.as_micros()).unwrap_or(UNSET - 1).min(UNSET - 1);
+        self.inner.downtime_limit_us.store(us, Ordering::Relaxed);
+    }
+
+    /// Changes the limit for the bandwidth in bytes per second, `None` for no limit; obeyed at once.
+    pub fn set_bandwidth(&self, limit: Option<u64>) {
+        self.inner.bandwidth.store(limit.unwrap_or(0).min(UNSET - 1), Ordering::Relaxed);
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called in time.
+    pub fn is_cancelled(&self) -> bool {
+        self.inner.cancel.load(Ordering::SeqCst) == ASKED
+    }
+
+    /// For tests: has `hook` called, by the thread that runs the journey, at every [`Point`]. Only the first call counts.
+    pub fn set_test_hook(&self, hook: impl Fn(Point) + Send + Sync + 'static) {
+        let _ = self.inner.test_hook.set(Box::new(hook));
+    }
+
+    pub(crate) fn test_hook(&self, point: Point) {
+        if let Some(hook) = self.inner.test_hook.get() {
+            hook(point);
+        }
+    }
+
+    /// The point after which `cancel` answers `false`. `false` if it was called before.
+    pub(crate) fn close_to_cancel(&self) -> bool {
+        self.inner.cancel.compare_exchange(OPEN, CLOSED, Ordering::SeqCst, Ordering::SeqCst) != Err(ASKED)
+    }
+
+    /// Undoes `close_to_cancel`.
+    pub(crate) fn open_to_cancel(&self) {
+        let _ = self.inner.cancel.compare_exchange(CLOSED, OPEN, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    pub(crate) fn resolution(&self) -> Option<Side> {
+        *lock(&self.inner.resolution)
+    }
+
+    pub(crate) fn downtime_limit(&self, default: Duration) -> Duration {
+        match self.inner.downtime_limit_us.load(Ordering::Relaxed) {
+            UNSET => default,
+            us => Duration::from_micros(us),
+        }
+    }
+
+    pub(crate) fn bandwidth(&self, default: Option<u64>) -> Option<u64> {
+        match self.inner.bandwidth.load(Ordering::Relaxed) {
+            UNSET => default.filter(|b| *b > 0),
+            0 => None,
+            limit => Some(limit),
+        }
+    }
+
+    /// Readable once the journey was cancelled or resolved.
+    pub(crate) fn alarm(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.alarm.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Takes the alarm back, so that a wait after it waits again.
+    pub(crate) fn quiet(&self) {
+        if let Some(alarm) = &self.inner.alarm {
+            let _ = rustix::io::read(alarm, &mut [0; 8]);
+        }
+    }
+
+    fn ring(&self) {
+        if let Some(alarm) = &self.inner.alarm {
+            let _ = rustix::io::write(alarm, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// Changes the job without telling anyone.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Job)) {
+        change(&mut lock(&self.inner.job));
+    }
+
+    /// Changes the job and tells all subscribers.
+    pub(crate) fn tell(&self, kind: EventKind, change: impl FnOnce(&mut Job)) {
+        let job = {
+            let mut job = lock(&self.inner.job);
+            change(&mut job);
+            if matches!(job.phase, Phase::Done | Phase::Cancelled | Phase::Failed) {
+                job.time_elapsed_us = self.inner.elapsed_us();
+            }
+            self.inner.stamped(&job)
+        };
+        lock(&self.inner.subscribers).retain(|s| s.send(Event { kind, job: job.clone() }).is_ok());
+    }
+
+    /// Enters a phase.
+    pub(crate) fn enter(&self, phase: Phase) {
+        tracing::info!(?phase, "journey");
+        self.tell(EventKind::Phase, |job| job.phase = phase);
+    }
+}
+
+impl Inner {
+    fn elapsed_us(&self) -> u64 {
+        self.started.elapsed().as_micros().try_into().unwrap_or(u64::MAX)
+    }
+
+    fn stamped(&self, job: &Job) -> Job {
+        let mut job = job.clone();
+        if !matches!(job.phase, Phase::None | Phase::Done | Phase::Cancelled | Phase::Failed) {
+            job.time_elapsed_us = self.elapsed_us();
+        }
+        job
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cancel_is_too_late_once_it_is_closed_and_possible_again_when_reopened() {
+        let journey = Journey::new();
+        assert!(journey.close_to_cancel());
+        assert!(!journey.cancel());
+        journey.open_to_cancel();
+        assert!(journey.cancel());
+        assert!(journey.cancel(), "asking twice is no error");
+        assert!(!journey.close_to_cancel());
+        assert!(journey.is_cancelled());
+    }
+
+    #[test]
+    fn resolve_is_refused_unless_in_doubt() {
+        let journey = Journey::new();
+        assert!(!journey.resolve(Side::Source));
+        journey.enter(Phase::InDoubt);
+        assert!(journey.resolve(Side::Destination));
+        assert_eq!(journey.resolution(), Some(Side::Destination));
+    }
+
+    #[test]
+    fn subscribers_hear_each_change_and_dropped_ones_are_forgotten() {
+        let journey = Journey::new();
+        let (kept, dropped) = (journey.subscribe(), journey.subscribe());
+        drop(dropped);
+        journey.enter(Phase::Setup);
+        journey.enter(Phase::Precopy);
+        assert_eq!(kept.try_iter().map(|e| e.job.phase).collect::<Vec<_>>(), [Phase::Setup, Phase::Precopy]);
+        assert_eq!(lock(&journey.inner.subscribers).len(), 1);
+    }
+
+    #[test]
+    fn settings_replace_the_options_only_when_they_were_made() {
+        let journey = Journey::new();
+        assert_eq!(journey.downtime_limit(Duration::from_millis(7)), Duration::from_millis(7));
+        assert_eq!(journey.bandwidth(Some(5)), Some(5));
+        journey.set_bandwidth(None);
+        journey.set_downtime_limit(Duration::from_micros(3));
+        assert_eq!(journey.bandwidth(Some(5)), None);
+        assert_eq!(journey.downtime_limit(Duration::from_millis(7)), Duration::from_micros(3));
+    }
+}

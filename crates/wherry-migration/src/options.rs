@@ -1,0 +1,171 @@
+//! What the caller of [`send`](crate::source::send) and [`receive`](crate::destination::receive) may choose, and the
+//! defaults.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// No journey uses more data channels.
+pub const MAX_CHANNELS: u16 = 16;
+
+/// How memory follows the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Memory first, then the switch.
+    #[default]
+    Precopy,
+    /// The switch first. This version refuses it at both ends, by name.
+    Postcopy,
+    /// Precopy, and postcopy if it does not converge. This version refuses it at both ends, by name.
+    Hybrid,
+}
+
+impl Mode {
+    /// The word for it on the command line and in reports.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Mode::Precopy => "precopy",
+            Mode::Postcopy => "postcopy",
+            Mode::Hybrid => "hybrid",
+        }
+    }
+}
+
+/// What happens when the guest wrote more than twice what was predicted between the decision to stop it and the stop,
+/// and the blackout would exceed the limit, for the fourth time. (The first three times it goes on running and another
+/// round follows.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Surprise {
+    /// Take the longer blackout.
+    #[default]
+    Accept,
+    /// Give up; the VM runs on at the source.
+    Fail,
+}
+
+/// How long each kind of wait may last. A wait that ends so is an error that says what was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timeouts {
+    /// For one connection to be made.
+    pub connect: Duration,
+    /// For the destination to build the machine.
+    pub build: Duration,
+    /// Without a byte moved in either direction, or for an answer that takes no work. In the blackout the guest stands
+    /// still that long when a peer falls silent.
+    pub silent: Duration,
+    /// For I/O to drain, before the blackout.
+    pub drain: Duration,
+    /// For all sharers to come to rest.
+    pub stop: Duration,
+    /// For the destination to load the state (with `verify`: to hash the memory as well).
+    pub load: Duration,
+    /// For the source to hear that the VM runs. When it has passed, the source is in doubt and asks again.
+    pub running: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(10),
+            build: Duration::from_secs(60),
+            silent: Duration::from_secs(10),
+            drain: Duration::from_secs(5),
+            stop: Duration::from_secs(5),
+            load: Duration::from_secs(30),
+            running: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What the source may choose.
+#[derive(Clone, Debug)]
+pub struct SourceOptions {
+    /// Data channels, 1 to [`MAX_CHANNELS`]. `None`: chosen from the number of cores.
+    pub channels: Option<u16>,
+    /// The guest is stopped when the blackout that is predicted fits this limit. The default is 5 ms: what the network
+    /// and the guest's users hardly notice, and reached on any link that carries a few times what the guest dirties.
+    /// Rounds that promise a much shorter blackout at little cost are made even when the limit is met.
+    pub downtime_limit: Duration,
+    /// Bytes per second over all data channels together while the guest runs; `None` for no limit. The last pages, in
+    /// the blackout, are not held back.
+    pub bandwidth: Option<u64>,
+    /// How memory follows.
+    pub mode: Mode,
+    /// Hash all RAM and state at the stop and before the start, and refuse to run on a difference. Takes its time in
+    /// the blackout: about 0.1 s for each GiB in use.
+    pub verify: bool,
+    /// A precopy that has not converged by then fails, and the VM runs on at the source. Default 15 minutes.
+    pub deadline: Duration,
+    /// Slow the vCPUs down step by step when precopy does not converge. Default true.
+    pub auto_converge: bool,
+    /// What to do when the guest keeps dirtying more at the stop than predicted.
+    pub surprise: Surprise,
+    /// Directory of the ownership records; must be on tmpfs, so that writing one never waits for a disk.
+    pub records: PathBuf,
+    /// Longest waits.
+    pub timeouts: Timeouts,
+    /// How long a source in doubt asks on before it returns [`InDoubt`](crate::JourneyError::InDoubt); `None`: until
+    /// it is answered or resolved.
+    pub doubt: Option<Duration>,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            channels: None,
+            downtime_limit: Duration::from_millis(5),
+            bandwidth: None,
+            mode: Mode::Precopy,
+            verify: false,
+            deadline: Duration::from_secs(15 * 60),
+            auto_converge: true,
+            surprise: Surprise::Accept,
+            records: default_records(),
+            timeouts: Timeouts::default(),
+            doubt: None,
+        }
+    }
+}
+
+/// What the destination may choose.
+#[derive(Clone, Debug)]
+pub struct DestinationOptions {
+    /// Most RAM it takes, in bytes; `None`: whatever the builder can make.
+    pub memory_limit: Option<u64>,
+    /// Directory of the ownership records; must be on tmpfs.
+    pub records: PathBuf,
+    /// Longest waits.
+    pub timeouts: Timeouts,
+    /// How long to wait for a source to come; `None`: for ever (until cancelled).
+    pub wait_for_source: Option<Duration>,
+    /// How long a destination that was ready and lost its source keeps the state before it returns
+    /// [`InDoubt`](crate::JourneyError::InDoubt); `None`: until the source comes back or it is resolved.
+    pub doubt: Option<Duration>,
+}
+
+impl Default for DestinationOptions {
+    fn default() -> Self {
+        Self {
+            memory_limit: None,
+            records: default_records(),
+            timeouts: Timeouts::default(),
+            wait_for_source: None,
+            doubt: None,
+        }
+    }
+}
+
+/// `/run/wherry` for root, the user's runtime directory otherwise: both are tmpfs on any ordinary system.
+pub fn default_records() -> PathBuf {
+    match std::env::var_os("WHERRY_RECORDS") {
+        Some(dir) => dir.into(),
+        None if rustix::process::geteuid().is_root() => "/run/wherry".into(),
+        None => match std::env::var_os("XDG_RUNTIME_DIR") {
+            Some(dir) => PathBuf::from(dir).join("wherry"),
+            None => format!("/tmp/wherry-{}", rustix::process::geteuid().as_raw()).into(),
+        },
+    }
+}
