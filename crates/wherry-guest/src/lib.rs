@@ -1,1 +1,16 @@
-//! The guest library and the probe guest
+//! The guest library and the probe guest, seen from the host.
+//!
+//! The guest itself is freestanding code under `guest/`, compiled by this crate's build script and embedded here as
+//! [`PROBE_ELF`]: an ELF with a PVH entry, for any VMM that can start one. The modules are shared with it: they are
+//! compiled into both, so that host and guest agree on every byte.
+//!
+//! - [`report`]: the pages in guest RAM through which the guest speaks, and where they are
+//! - [`params`]: what may stand on its command line
+//! - [`data`]: what its data pages hold
+
+pub mod data;
+pub mod params;
+pub mod report;
+
+/// The probe kernel: a static x86-64 ELF with a PVH entry note, linked at 1 MiB.
+pub static PROBE_ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/probe.elf"));

@@ -1,0 +1,269 @@
+//! Parameters of the probe, as they stand on the kernel command line: `name=value`, separated by blanks.
+//!
+//! This file is compiled into the guest and into the host side (which can check a command line before it starts a
+//! machine). It needs only `core`.
+
+use core::fmt;
+
+use crate::report::{MAX_CPUS, RATE_MAX};
+
+/// Which pages are dirtied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Pattern {
+    /// Any page, all alike.
+    Uniform = 0,
+    /// Nine of ten writes go to the hot set (the first pages of each slice), the tenth to any page.
+    Hot = 1,
+    /// One after the other.
+    Sequential = 2,
+}
+
+impl Pattern {
+    /// The pattern with this number; an unknown number is taken as uniform.
+    pub const fn from_u32(value: u32) -> Self {
+        match value {
+            1 => Self::Hot,
+            2 => Self::Sequential,
+            _ => Self::Uniform,
+        }
+    }
+}
+
+/// How a page is dirtied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Write {
+    /// The whole page is rewritten.
+    Page = 0,
+    /// One cache line is written.
+    Line = 1,
+}
+
+/// What a vCPU does when there is nothing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idle {
+    /// It spins, so that its heartbeat never rests.
+    Spin,
+    /// It halts for about 100 us at a time, woken by its local APIC's timer.
+    Halt,
+}
+
+/// Whether there is a full copy of the data set beside the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shadow {
+    /// The table of generations and checksums only.
+    Table,
+    /// Every page is kept twice, and both are compared.
+    Full,
+}
+
+/// All parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Params {
+    /// `data=`: size of the data set in bytes. `None` (default): half of the free RAM, at most 512 MiB.
+    pub data: Option<u64>,
+    /// `rate=`: bytes dirtied per second by all vCPUs, `max` is [`RATE_MAX`]. Default 50M.
+    pub rate: u64,
+    /// `pattern=uniform|hot|sequential`.
+    pub pattern: Pattern,
+    /// `hot=`: size of the hot set in thousandths of the data set. Default 10%.
+    pub hot_permille: u32,
+    /// `verify=`: share of its time that a vCPU spends on verification, in thousandths. Default 20%.
+    pub verify_permille: u32,
+    /// `write=page|line`.
+    pub write: Write,
+    /// `precheck=on|off`: check a page before it is overwritten, so that no lost write can hide. Default on.
+    pub precheck: bool,
+    /// `shadow=table|full`.
+    pub shadow: Shadow,
+    /// `seed=`: seed of the data.
+    pub seed: u64,
+    /// `cpus=`: use at most this many vCPUs. Default all.
+    pub cpus: usize,
+    /// `idle=spin|halt`.
+    pub idle: Idle,
+    /// `tsc_khz=`: frequency of the TSC, where the guest cannot find out.
+    pub tsc_khz: Option<u64>,
+    /// `run=`: finish by itself after this many milliseconds of work. `None` (default): never.
+    pub run_ms: Option<u64>,
+    /// `fault=`: on purpose, for tests of the failure path: `page`, `gp` or `panic`, after the fill.
+    pub fault: Option<InjectedFault>,
+}
+
+/// A failure on request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InjectedFault {
+    /// Reads an address that is not mapped.
+    Page,
+    /// Executes a privileged instruction in ring 3.
+    Gp,
+    /// Panics.
+    Panic,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self {
+            data: None,
+            rate: 50 << 20,
+            pattern: Pattern::Uniform,
+            hot_permille: 100,
+            verify_permille: 200,
+            write: Write::Page,
+            precheck: true,
+            shadow: Shadow::Table,
+            seed: 1,
+            cpus: MAX_CPUS,
+            idle: Idle::Spin,
+            tsc_khz: None,
+            run_ms: None,
+            fault: None,
+        }
+    }
+}
+
+/// A parameter that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ParamError<'a> {
+    /// The word on the command line.
+    pub word: &'a str,
+    /// What would be right.
+    pub expected: &'static str,
+}
+
+impl fmt::Display for ParamError<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "parameter '{}': expected {}", self.word, self.expected)
+    }
+}
+
+impl core::error::Error for ParamError<'_> {}
+
+const NAMES: &str = "one of data, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
+                     fault, each with '=' and a value";
+const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
+const PERCENT: &str = "a percentage from 0% to 100%";
+const NUMBER: &str = "a number";
+
+impl Params {
+    /// Reads a command line. A parameter given twice counts as given last.
+    ///
+    /// # Errors
+    /// The first word that is not a known parameter with a valid value.
+    pub fn parse(line: &str) -> Result<Self, ParamError<'_>> {
+        let mut params = Self::default();
+        for word in line.split_ascii_whitespace() {
+            params.set(word).map_err(|expected| ParamError { word, expected })?;
+        }
+        Ok(params)
+    }
+
+    fn set(&mut self, word: &str) -> Result<(), &'static str> {
+        let (name, value) = word.split_once('=').ok_or(NAMES)?;
+        match name {
+            "data" => self.data = Some(size(value).ok_or(SIZE)?),
+            "rate" => {
+                self.rate = match value {
+                    "max" => RATE_MAX,
+                    _ => size(value).ok_or("a number of bytes per second (K, M, G), or max")?,
+                }
+            }
+            "pattern" => {
+                self.pattern = match value {
+                    "uniform" => Pattern::Uniform,
+                    "hot" => Pattern::Hot,
+                    "sequential" => Pattern::Sequential,
+                    _ => return Err("uniform, hot or sequential"),
+                }
+            }
+            "hot" => self.hot_permille = percent(value).filter(|&p| p > 0).ok_or("a percentage from 0.1% to 100%")?,
+            "verify" => self.verify_permille = percent(value).ok_or(PERCENT)?,
+            "write" => {
+                self.write = match value {
+                    "page" => Write::Page,
+                    "line" => Write::Line,
+                    _ => return Err("page or line"),
+                }
+            }
+            "precheck" => self.precheck = switch(value)?,
+            "shadow" => {
+                self.shadow = match value {
+                    "table" => Shadow::Table,
+                    "full" => Shadow::Full,
+                    _ => return Err("table or full"),
+                }
+            }
+            "seed" => self.seed = number(value).ok_or(NUMBER)?,
+            "cpus" => {
+                self.cpus = number(value)
+                    .and_then(|n| usize::try_from(n).ok())
+                    .filter(|n| (1..=MAX_CPUS).contains(n))
+                    .ok_or("a number of vCPUs from 1 to 64")?;
+            }
+            "idle" => {
+                self.idle = match value {
+                    "spin" => Idle::Spin,
+                    "halt" => Idle::Halt,
+                    _ => return Err("spin or halt"),
+                }
+            }
+            "tsc_khz" => {
+                let khz = number(value).filter(|khz| (1_000..=100_000_000).contains(khz));
+                self.tsc_khz = Some(khz.ok_or("a frequency in kHz from 1000 to 100000000")?);
+            }
+            "run" => self.run_ms = Some(number(value).filter(|&ms| ms <= 1 << 40).ok_or("a number of milliseconds")?),
+            "fault" => {
+                self.fault = Some(match value {
+                    "page" => InjectedFault::Page,
+                    "gp" => InjectedFault::Gp,
+                    "panic" => InjectedFault::Panic,
+                    _ => return Err("page, gp or panic"),
+                })
+            }
+            _ => return Err(NAMES),
+        }
+        Ok(())
+    }
+}
+
+fn number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        // `from_str_radix` takes a sign, a number here has none.
+        Some(hex) if !hex.starts_with('+') => u64::from_str_radix(hex, 16).ok(),
+        Some(_) => None,
+        None if text.starts_with('+') => None,
+        None => text.parse().ok(),
+    }
+}
+
+fn size(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.as_bytes().last()? {
+        b'K' | b'k' => (&text[..text.len() - 1], 10),
+        b'M' | b'm' => (&text[..text.len() - 1], 20),
+        b'G' | b'g' => (&text[..text.len() - 1], 30),
+        b'T' | b't' => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    // RATE_MAX is reserved; nothing real comes near.
+    number(digits)?.checked_mul(1 << shift).filter(|&bytes| bytes < 1 << 60)
+}
+
+fn percent(text: &str) -> Option<u32> {
+    let digits = text.strip_suffix('%')?;
+    let (whole, tenth) = match digits.split_once('.') {
+        Some((whole, tenth)) if tenth.len() == 1 => (whole, number(tenth)?),
+        Some(_) => return None,
+        None => (digits, 0),
+    };
+    let permille = number(whole)?.checked_mul(10)?.checked_add(tenth)?;
+    u32::try_from(permille).ok().filter(|&permille| permille <= 1000)
+}
+
+fn switch(text: &str) -> Result<bool, &'static str> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("on or off"),
+    }
+}
