@@ -36,7 +36,8 @@ pub const LAB: [Need; 2] = [
 ];
 
 /// What only the workspace's own tests use.
-pub const TESTS: [Need; 2] = [
+pub const TESTS: [Need; 3] = [
+    Need { program: "cpio", major: 0, package: "cpio", suite: None },
     Need { program: "qemu-system-x86_64", major: 10, package: "qemu-system-x86", suite: Some(BACKPORTS) },
     Need { program: "qemu-storage-daemon", major: 10, package: "qemu-utils", suite: Some(BACKPORTS) },
 ];

@@ -5,6 +5,7 @@
 //! - [`debian`] installs what a machine lacks, [`process`] bounds everything that is started, [`tally`] counts.
 
 mod debian;
+mod lab;
 mod process;
 mod suite;
 mod tally;
@@ -40,6 +41,11 @@ enum Task {
         #[arg(last = true)]
         filter: Vec<String>,
     },
+    /// Run real Linux guests in Wherry, in an emulated machine (docs/lab.md).
+    Lab {
+        #[command(subcommand)]
+        lab: lab::Lab,
+    },
     /// Install the Debian packages that the tests need.
     Setup,
 }
@@ -49,6 +55,8 @@ enum Task {
 enum Part {
     /// `cargo test` over the workspace.
     Cargo,
+    /// The nested lab, sampled.
+    Lab,
 }
 
 /// The root of the workspace.
@@ -65,6 +73,7 @@ fn target(below: &str) -> PathBuf {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { only, deny_skips, filter } => test(&only, deny_skips || in_ci(), &filter),
+        Task::Lab { lab } => lab::run(lab).map(|tally| finish(&tally, true)),
         Task::Setup => debian::ensure(&debian::TESTS).map(|()| true),
     };
     match result {
@@ -93,6 +102,7 @@ fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
         println!("==== {part:?} ====");
         let start = Instant::now();
         let result = match part {
+            Part::Lab => lab::run(lab::Lab::Linux { full: false }),
             Part::Cargo => debian::ensure(&debian::TESTS).and_then(|()| suite::run(filter)),
         };
         let tally = result.unwrap_or_else(|error| {
@@ -108,16 +118,21 @@ fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
     for line in table {
         println!("{line}");
     }
-    for skip in &all.skips {
+    Ok(finish(&all, deny_skips))
+}
+
+/// Prints what did not pass and the closing line; returns whether the whole is good.
+fn finish(tally: &Tally, deny_skips: bool) -> bool {
+    for skip in &tally.skips {
         println!("skipped: {skip}");
     }
-    for failure in &all.failures {
+    for failure in &tally.failures {
         println!("failed: {failure}");
     }
-    let good = all.is_good(deny_skips);
-    if !good && all.failures.is_empty() {
+    let good = tally.is_good(deny_skips);
+    if !good && tally.failures.is_empty() {
         println!("tests were skipped, and here that is a failure (CI=true or --deny-skips)");
     }
-    println!("{all}");
-    Ok(good)
+    println!("{tally}");
+    good
 }

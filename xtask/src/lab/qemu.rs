@@ -1,0 +1,106 @@
+//! The machine that the lab runs in: QEMU without KVM, so that it can emulate what the real machine lacks
+//! (SVM with nested paging, an IOMMU with interrupt remapping, PCI devices to pass through).
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::process::{Ending, Next, command, stream};
+
+/// What QEMU says about every CPU feature that its emulator leaves out.
+const NOISE: &str = "TCG doesn't support requested feature";
+
+/// A machine to be emulated.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// The kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// The initial RAM file system.
+    pub initrd: PathBuf,
+    /// Added to the kernel command line.
+    pub cmdline: String,
+    /// Virtual CPUs; each is a thread of QEMU's.
+    pub cpus: u32,
+    /// RAM in MiB.
+    pub memory: u32,
+    /// An Intel IOMMU with interrupt remapping, for labs with passthrough devices.
+    pub iommu: bool,
+    /// Further devices, in the words of QEMU's `-device`.
+    pub devices: Vec<String>,
+}
+
+impl Machine {
+    /// A machine with two CPUs that runs this kernel.
+    pub fn new(kernel: PathBuf, initrd: PathBuf) -> Self {
+        Self { kernel, initrd, cmdline: String::new(), cpus: 2, memory: 3072, iommu: false, devices: Vec::new() }
+    }
+
+    /// QEMU's arguments; the serial port is its standard output, and goes to `log` as well.
+    pub fn arguments(&self, log: &Path) -> Vec<String> {
+        let machine = if self.iommu { "q35,kernel-irqchip=split" } else { "q35" };
+        let iommu = if self.iommu { " intel_iommu=on" } else { "" };
+        let mut arguments: Vec<String> = [
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-machine",
+            machine,
+            "-accel",
+            "tcg,thread=multi",
+            "-cpu",
+            "EPYC,+svm",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        arguments.extend(["-smp".to_owned(), self.cpus.to_string(), "-m".to_owned(), self.memory.to_string()]);
+        arguments.extend([
+            "-chardev".to_owned(),
+            format!("stdio,id=serial,signal=off,logfile={},logappend=off", log.display()),
+            "-serial".to_owned(),
+            "chardev:serial".to_owned(),
+            "-kernel".to_owned(),
+            self.kernel.display().to_string(),
+            "-initrd".to_owned(),
+            self.initrd.display().to_string(),
+            "-append".to_owned(),
+            format!("console=ttyS0 panic=-1 loglevel=5{iommu} {}", self.cmdline),
+        ]);
+        if self.iommu {
+            arguments.extend(["-device".to_owned(), "intel-iommu,intremap=on,caching-mode=on".to_owned()]);
+        }
+        for device in &self.devices {
+            arguments.extend(["-device".to_owned(), device.clone()]);
+        }
+        arguments
+    }
+
+    /// Runs the machine until it powers off, the handler stops it or `limit` is over. The handler sees every line of
+    /// the serial port and of QEMU's own complaints.
+    pub fn run(&self, log: &Path, limit: Duration, mut on_line: impl FnMut(&str) -> Next) -> Result<Ending> {
+        let mut qemu = command("qemu-system-x86_64");
+        qemu.args(self.arguments(log));
+        stream(qemu, limit, |line| if line.contains(NOISE) { Next::Continue } else { on_line(line) })
+            .with_context(|| format!("the lab machine; its serial log is {}", log.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_and_the_iommu_are_in_the_machine_only_when_asked_for() {
+        let mut machine = Machine::new("k".into(), "i".into());
+        let plain = machine.arguments(Path::new("log")).join(" ");
+        assert!(plain.contains("-cpu EPYC,+svm") && plain.contains("-smp 2 -m 3072"), "{plain}");
+        assert!(!plain.contains("iommu"), "{plain}");
+        machine.iommu = true;
+        machine.devices.push("edu".to_owned());
+        let full = machine.arguments(Path::new("log")).join(" ");
+        assert!(full.contains("intel_iommu=on") && full.contains("-device intel-iommu,intremap=on"), "{full}");
+        assert!(full.ends_with("-device edu"), "{full}");
+    }
+}
