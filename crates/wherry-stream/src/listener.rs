@@ -1,0 +1,152 @@
+//! Listening for the peer.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use rustix::net::SocketAddrAny;
+
+use crate::endpoint::poll;
+use crate::socket::Socket;
+use crate::{Closer, Connection, Endpoint, StreamError};
+
+/// A listening socket. A UNIX socket's file is removed with it.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Arc<Socket>,
+    local: Endpoint,
+    file: Option<SocketFile>,
+}
+
+/// The file of a UNIX socket, removed on drop if it still is the one that was made.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.identity) {
+            // Somebody else may have removed it meanwhile.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Listener {
+    /// Listens on an endpoint. A file left behind by a UNIX listener that died is replaced; a live one is not.
+    pub fn bind(endpoint: &Endpoint) -> Result<Self, StreamError> {
+        let failed = |reason: String, source: Option<io::Error>| StreamError::Listen {
+            endpoint: endpoint.to_string(),
+            reason,
+            source,
+        };
+        let explain = |e: io::Error| {
+            let reason = match e.kind() {
+                io::ErrorKind::AddrInUse => "the port is in use; choose another, or 0 for any free one".to_owned(),
+                io::ErrorKind::AddrNotAvailable => "this host does not have that address".to_owned(),
+                io::ErrorKind::PermissionDenied => "permission denied".to_owned(),
+                _ => e.to_string(),
+            };
+            failed(reason, Some(e))
+        };
+        let (fd, local, file): (OwnedFd, _, _) = match endpoint {
+            Endpoint::Tcp { host, port } => {
+                let listener = TcpListener::bind((host.as_str(), *port)).map_err(explain)?;
+                let local = listener.local_addr().map_err(explain)?.into();
+                listener.set_nonblocking(true).map_err(explain)?;
+                (listener.into(), local, None)
+            }
+            Endpoint::Unix(path) => {
+                Self::clear_stale(path).map_err(|(reason, e)| failed(reason, e))?;
+                let listener = UnixListener::bind(path).map_err(|e| match e.kind() {
+                    io::ErrorKind::AddrInUse => failed("somebody else made the socket meanwhile".into(), Some(e)),
+                    io::ErrorKind::NotFound => failed("its directory does not exist".into(), Some(e)),
+                    _ => explain(e),
+                })?;
+                let metadata = std::fs::symlink_metadata(path).map_err(explain)?;
+                let file = SocketFile { path: path.clone(), identity: (metadata.dev(), metadata.ino()) };
+                listener.set_nonblocking(true).map_err(explain)?;
+                (listener.into(), endpoint.clone(), Some(file))
+            }
+        };
+        let tcp = file.is_none();
+        Ok(Self { socket: Arc::new(Socket::new(fd, tcp)), local, file })
+    }
+
+    /// Removes a socket file that nobody listens on.
+    fn clear_stale(path: &Path) -> Result<(), (String, Option<io::Error>)> {
+        let metadata = match std::fs::symlink_metadata(path) {
+            Ok(metadata) => metadata,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err((format!("cannot look at the path: {e}"), Some(e))),
+        };
+        if !metadata.file_type().is_socket() {
+            return Err(("the path exists and is not a socket; remove it or choose another".into(), None));
+        }
+        // A datagram socket cannot be connected to a stream listener, which says whether one is there without making a
+        // connection that it would have to deal with.
+        match UnixDatagram::unbound().and_then(|probe| probe.connect(path)) {
+            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)
+                .or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
+                .map_err(|e| (format!("cannot remove the socket of a listener that is gone: {e}"), Some(e))),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) if e.raw_os_error() != Some(libc::EPROTOTYPE) => {
+                Err((format!("cannot tell whether the socket is in use: {e}"), Some(e)))
+            }
+            _ => Err(("another process listens on that socket; choose another path".into(), None)),
+        }
+    }
+
+    /// Where it listens, with the port that was chosen.
+    pub fn local_endpoint(&self) -> &Endpoint {
+        &self.local
+    }
+
+    /// A handle that ends listening: a blocked [`Self::accept`] returns [`StreamError::Cancelled`].
+    pub fn closer(&self) -> Closer {
+        Closer(self.socket.clone())
+    }
+
+    /// Waits for the next connection until the deadline.
+    pub fn accept(&self, deadline: Instant) -> Result<Connection, StreamError> {
+        let begun = Instant::now();
+        let name = || format!("listener on {}", self.local);
+        let io_error = |doing, source| StreamError::Io { channel: name(), doing, source };
+        loop {
+            if self.socket.is_closed() {
+                return Err(StreamError::Cancelled { channel: name() });
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match rustix::net::acceptfrom_with(self.socket.fd(), rustix::net::SocketFlags::CLOEXEC) {
+                Ok((fd, address)) => return self.accepted(fd, address),
+                // The first waits; of the others, one says that the caller hung up again, and the rest come and go.
+                Err(rustix::io::Errno::AGAIN) => {}
+                Err(rustix::io::Errno::CONNABORTED | rustix::io::Errno::INTR | rustix::io::Errno::PROTO) => continue,
+                Err(_) if self.socket.is_closed() => continue,
+                Err(e) => return Err(io_error("accepting a connection", e.into())),
+            }
+            if left.is_zero() {
+                return Err(StreamError::NobodyCame { endpoint: self.local.to_string(), waited: begun.elapsed() });
+            }
+            // A close that comes between the look above and this wait is seen: shutdown leaves the socket readable.
+            let fd = self.socket.fd().as_fd().try_clone_to_owned().map_err(|e| io_error("waiting", e))?;
+            poll(&fd, PollFlags::IN, left.min(Duration::from_secs(1))).map_err(|e| io_error("waiting", e))?;
+        }
+    }
+
+    fn accepted(&self, fd: OwnedFd, address: Option<SocketAddrAny>) -> Result<Connection, StreamError> {
+        let peer = address
+            .filter(|_| self.file.is_none())
+            .and_then(|address| std::net::SocketAddr::try_from(address).ok())
+            .map_or_else(|| format!("a client of {}", self.local), |address| Endpoint::from(address).to_string());
+        Connection::new(Socket::new(fd, self.file.is_none()), peer)
+    }
+}

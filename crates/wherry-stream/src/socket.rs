@@ -1,0 +1,136 @@
+//! System calls on a stream socket that work on raw memory. The only place of this crate that makes such calls.
+#![expect(unsafe_code, reason = "guest memory is handed to the kernel by address; safe wrappers want references")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::io_range::{FileRange, IOV_MAX, IoRange};
+
+/// A connected stream socket, shared by the halves of a connection and by those who may close it.
+#[derive(Debug)]
+pub(crate) struct Socket {
+    fd: OwnedFd,
+    tcp: bool,
+    closed: AtomicBool,
+}
+
+/// How a call behaves.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Flags {
+    /// Return at once if nothing can be moved.
+    pub(crate) nonblocking: bool,
+    /// Receive: return only with everything, or when the time is up. Ignored if `nonblocking`.
+    pub(crate) all: bool,
+    /// Send: more follows at once, so that a packet need not leave yet.
+    pub(crate) more: bool,
+}
+
+fn result(n: isize) -> io::Result<usize> {
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+impl Socket {
+    pub(crate) fn new(fd: OwnedFd, tcp: bool) -> Self {
+        Self { fd, tcp, closed: AtomicBool::new(false) }
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        use std::os::fd::AsFd;
+        self.fd.as_fd()
+    }
+
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.tcp
+    }
+
+    /// Ends the connection in both directions; blocked calls return.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        // It fails if the peer was faster; the effect is the same.
+        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
+    }
+
+    fn message(ranges: &[IoRange]) -> libc::msghdr {
+        // SAFETY: a msghdr of zeros is valid: no name, no control data, no ranges.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = ranges.as_ptr().cast_mut().cast();
+        message.msg_iovlen = ranges.len().min(IOV_MAX) as _;
+        message
+    }
+
+    /// Sends from the first `IOV_MAX` ranges; may send less than all.
+    pub(crate) fn send(&self, ranges: &[IoRange], flags: Flags) -> io::Result<usize> {
+        let mut bits = libc::MSG_NOSIGNAL;
+        if flags.nonblocking {
+            bits |= libc::MSG_DONTWAIT;
+        }
+        if flags.more {
+            bits |= libc::MSG_MORE;
+        }
+        let message = Self::message(ranges);
+        // SAFETY: the ranges are readable by the promise made when each IoRange was constructed; the kernel does not
+        // write through them in a send.
+        result(unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, bits) })
+    }
+
+    /// Receives into the first `IOV_MAX` ranges; may receive less than all. 0 is the end of the stream.
+    pub(crate) fn receive(&self, ranges: &[IoRange], flags: Flags) -> io::Result<usize> {
+        let bits = match flags {
+            Flags { nonblocking: true, .. } => libc::MSG_DONTWAIT,
+            Flags { all: true, .. } => libc::MSG_WAITALL,
+            _ => 0,
+        };
+        let mut message = Self::message(ranges);
+        // SAFETY: the ranges are writable by the promise made when each IoRange was constructed.
+        result(unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, bits) })
+    }
+
+    /// Sends from a file; may send less than all. 0 means that the file ends there.
+    pub(crate) fn send_file(&self, range: FileRange<'_>) -> io::Result<usize> {
+        let mut offset = libc::off64_t::try_from(range.offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let len = usize::try_from(range.len).unwrap_or(usize::MAX);
+        // SAFETY: both descriptors are open for the length of the call and `offset` is a local variable.
+        result(unsafe { libc::sendfile64(self.fd.as_raw_fd(), range.file.as_raw_fd(), &mut offset, len) })
+    }
+
+    /// Bytes that the kernel holds for sending and that the peer has not acknowledged (UNIX: not read), with the
+    /// kernel's overhead in the case of UNIX.
+    pub(crate) fn unsent(&self) -> io::Result<u64> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int, for which there is room.
+        let r = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
+        result(r as isize)?;
+        Ok(u64::try_from(bytes).unwrap_or(0))
+    }
+
+    /// Bounds what may lie unsent in the kernel before the socket counts as not writable (`TCP_NOTSENT_LOWAT`).
+    pub(crate) fn set_unsent_limit(&self, bytes: u32) -> io::Result<()> {
+        // SAFETY: the option takes an unsigned int, and the length says so.
+        let r = unsafe {
+            libc::setsockopt(
+                self.fd.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_NOTSENT_LOWAT,
+                (&raw const bytes).cast(),
+                size_of::<u32>() as libc::socklen_t,
+            )
+        };
+        result(r as isize).map(|_| ())
+    }
+
+    /// How long a receive may block.
+    pub(crate) fn set_receive_timeout(&self, timeout: Duration) -> io::Result<()> {
+        Ok(rustix::net::sockopt::set_socket_timeout(&self.fd, rustix::net::sockopt::Timeout::Recv, Some(timeout))?)
+    }
+
+    /// How long a send may block.
+    pub(crate) fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
+        Ok(rustix::net::sockopt::set_socket_timeout(&self.fd, rustix::net::sockopt::Timeout::Send, Some(timeout))?)
+    }
+}
