@@ -8,10 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use prost::Message as _;
-
 use crate::frame::{ACK_BYTES, ROUND_END_BYTES};
-use crate::message::Message;
+use crate::message::{About, Body, Message};
 use crate::{
     Ack, Closer, Connection, Extent, FRAME_HEADER_BYTES, FileRange, FrameError, FrameHeader, FrameKind, Hello, IoRange,
     MAX_BULK_BYTES, MAX_CONTROL_BYTES, ReadHalf, RoundEnd, StreamError, WriteHalf, pages,
@@ -80,7 +78,12 @@ impl ChannelStats {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Frame {
     /// A message of the control channel.
-    Message(Box<Message>),
+    Message {
+        /// Whom it is about.
+        about: About,
+        /// What it says.
+        body: Box<Body>,
+    },
     /// Memory. Its content, if any, is to be taken with [`FrameReader::read_bulk`].
     Pages {
         /// Which granules, in the order of the content.
@@ -98,7 +101,7 @@ impl Frame {
     /// What it is.
     pub fn kind(&self) -> FrameKind {
         match self {
-            Self::Message(_) => FrameKind::Control,
+            Self::Message { .. } => FrameKind::Control,
             Self::Pages { .. } => FrameKind::Pages,
             Self::RoundEnd(_) => FrameKind::RoundEnd,
             Self::Ack(_) => FrameKind::Ack,
@@ -194,7 +197,7 @@ impl FrameWriter {
 
     /// Sends a message.
     pub fn write_message(&mut self, message: &Message) -> Result<(), StreamError> {
-        let payload = message.encode_to_vec();
+        let payload = message.to_bytes();
         if payload.len() > MAX_CONTROL_BYTES as usize {
             return Err(self.misuse("a message is larger than a control frame may be; nothing was sent"));
         }
@@ -368,9 +371,9 @@ impl FrameReader {
     }
 
     /// The next message; any other frame is an error.
-    pub fn read_message(&mut self) -> Result<Message, StreamError> {
+    pub fn read_message(&mut self) -> Result<(About, Body), StreamError> {
         match self.read_frame()? {
-            Frame::Message(message) => Ok(*message),
+            Frame::Message { about, body } => Ok((about, *body)),
             other => {
                 Err(self.wrong(FrameError::Unexpected { found: other.kind(), expected: "a message was to be read" }))
             }
@@ -415,7 +418,11 @@ impl FrameReader {
             FrameError::Length { kind: header.kind, length: header.length, min, max }
         };
         Ok(Some(match header.kind {
-            FrameKind::Control => Frame::Message(Box::new(Self::decode_message(payload)?)),
+            FrameKind::Control => {
+                let (about, body) = Message::from_bytes(payload)
+                    .map_err(|source| FrameError::Message { bytes: payload.len(), source })?;
+                Frame::Message { about, body: Box::new(body) }
+            }
             FrameKind::Pages => {
                 let mut extents = Vec::with_capacity(usize::from(header.extents));
                 pages::decode_table(payload, bulk, &mut extents)?;
@@ -431,12 +438,6 @@ impl FrameReader {
             }
             FrameKind::KeepAlive => return Ok(None),
         }))
-    }
-
-    fn decode_message(payload: &[u8]) -> Result<Message, FrameError> {
-        let message = Message::decode(payload)
-            .map_err(|e| FrameError::Message { bytes: payload.len(), reason: e.to_string() })?;
-        if message.body.is_none() { Err(FrameError::EmptyMessage) } else { Ok(message) }
     }
 
     fn read_payload(&mut self, length: usize) -> Result<Vec<u8>, StreamError> {

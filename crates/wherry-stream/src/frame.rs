@@ -1,5 +1,6 @@
 //! Frame headers and the small frames: what is decoded before anything is allocated or believed.
 
+use crate::message::MessageError;
 use crate::pages::{MAX_BULK_BYTES, MAX_EXTENTS};
 use crate::{EXTENT_BYTES, GRANULE};
 
@@ -160,17 +161,14 @@ pub enum FrameError {
         /// By the length.
         bytes: u64,
     },
-    /// A control message cannot be decoded.
-    #[error("control message of {bytes} bytes cannot be decoded: {reason}")]
+    /// A control frame holds no message.
+    #[error("control frame of {bytes} bytes: {source}")]
     Message {
-        /// Its size.
+        /// Its payload.
         bytes: usize,
-        /// What the decoder says.
-        reason: String,
+        /// What was wrong with it.
+        source: MessageError,
     },
-    /// The message is of a type this program does not know, or empty.
-    #[error("control message says nothing this Wherry knows: is the peer newer?")]
-    EmptyMessage,
     /// A frame of that kind does not belong on that channel, or not now.
     #[error("unexpected {found:?} frame: {expected}")]
     Unexpected {

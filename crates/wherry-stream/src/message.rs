@@ -1,229 +1,393 @@
-//! What the frames of the control channel say. Numbered fields (protobuf encoding): a reader skips fields it does not
-//! know, so a field that an older reader must not ignore needs a feature in the handshake or a new version.
+//! What the frames of the control channel say.
+//!
+//! Every message is a [`Message`]: whom it is about ([`About`]) and one [`Body`]. The encoding is protobuf. A body of a
+//! kind that this version does not know is an error, not skipped.
+//!
+//! ```text
+//!   source                                        destination
+//!     | Begin (machine, channels, mode, verify)  -> |   builds the machine
+//!     | <- Accept, or Refuse with every reason      |
+//!     | === data channels are opened, rounds ====== |
+//!     | Ping / Pong at any time, either way         |
+//!     | Poise (the switchover comes)             -> |
+//!     | <- Poised                                   |
+//!     | Continue (it did not: another round)     -> |   or:
+//!     | last pages on data channels, Hashes,        |
+//!     | StatePiece, Offer                        -> |   checks, loads
+//!     | <- Ready, or Abort with the reason          |
+//!     | records; Run                             -> |   takes locks, starts
+//!     | <- Running, or NotRun with the reason       |
+//!     | Confirm                                  -> |
+//!     | Query (on any new connection, in doubt)  -> |
+//!     | <- Running / NotRun / StillReady / Unknown  |
+//!     | Abort (either way, before Run is recorded)  |
+//! ```
 
-/// A message: exactly one of these.
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Message {
-    /// Which.
-    #[prost(oneof = "Body", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
-    pub body: Option<Body>,
-}
+use prost::Message as _;
 
-/// The messages.
-#[derive(Clone, PartialEq, prost::Oneof)]
-pub enum Body {
-    /// Source: what it wants to move and how.
-    #[prost(message, tag = "1")]
-    Handshake(Handshake),
-    /// Destination: whether it can.
-    #[prost(message, tag = "2")]
-    HandshakeReply(HandshakeReply),
-    /// Source: all channels are open, pages follow.
-    #[prost(message, tag = "3")]
-    Start(Start),
-    /// Source: everything has been sent and this is the state.
-    #[prost(message, tag = "4")]
-    Offer(Offer),
-    /// Destination: everything has arrived and is loaded.
-    #[prost(message, tag = "5")]
-    Ready(Ready),
-    /// Source: the VM is yours. Sent after it was recorded.
-    #[prost(message, tag = "6")]
-    Run(Run),
-    /// Destination: the VM runs here.
-    #[prost(message, tag = "7")]
-    Running(Running),
-    /// Destination: it does not run here and never will in this attempt.
-    #[prost(message, tag = "8")]
-    NotRun(NotRun),
-    /// Destination: it knows nothing of this attempt; decides nothing.
-    #[prost(message, tag = "9")]
-    Unknown(Unknown),
-    /// Either: the journey ends here. Only before `Run`.
-    #[prost(message, tag = "10")]
-    Cancel(Cancel),
-    /// Either: figures for the other side's progress report.
-    #[prost(message, tag = "11")]
-    Progress(Progress),
-    /// Source: hashes of all RAM at the stop, for `--verify`.
-    #[prost(message, tag = "12")]
-    VerifyHashes(VerifyHashes),
-}
-
-impl From<Body> for Message {
-    fn from(body: Body) -> Self {
-        Self { body: Some(body) }
-    }
-}
-
-/// See [`Body::Handshake`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Handshake {
-    /// Features the source can use, by name.
-    #[prost(string, repeated, tag = "1")]
-    pub features: Vec<String>,
-    /// The machine's description, opaque to the wire.
-    #[prost(bytes = "vec", tag = "2")]
-    pub description: Vec<u8>,
-    /// Data channels the source wants to open.
-    #[prost(uint32, tag = "3")]
-    pub data_channels: u32,
-    /// Blackout the user allows, in microseconds.
-    #[prost(uint64, tag = "4")]
-    pub downtime_limit_us: u64,
-    /// Epoch of the VM's ownership at the source.
-    #[prost(uint64, tag = "5")]
+/// Whom a message is about.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct About {
+    /// Identity of the VM, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub vm: Vec<u8>,
+    /// Epoch the VM will have with its new owner.
+    #[prost(uint64, tag = "2")]
     pub epoch: u64,
-    /// Whether RAM and state are to be compared by hashes before the start.
-    #[prost(bool, tag = "6")]
-    pub verify: bool,
-}
-
-/// See [`Body::HandshakeReply`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct HandshakeReply {
-    /// Of the offered features, those that will be used.
-    #[prost(string, repeated, tag = "1")]
-    pub features: Vec<String>,
-    /// Every reason why the destination cannot run the machine; empty if it can.
-    #[prost(string, repeated, tag = "2")]
-    pub refusals: Vec<String>,
-    /// Data channels it will accept, at most what was wanted.
-    #[prost(uint32, tag = "3")]
-    pub data_channels: u32,
-    /// Identity of this run of the destination, 16 random bytes.
+    /// The attempt, 16 random bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub attempt: Vec<u8>,
+    /// Incarnation of the destination, 16 random bytes; empty until the destination has named it.
     #[prost(bytes = "vec", tag = "4")]
     pub incarnation: Vec<u8>,
-    /// Name and version of the program, for messages.
-    #[prost(string, tag = "5")]
-    pub program: String,
 }
 
-/// See [`Body::Start`].
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-pub struct Start {}
+/// The handshake's first message.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Begin {
+    /// `precopy`, `postcopy` or `hybrid`.
+    #[prost(string, tag = "1")]
+    pub mode: String,
+    /// Data channels that the source will open.
+    #[prost(uint32, tag = "2")]
+    pub channels: u32,
+    /// Whether memory and state are hashed at both ends.
+    #[prost(bool, tag = "3")]
+    pub verify: bool,
+    /// Names of optional features the source offers.
+    #[prost(string, repeated, tag = "4")]
+    pub features: Vec<String>,
+    /// The machine, encoded by the engine; the stream does not look inside.
+    #[prost(bytes = "vec", tag = "5")]
+    pub machine: Vec<u8>,
+}
 
-/// What was sent on one channel.
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-pub struct ChannelDigest {
-    /// Frames.
-    #[prost(uint64, tag = "1")]
-    pub frames: u64,
-    /// Bytes.
+/// The destination has built the machine.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Accept {
+    /// Those of the offered features it takes.
+    #[prost(string, repeated, tag = "1")]
+    pub features: Vec<String>,
+    /// How long it expects to load and start, in microseconds, from earlier journeys; 0 if it has no idea.
     #[prost(uint64, tag = "2")]
-    pub bytes: u64,
-    /// Sequence number of the last frame, absent if there was none.
-    #[prost(uint64, optional, tag = "3")]
-    pub last_sequence: Option<u64>,
-    /// Running checksum.
-    #[prost(fixed32, tag = "4")]
-    pub checksum: u32,
-}
-
-impl From<crate::ChannelStats> for ChannelDigest {
-    fn from(stats: crate::ChannelStats) -> Self {
-        Self { frames: stats.frames, bytes: stats.bytes, last_sequence: stats.last_sequence, checksum: stats.checksum }
-    }
-}
-
-/// See [`Body::Offer`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Offer {
-    /// The attempt.
-    #[prost(bytes = "vec", tag = "1")]
-    pub attempt: Vec<u8>,
-    /// Epoch of the ownership that is offered.
-    #[prost(uint64, tag = "2")]
-    pub epoch: u64,
-    /// The saved state.
-    #[prost(bytes = "vec", tag = "3")]
-    pub state: Vec<u8>,
-    /// Digest of the saved state.
-    #[prost(bytes = "vec", tag = "4")]
-    pub digest: Vec<u8>,
-    /// Per data channel, in the order of their index, what was sent.
-    #[prost(message, repeated, tag = "5")]
-    pub channels: Vec<ChannelDigest>,
-}
-
-/// See [`Body::Ready`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Ready {
-    /// How long loading took, in microseconds.
-    #[prost(uint64, tag = "1")]
     pub load_us: u64,
 }
 
-/// See [`Body::Run`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Run {
-    /// The attempt.
-    #[prost(bytes = "vec", tag = "1")]
-    pub attempt: Vec<u8>,
-    /// The new epoch.
-    #[prost(uint64, tag = "2")]
-    pub epoch: u64,
-    /// The incarnation that was ready.
-    #[prost(bytes = "vec", tag = "3")]
-    pub incarnation: Vec<u8>,
+/// The destination cannot run the machine.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Refuse {
+    /// Every reason.
+    #[prost(string, repeated, tag = "1")]
+    pub reasons: Vec<String>,
 }
 
-/// See [`Body::Running`].
-#[derive(Clone, PartialEq, prost::Message)]
+/// Switchover is about to come.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Poise {
+    /// The last pages come over data channel 0 alone, and whoever waits for the offer reads them.
+    #[prost(bool, tag = "1")]
+    pub narrow: bool,
+    /// Number of the last round.
+    #[prost(uint32, tag = "2")]
+    pub round: u32,
+}
+
+/// Hashes of memory at the stop, for consecutive chunks of a block.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Hashes {
+    /// The block.
+    #[prost(uint32, tag = "1")]
+    pub block: u32,
+    /// The first chunk.
+    #[prost(uint64, tag = "2")]
+    pub first: u64,
+    /// 32 bytes for each chunk; all zero for a chunk whose bytes are all zero.
+    #[prost(bytes = "vec", tag = "3")]
+    pub digests: Vec<u8>,
+}
+
+/// Asks for the hashes of the pages of one chunk, to find the page that differs.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct AskPages {
+    /// The block.
+    #[prost(uint32, tag = "1")]
+    pub block: u32,
+    /// The chunk.
+    #[prost(uint64, tag = "2")]
+    pub chunk: u64,
+}
+
+/// Hashes of the pages of one chunk.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct PageHashes {
+    /// The block.
+    #[prost(uint32, tag = "1")]
+    pub block: u32,
+    /// The chunk.
+    #[prost(uint64, tag = "2")]
+    pub chunk: u64,
+    /// 32 bytes for each page.
+    #[prost(bytes = "vec", tag = "3")]
+    pub digests: Vec<u8>,
+}
+
+/// What one data channel has carried so far, as its sender counted.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct ChannelTotal {
+    /// Frames.
+    #[prost(uint64, tag = "1")]
+    pub frames: u64,
+    /// Bytes of all of them.
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    /// Running checksum.
+    #[prost(uint32, tag = "3")]
+    pub checksum: u32,
+    /// Sequence number of the last frame.
+    #[prost(uint64, tag = "4")]
+    pub last: u64,
+}
+
+/// A piece of the state that is too large for the offer.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct StatePiece {
+    /// The bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub bytes: Vec<u8>,
+}
+
+/// The whole VM is with the destination now, if it finds so.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Offer {
+    /// The state, or its end if pieces went before.
+    #[prost(bytes = "vec", tag = "1")]
+    pub state: Vec<u8>,
+    /// Digest over the sections.
+    #[prost(bytes = "vec", tag = "2")]
+    pub digest: Vec<u8>,
+    /// For each data channel, what it must have carried.
+    #[prost(message, repeated, tag = "3")]
+    pub channels: Vec<ChannelTotal>,
+    /// Microseconds from the stop to this message, for the destination's report.
+    #[prost(uint64, tag = "4")]
+    pub stopped_us: u64,
+    /// Rounds made.
+    #[prost(uint32, tag = "5")]
+    pub rounds: u32,
+}
+
+/// The destination has everything and can run.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Ready {
+    /// Loading the state took that long, in microseconds.
+    #[prost(uint64, tag = "1")]
+    pub load_us: u64,
+    /// Of the time between offer and answer, microseconds spent working (loading, comparing).
+    #[prost(uint64, tag = "2")]
+    pub busy_us: u64,
+}
+
+/// The VM runs at the destination.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Running {
-    /// How long the start took, in microseconds.
+    /// Locks and start took that long, in microseconds.
     #[prost(uint64, tag = "1")]
     pub start_us: u64,
-    /// The new epoch.
-    #[prost(uint64, tag = "2")]
-    pub epoch: u64,
 }
 
-/// See [`Body::NotRun`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct NotRun {
-    /// Why.
+/// A reason in words.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Reason {
+    /// The reason.
     #[prost(string, tag = "1")]
-    pub reason: String,
-    /// The incarnation that promises it.
-    #[prost(bytes = "vec", tag = "2")]
-    pub incarnation: Vec<u8>,
+    pub text: String,
 }
 
-/// See [`Body::Unknown`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Unknown {
-    /// The incarnation that answers.
-    #[prost(bytes = "vec", tag = "1")]
-    pub incarnation: Vec<u8>,
+/// Nothing but the kind of the message.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Empty {}
+
+/// One message of the control channel.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Message {
+    /// Whom it is about.
+    #[prost(message, optional, tag = "1")]
+    pub about: Option<About>,
+    /// What it says.
+    #[prost(
+        oneof = "Body",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24"
+    )]
+    pub body: Option<Body>,
 }
 
-/// See [`Body::Cancel`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct Cancel {
-    /// Why.
-    #[prost(string, tag = "1")]
-    pub reason: String,
+/// What a message says.
+#[derive(Clone, PartialEq, Eq, prost::Oneof)]
+pub enum Body {
+    /// Source: here is a machine.
+    #[prost(message, tag = "2")]
+    Begin(Begin),
+    /// Destination: it is built.
+    #[prost(message, tag = "3")]
+    Accept(Accept),
+    /// Destination: it cannot be.
+    #[prost(message, tag = "4")]
+    Refuse(Refuse),
+    /// Either: answer with [`Pong`](Self::Pong) at once.
+    #[prost(message, tag = "5")]
+    Ping(Empty),
+    /// Either: the answer.
+    #[prost(message, tag = "6")]
+    Pong(Empty),
+    /// Source: switchover is about to come.
+    #[prost(message, tag = "7")]
+    Poise(Poise),
+    /// Destination: let it come.
+    #[prost(message, tag = "8")]
+    Poised(Empty),
+    /// Source: it does not come; another round does.
+    #[prost(message, tag = "9")]
+    Continue(Empty),
+    /// Source: hashes of memory.
+    #[prost(message, tag = "10")]
+    Hashes(Hashes),
+    /// Destination: which page of a chunk differs?
+    #[prost(message, tag = "11")]
+    AskPages(AskPages),
+    /// Source: hashes of pages.
+    #[prost(message, tag = "12")]
+    PageHashes(PageHashes),
+    /// Source: a part of the state.
+    #[prost(message, tag = "13")]
+    StatePiece(StatePiece),
+    /// Source: everything is sent.
+    #[prost(message, tag = "14")]
+    Offer(Offer),
+    /// Destination: everything is there and loaded.
+    #[prost(message, tag = "15")]
+    Ready(Ready),
+    /// Source: it is yours.
+    #[prost(message, tag = "16")]
+    Run(Empty),
+    /// Destination: it runs.
+    #[prost(message, tag = "17")]
+    Running(Running),
+    /// Destination: it does not run, and never will here.
+    #[prost(message, tag = "18")]
+    NotRun(Reason),
+    /// Source: what became of it?
+    #[prost(message, tag = "19")]
+    Query(Empty),
+    /// Destination: I was ready and have not been told to run.
+    #[prost(message, tag = "20")]
+    StillReady(Empty),
+    /// Destination: I know nothing of it.
+    #[prost(message, tag = "21")]
+    Unknown(Reason),
+    /// Either: it ends here; the source keeps the VM.
+    #[prost(message, tag = "22")]
+    Abort(Reason),
+    /// Source: I have heard that it runs.
+    #[prost(message, tag = "23")]
+    Confirm(Empty),
+    /// Destination: it is aborted here too, and nothing of it is left.
+    #[prost(message, tag = "24")]
+    Aborted(Empty),
 }
 
-/// See [`Body::Progress`].
-#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
-pub struct Progress {
-    /// Round, from 1.
-    #[prost(uint32, tag = "1")]
-    pub round: u32,
-    /// Bytes of memory still to be sent.
-    #[prost(uint64, tag = "2")]
-    pub remaining: u64,
-    /// Bytes of memory to be sent in all.
-    #[prost(uint64, tag = "3")]
-    pub total: u64,
+impl Body {
+    /// Name of its kind, for messages to people.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Body::Begin(_) => "Begin",
+            Body::Accept(_) => "Accept",
+            Body::Refuse(_) => "Refuse",
+            Body::Ping(_) => "Ping",
+            Body::Pong(_) => "Pong",
+            Body::Poise(_) => "Poise",
+            Body::Poised(_) => "Poised",
+            Body::Continue(_) => "Continue",
+            Body::Hashes(_) => "Hashes",
+            Body::AskPages(_) => "AskPages",
+            Body::PageHashes(_) => "PageHashes",
+            Body::StatePiece(_) => "StatePiece",
+            Body::Offer(_) => "Offer",
+            Body::Ready(_) => "Ready",
+            Body::Run(_) => "Run",
+            Body::Running(_) => "Running",
+            Body::NotRun(_) => "NotRun",
+            Body::Query(_) => "Query",
+            Body::StillReady(_) => "StillReady",
+            Body::Unknown(_) => "Unknown",
+            Body::Abort(_) => "Abort",
+            Body::Confirm(_) => "Confirm",
+            Body::Aborted(_) => "Aborted",
+        }
+    }
 }
 
-/// See [`Body::VerifyHashes`].
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct VerifyHashes {
-    /// Per RAM block, in the order of the description.
-    #[prost(bytes = "vec", repeated, tag = "1")]
-    pub blocks: Vec<Vec<u8>>,
+/// The bytes of a control frame are no message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MessageError {
+    /// They cannot be decoded.
+    #[error("a control message cannot be decoded: {0}")]
+    Decode(String),
+    /// The kind is not known to this version.
+    #[error("a control message of a kind that this version does not know (or of none)")]
+    UnknownKind,
+    /// It does not say whom it is about.
+    #[error("a {0} message does not say which VM and attempt it is about")]
+    AboutNothing(&'static str),
+}
+
+impl Message {
+    /// A message.
+    pub fn new(about: About, body: Body) -> Self {
+        Self { about: Some(about), body: Some(body) }
+    }
+
+    /// Its bytes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.encode_to_vec()
+    }
+
+    /// Takes bytes apart. The lengths of VM, attempt and incarnation are checked.
+    pub fn from_bytes(bytes: &[u8]) -> Result<(About, Body), MessageError> {
+        let message = Self::decode(bytes).map_err(|e| MessageError::Decode(e.to_string()))?;
+        let body = message.body.ok_or(MessageError::UnknownKind)?;
+        let sized = |about: &About| {
+            about.vm.len() == 16 && about.attempt.len() == 16 && matches!(about.incarnation.len(), 0 | 16)
+        };
+        match message.about.filter(sized) {
+            Some(about) => Ok((about, body)),
+            None => Err(MessageError::AboutNothing(body.kind())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn about() -> About {
+        About { vm: vec![1; 16], epoch: 3, attempt: vec![2; 16], incarnation: vec![] }
+    }
+
+    #[test]
+    fn a_message_comes_back_as_it_was() {
+        let body = Body::Offer(Offer { state: vec![7; 9], digest: vec![1; 32], rounds: 4, ..Offer::default() });
+        let bytes = Message::new(about(), body.clone()).to_bytes();
+        assert_eq!(Message::from_bytes(&bytes), Ok((about(), body)));
+    }
+
+    #[test]
+    fn an_unknown_kind_and_a_message_about_nothing_are_errors() {
+        let unknown = Message { about: Some(about()), body: None }.to_bytes();
+        assert_eq!(Message::from_bytes(&unknown), Err(MessageError::UnknownKind));
+        let mut short = about();
+        short.vm.pop();
+        let bytes = Message::new(short, Body::Run(Empty {})).to_bytes();
+        assert_eq!(Message::from_bytes(&bytes), Err(MessageError::AboutNothing("Run")));
+        assert!(matches!(Message::from_bytes(&[0xff; 7]), Err(MessageError::Decode(_))));
+    }
 }
