@@ -4,6 +4,7 @@
 //! is allocated only as its bytes arrive. After a pages frame the content still lies in the socket: the caller must take
 //! it with [`FrameReader::read_bulk`], straight into the memory it belongs to, before the next frame can be read.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -315,6 +316,13 @@ pub struct FrameReader {
 
 /// A control payload is allocated in steps of this size, so that a peer must send what it claims to send.
 const CONTROL_STEP: usize = 1 << 20;
+
+/// For waiting on several channels at once; reading past the frames would lose their place.
+impl AsFd for FrameReader {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.half.as_fd()
+    }
+}
 
 impl FrameReader {
     fn new(half: ReadHalf) -> Self {

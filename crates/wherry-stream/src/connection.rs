@@ -5,6 +5,7 @@
 //! One thread owns the [`ReadHalf`] and one the [`WriteHalf`].
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -300,6 +301,13 @@ impl ReadHalf {
 
     pub(crate) fn closed_by_peer(&self, doing: &'static str, between_frames: bool) -> StreamError {
         self.half.closed_by_peer(doing, between_frames)
+    }
+}
+
+/// For waiting on several connections at once; reading past this half would lose its place.
+impl AsFd for ReadHalf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.half.socket.fd()
     }
 }
 

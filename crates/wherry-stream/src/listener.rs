@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
@@ -16,12 +16,12 @@ use crate::endpoint::poll;
 use crate::socket::Socket;
 use crate::{Closer, Connection, Endpoint, StreamError};
 
-/// A listening socket. A UNIX socket's file is removed with it.
-#[derive(Debug)]
+/// A listening socket; clones share it. A UNIX socket's file is removed with the last.
+#[derive(Clone, Debug)]
 pub struct Listener {
     socket: Arc<Socket>,
     local: Endpoint,
-    file: Option<SocketFile>,
+    file: Option<Arc<SocketFile>>,
 }
 
 /// The file of a UNIX socket, removed on drop if it still is the one that was made.
@@ -37,6 +37,13 @@ impl Drop for SocketFile {
             // Somebody else may have removed it meanwhile.
             let _ = std::fs::remove_file(&self.path);
         }
+    }
+}
+
+/// Readable when somebody has connected.
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.fd()
     }
 }
 
@@ -74,7 +81,7 @@ impl Listener {
                 let metadata = std::fs::symlink_metadata(path).map_err(explain)?;
                 let file = SocketFile { path: path.clone(), identity: (metadata.dev(), metadata.ino()) };
                 listener.set_nonblocking(true).map_err(explain)?;
-                (listener.into(), endpoint.clone(), Some(file))
+                (listener.into(), endpoint.clone(), Some(Arc::new(file)))
             }
         };
         let tcp = file.is_none();
