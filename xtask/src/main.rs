@@ -5,6 +5,7 @@
 //! - [`debian`] installs what a machine lacks, [`process`] bounds everything that is started, [`tally`] counts.
 
 mod debian;
+mod fuzz;
 mod lab;
 mod process;
 mod suite;
@@ -46,6 +47,18 @@ enum Task {
         #[command(subcommand)]
         lab: lab::Lab,
     },
+    /// Run the fuzz targets (fuzz/README.md).
+    Fuzz {
+        /// Time for all targets together.
+        #[arg(long, default_value_t = FUZZ_SECONDS)]
+        seconds: u64,
+        /// Run only this target.
+        #[arg(long)]
+        target: Option<String>,
+        /// Run the target on this input and no other.
+        #[arg(long, requires = "target")]
+        input: Option<PathBuf>,
+    },
     /// Install the Debian packages that the tests need.
     Setup,
 }
@@ -57,7 +70,12 @@ enum Part {
     Cargo,
     /// The nested lab, sampled.
     Lab,
+    /// The fuzz targets, sampled.
+    Fuzz,
 }
+
+/// What all fuzz targets together get in `cargo xtask test`.
+const FUZZ_SECONDS: u64 = 60;
 
 /// The root of the workspace.
 fn root() -> &'static Path {
@@ -74,6 +92,11 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Test { only, deny_skips, filter } => test(&only, deny_skips || in_ci(), &filter),
         Task::Lab { lab } => lab::run(lab).map(|tally| finish(&tally, true)),
+        Task::Fuzz { seconds, target, input } => match (target, input) {
+            (Some(target), Some(input)) => fuzz::replay(&target, &input),
+            (target, _) => fuzz::run(seconds, target.as_deref()),
+        }
+        .map(|tally| finish(&tally, true)),
         Task::Setup => debian::ensure(&debian::TESTS).map(|()| true),
     };
     match result {
@@ -103,6 +126,7 @@ fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
         let start = Instant::now();
         let result = match part {
             Part::Lab => lab::run(lab::Lab::Linux { full: false }),
+            Part::Fuzz => fuzz::run(FUZZ_SECONDS, None),
             Part::Cargo => debian::ensure(&debian::TESTS).and_then(|()| suite::run(filter)),
         };
         let tally = result.unwrap_or_else(|error| {
