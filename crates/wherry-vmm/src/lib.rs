@@ -1,3 +1,7 @@
 //! A KVM machine: vCPUs, boot, buses, state units, API server
 
+pub mod boot;
 pub mod bus;
+pub mod api;
+pub mod service;
+pub mod layout;
