@@ -1,0 +1,208 @@
+//! What goes over the API as JSON. `docs/openapi.json` describes the same types; a test compares the two.
+//!
+//! Requests refuse fields they do not know: a misspelt limit must not be an ignored limit.
+
+use serde::{Deserialize, Serialize};
+
+/// Where a Wherry process and its VM stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// Being built and booted.
+    Created,
+    /// The vCPUs run, here.
+    Running,
+    /// The user has paused it, here.
+    Paused,
+    /// On its way out; until the switchover it runs here.
+    Migrating,
+    /// No VM yet: waiting for one to arrive.
+    Listening,
+    /// One is arriving.
+    Receiving,
+    /// It has left; the peer of the last job has it.
+    Moved,
+    /// It was given away and nobody knows whether it was taken. Nothing runs here.
+    InDoubt,
+    /// The guest has powered off, or the VM was stopped.
+    Stopped,
+    /// The VM died of an error.
+    Crashed,
+}
+
+impl VmState {
+    /// The word used in JSON and in messages.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Migrating => "migrating",
+            Self::Listening => "listening",
+            Self::Receiving => "receiving",
+            Self::Moved => "moved",
+            Self::InDoubt => "in-doubt",
+            Self::Stopped => "stopped",
+            Self::Crashed => "crashed",
+        }
+    }
+}
+
+impl std::fmt::Display for VmState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// One block of guest RAM in this process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamBlock {
+    /// Number of the block.
+    pub id: u32,
+    /// Guest physical base address.
+    pub guest_base: u64,
+    /// Size in bytes.
+    pub size: u64,
+    /// Page size in bytes.
+    pub page_size: u64,
+    /// Number of its memfd in the process `pid`: `/proc/PID/fd/FD` opens it.
+    pub fd: i32,
+}
+
+/// The facts of a VM that do not change while it lives.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hardware {
+    /// Identity of the VM: 32 hexadecimal digits, the same on every host it moves to.
+    pub id: String,
+    /// Name given by the user.
+    pub name: String,
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// CPU model.
+    pub cpu_model: String,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// Blocks of RAM.
+    pub blocks: Vec<RamBlock>,
+}
+
+/// Answer of `GET /vm`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// Where it stands.
+    pub state: VmState,
+    /// Why it stands there, if there is something to say.
+    pub reason: Option<String>,
+    /// The VM; absent while none has arrived.
+    pub vm: Option<Hardware>,
+    /// Where the process waits for a VM, if it does.
+    pub listen: Option<String>,
+    /// Process id of this VMM.
+    pub pid: u32,
+    /// Version of this VMM.
+    pub version: String,
+}
+
+/// How memory is carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// All of it before the switchover.
+    #[default]
+    Precopy,
+}
+
+/// Body of `PUT /migration`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationRequest {
+    /// `tcp:HOST:PORT` or `unix:PATH`.
+    pub to: String,
+    /// How memory is carried.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Number of data channels; absent: chosen from the cores of both hosts.
+    #[serde(default)]
+    pub channels: Option<u32>,
+    /// Blackout to stay below, in milliseconds; absent: the engine's default.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<u64>,
+    /// Most bytes per second on the wire; absent: no limit.
+    #[serde(default)]
+    pub bandwidth: Option<u64>,
+    /// Seconds after which precopy that has not converged is given up; absent: the engine's default.
+    #[serde(default)]
+    pub timeout_s: Option<u64>,
+    /// Whether to hash all RAM and state at the stop and before the start, and to refuse to run on a difference.
+    #[serde(default)]
+    pub verify: bool,
+}
+
+/// Body of `PUT /migration/resolve`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveRequest {
+    /// Who owns the VM from now on. The other end must be fenced or dead.
+    #[serde(rename = "as")]
+    pub side: wherry_migration::Side,
+}
+
+/// Answer of `GET /ping`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ping {
+    /// Always `wherry`.
+    pub program: String,
+    /// Version of this VMM.
+    pub version: String,
+    /// Process id of this VMM.
+    pub pid: u32,
+}
+
+/// Body of every answer that is not 2xx.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The error.
+    pub error: ErrorInfo,
+}
+
+/// What went wrong.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorInfo {
+    /// One of [`ErrorCode`]'s words.
+    pub code: ErrorCode,
+    /// What was being done, to what, and what to try.
+    pub message: String,
+}
+
+/// Kinds of errors, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorCode {
+    /// The body is not the JSON this call takes, or a value in it is out of range. 400.
+    BadRequest,
+    /// There is no such path. 404.
+    NotFound,
+    /// The path does not know this method. 405.
+    MethodNotAllowed,
+    /// The VM is not in a state in which this can be done. 409.
+    WrongState,
+    /// The body is larger than the server reads. 413.
+    TooLarge,
+    /// It was not done by the deadline; it may still happen. 504.
+    Deadline,
+    /// The VMM could not do it. 500.
+    Failed,
+}
+
+/// Event `phase` of `GET /events`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PhaseEvent {
+    /// Where the VM stands.
+    pub state: VmState,
+    /// Where its last journey stands.
+    pub phase: wherry_migration::progress::Phase,
+    /// Attempt id of that journey.
+    pub attempt: String,
+    /// Why, if there is something to say.
+    pub reason: Option<String>,
+}

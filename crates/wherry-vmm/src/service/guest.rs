@@ -1,0 +1,88 @@
+//! What the service needs of a machine and of a journey. The real ones are in [`super::real`]; tests bring their own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use wherry_migration::Side;
+use wherry_migration::progress::Job;
+
+use crate::api::types::{Hardware, MigrationRequest};
+
+/// Why a guest no longer runs, on its own account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The guest switched itself off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest cannot go on (triple fault, shutdown, a vCPU failed); the text says which vCPU and why.
+    Crash(String),
+}
+
+/// Any error of a machine, for a person.
+pub type GuestError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A machine that the service holds. Dropping it ends it and gives its RAM back.
+pub trait Guest: Send {
+    /// Its unchanging facts.
+    fn hardware(&self) -> Hardware;
+
+    /// Brings all vCPUs to rest by the deadline, or lets them run on and says why.
+    fn pause(&mut self, limit: Duration) -> Result<(), GuestError>;
+
+    /// Lets the vCPUs run.
+    fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// Whether the user has paused it.
+    fn is_paused(&self) -> bool;
+
+    /// Calls `notify` when the guest ends on its own account, at once if it has. Replaces the one given before.
+    fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>);
+}
+
+/// A journey that is under way or over, as seen from beside it. All methods answer at once.
+pub trait Journey: Send + Sync {
+    /// Where it stands.
+    fn job(&self) -> Job;
+
+    /// Asks it to end with the VM at the source. `Err` says why that is no longer possible.
+    fn cancel(&self) -> Result<(), String>;
+
+    /// Decides a journey that is in doubt. `Err` says why it cannot be decided so.
+    fn resolve(&self, side: Side) -> Result<(), String>;
+}
+
+/// How an outgoing journey ended.
+pub enum Sent {
+    /// The VM runs at the destination.
+    Gone,
+    /// The VM is here, in the state it was in before; the journey's job says why.
+    Kept(Box<dyn Guest>),
+    /// The VM is nowhere known to run and may not be run here.
+    Lost(String),
+}
+
+/// How an incoming journey ended.
+pub enum Received {
+    /// The VM is here.
+    Arrived(Box<dyn Guest>),
+    /// It stayed where it was; the text says why. Nothing is left of it here.
+    Refused(String),
+    /// The VM was ours and could not be run; the text says why.
+    Lost(String),
+}
+
+/// An outgoing journey that is ready to begin.
+pub trait Departure: Send {
+    /// The view from beside.
+    fn journey(&self) -> Arc<dyn Journey>;
+
+    /// Carries the VM away. Blocks until it is decided where the VM is, `in doubt` included.
+    fn run(self: Box<Self>, guest: Box<dyn Guest>) -> Sent;
+}
+
+/// Starts outgoing journeys.
+pub trait Engine: Send + Sync {
+    /// Checks the request; the error is for a person.
+    fn depart(&self, request: &MigrationRequest) -> Result<Box<dyn Departure>, String>;
+}

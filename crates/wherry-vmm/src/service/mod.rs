@@ -1,0 +1,598 @@
+//! The service: the one place in a Wherry process that knows where its VM stands, and that every request goes through.
+//!
+//! - [`guest`]: what the service needs of a machine and of a journey.
+//! - [`Service`]: the states and the moves between them.
+//!
+//! ```text
+//!   run:      created --> running <--> paused --stop, power-off--> stopped      any --guest error--> crashed
+//!                           |  ^
+//!                   migrate v  | failed, cancelled
+//!                         migrating --done--> moved
+//!                           |   '--unknown--> in-doubt --resolve, answer--> running | moved
+//!   receive:  listening <--failed-- receiving --done--> running
+//! ```
+//!
+//! Contract: the machine has one owner at any time. It lies in the service while it runs or is paused here; a request
+//! that works on it takes it out and puts it back, and whoever comes meanwhile is told so instead of waiting; a journey
+//! takes it along by value. So nothing can be done to a machine that is on its way. No lock is held while a machine or
+//! a journey works, so `info`, `job` and `cancel` answer at once whatever happens.
+
+pub mod guest;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+use tracing::{error, info, warn};
+use wherry_migration::progress::{Job, Phase};
+
+use wherry_migration::Side;
+
+use crate::api::types::{ErrorCode, Hardware, MigrationRequest, VmInfo, VmState};
+use guest::{Departure, Engine, Exit, Guest, Journey, Received, Sent};
+
+/// How long the vCPUs may take to come to rest when the user pauses them.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a stop waits for a journey to give the VM back, or for a request that works on the VM.
+const STOP_LIMIT: Duration = Duration::from_secs(15);
+/// How long the process stays after the VM has left, when nobody fetches the result.
+const RESULT_LIMIT: Duration = Duration::from_secs(10);
+
+/// A request that was not done, and why.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ServiceError {
+    /// Which kind.
+    pub code: ErrorCode,
+    /// What was being done, to what, and what to try.
+    pub message: String,
+}
+
+impl ServiceError {
+    fn state(message: impl Into<String>) -> Self {
+        Self { code: ErrorCode::WrongState, message: message.into() }
+    }
+
+    fn failed(message: impl Into<String>) -> Self {
+        Self { code: ErrorCode::Failed, message: message.into() }
+    }
+}
+
+/// How the process is to end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ending {
+    /// Exit status of the process.
+    pub status: u8,
+    /// Last line for the user.
+    pub message: String,
+}
+
+/// Boots the machine again after the guest has asked for a reset.
+pub type Reboot = Box<dyn Fn() -> Result<Box<dyn Guest>, guest::GuestError> + Send + Sync>;
+
+/// What a process does with its VM, beyond holding it.
+#[derive(Default)]
+pub struct Policy {
+    /// Boots again after a reset. Without it a reset ends the process.
+    pub reboot: Option<Reboot>,
+    /// Whether the process stays when the VM has left, until it is stopped.
+    pub linger: bool,
+}
+
+/// See the module.
+pub struct Service {
+    engine: Arc<dyn Engine>,
+    policy: Policy,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    version: watch::Sender<u64>,
+}
+
+struct Inner {
+    state: VmState,
+    reason: Option<String>,
+    guest: Option<Box<dyn Guest>>,
+    /// What a request is doing with the guest that it has taken out.
+    busy: Option<&'static str>,
+    hardware: Option<Hardware>,
+    listen: Option<String>,
+    journey: Option<Arc<dyn Journey>>,
+    /// The user has asked for the end while the guest was out.
+    stop_wanted: bool,
+    /// The guest ended while it was out.
+    exit: Option<Exit>,
+    /// Counts machines, so that the late exit of an earlier one is not taken for the present one's.
+    machine: u64,
+    result_read: bool,
+    ending: Option<Ending>,
+}
+
+impl Service {
+    /// A service without a VM, which is about to be built.
+    pub fn new(engine: Arc<dyn Engine>, policy: Policy) -> Arc<Self> {
+        Arc::new(Self {
+            engine,
+            policy,
+            inner: Mutex::new(Inner {
+                state: VmState::Created,
+                reason: None,
+                guest: None,
+                busy: None,
+                hardware: None,
+                listen: None,
+                journey: None,
+                stop_wanted: false,
+                exit: None,
+                machine: 0,
+                result_read: false,
+                ending: None,
+            }),
+            changed: Condvar::new(),
+            version: watch::Sender::new(0),
+        })
+    }
+
+    /// Takes a machine that was built here and lets it run, unless the user wants it paused.
+    pub fn start(self: &Arc<Self>, guest: Box<dyn Guest>, paused: bool) -> Result<(), ServiceError> {
+        let mut guest = guest;
+        if !paused {
+            guest.resume().map_err(|e| ServiceError::failed(format!("starting the vCPUs: {e}")))?;
+        }
+        let mut inner = self.lock();
+        if let Some(ending) = &inner.ending {
+            return Err(ServiceError::state(format!("the process is ending: {}", ending.message)));
+        }
+        self.take_in(&mut inner, guest);
+        Ok(())
+    }
+
+    /// Says where the process waits for a VM.
+    pub fn listen(&self, address: String) {
+        let mut inner = self.lock();
+        inner.listen = Some(address);
+        self.set(&mut inner, VmState::Listening, None);
+    }
+
+    /// Where it all stands. Never waits for the VM.
+    pub fn info(&self) -> VmInfo {
+        let inner = self.lock();
+        VmInfo {
+            state: Self::seen(&inner),
+            reason: inner.reason.clone(),
+            vm: inner.hardware.clone(),
+            listen: inner.listen.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        }
+    }
+
+    /// The last journey as it stands; an empty job if there was none. Never waits for it.
+    pub fn job(&self) -> Job {
+        self.lock().journey.as_ref().map(|j| j.job()).unwrap_or_default()
+    }
+
+    /// Remembers that somebody has been told how the last journey ended.
+    pub fn result_was_read(&self) {
+        self.lock().result_read = true;
+        self.changed.notify_all();
+    }
+
+    /// Changes whenever a state does; the value itself means nothing.
+    pub fn watch(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    /// Stops the vCPUs until `resume`. Doing it twice is no error.
+    pub fn pause(self: &Arc<Self>) -> Result<VmInfo, ServiceError> {
+        self.with_guest("pausing", |guest| {
+            if guest.is_paused() {
+                return Ok(());
+            }
+            guest.pause(PAUSE_LIMIT).map_err(|e| format!("pausing the VM: {e}; it runs on"))
+        })
+    }
+
+    /// Lets paused vCPUs run. Doing it twice is no error.
+    pub fn resume(self: &Arc<Self>) -> Result<VmInfo, ServiceError> {
+        self.with_guest("resuming", |guest| {
+            if !guest.is_paused() {
+                return Ok(());
+            }
+            guest.resume().map_err(|e| format!("resuming the VM: {e}; it is still paused"))
+        })
+    }
+
+    /// Takes the machine out, works on it without holding the lock, and puts it back.
+    fn with_guest(
+        self: &Arc<Self>,
+        what: &'static str,
+        work: impl FnOnce(&mut Box<dyn Guest>) -> Result<(), String>,
+    ) -> Result<VmInfo, ServiceError> {
+        let mut guest = {
+            let mut inner = self.lock();
+            let guest = Self::take_out(&mut inner, what)?;
+            inner.busy = Some(what);
+            guest
+        };
+        let result = work(&mut guest);
+        let mut inner = self.lock();
+        inner.busy = None;
+        self.put_back(&mut inner, guest);
+        drop(inner);
+        result.map_err(ServiceError::failed)?;
+        Ok(self.info())
+    }
+
+    /// Sends the VM away. Answers as soon as the journey has begun; [`job`](Self::job) tells the rest.
+    pub fn migrate(self: &Arc<Self>, request: &MigrationRequest) -> Result<Job, ServiceError> {
+        let departure =
+            self.engine.depart(request).map_err(|message| ServiceError { code: ErrorCode::BadRequest, message })?;
+        let mut inner = self.lock();
+        let guest = Self::take_out(&mut inner, "migrating")?;
+        let journey = departure.journey();
+        let job = journey.job();
+        inner.journey = Some(journey);
+        inner.result_read = false;
+        self.set(&mut inner, VmState::Migrating, None);
+        drop(inner);
+        info!(to = request.to, "the VM is on its way out");
+        let service = self.clone();
+        std::thread::Builder::new().name("migration".into()).spawn(move || service.carry(departure, guest)).map_err(
+            |e| {
+                // The closure, and the machine with it, is gone when the thread cannot be made.
+                let mut inner = self.lock();
+                self.end(&mut inner, VmState::Crashed, 1, format!("the VM was lost: no thread for its journey: {e}"));
+                ServiceError::failed(format!("starting the migration thread: {e}"))
+            },
+        )?;
+        Ok(job)
+    }
+
+    fn carry(self: Arc<Self>, departure: Box<dyn Departure>, guest: Box<dyn Guest>) {
+        let sent = departure.run(guest);
+        let mut inner = self.lock();
+        match sent {
+            Sent::Kept(guest) => {
+                let why = inner.journey.as_ref().and_then(|j| j.job().error);
+                warn!(why = why.as_deref().unwrap_or("unknown"), "the VM has not left; it stays here");
+                self.put_back(&mut inner, guest);
+                inner.reason = why.map(|w| format!("the last migration ended without a move: {w}"));
+            }
+            Sent::Gone => {
+                let job = inner.journey.as_ref().map(|j| j.job()).unwrap_or_default();
+                let message = format!(
+                    "the VM has moved to {}: {} rounds, {} bytes of memory, blackout {} us",
+                    job.peer,
+                    job.rounds.len(),
+                    job.memory_normal_bytes,
+                    job.downtime_us
+                );
+                info!("{message}");
+                self.set(&mut inner, VmState::Moved, Some(message.clone()));
+                if inner.stop_wanted || !self.policy.linger {
+                    let deadline = Instant::now() + RESULT_LIMIT;
+                    while !inner.result_read && !inner.stop_wanted && Instant::now() < deadline {
+                        inner = self.wait(inner, deadline);
+                    }
+                    self.end(&mut inner, VmState::Moved, 0, message);
+                }
+            }
+            Sent::Lost(why) => self.end(&mut inner, VmState::Crashed, 1, format!("the VM is lost: {why}")),
+        }
+    }
+
+    /// Notes that a VM is arriving; `journey` is the view of it.
+    pub fn arriving(&self, journey: Arc<dyn Journey>) {
+        let mut inner = self.lock();
+        inner.journey = Some(journey);
+        self.set(&mut inner, VmState::Receiving, None);
+    }
+
+    /// Notes which machine was built for the VM that is arriving.
+    pub fn built(&self, hardware: Hardware) {
+        self.lock().hardware = Some(hardware);
+        self.version.send_modify(|v| *v += 1);
+    }
+
+    /// Takes what came of an arrival. Answers whether the process is to listen on.
+    pub fn arrival(self: &Arc<Self>, received: Received) -> bool {
+        let mut inner = self.lock();
+        match received {
+            Received::Arrived(guest) => {
+                info!("the VM has arrived");
+                self.take_in(&mut inner, guest);
+                false
+            }
+            Received::Refused(why) => {
+                warn!(why, "the VM did not arrive");
+                inner.hardware = None;
+                self.set(&mut inner, VmState::Listening, Some(format!("the last VM did not arrive: {why}")));
+                if inner.stop_wanted {
+                    self.end(&mut inner, VmState::Stopped, 0, "stopped before a VM arrived".into());
+                }
+                inner.ending.is_none()
+            }
+            Received::Lost(why) => {
+                self.end(&mut inner, VmState::Crashed, 1, format!("the VM is lost: {why}"));
+                false
+            }
+        }
+    }
+
+    /// Asks the journey to end with the VM at its source. Answers at once; [`job`](Self::job) tells whether it did.
+    pub fn cancel(&self) -> Result<Job, ServiceError> {
+        let inner = self.lock();
+        let journey = match (Self::seen(&inner), &inner.journey) {
+            (VmState::Migrating | VmState::Receiving, Some(journey)) => journey.clone(),
+            (VmState::InDoubt, _) => {
+                return Err(ServiceError::state(
+                    "cancelling the migration: the VM has been given away and cannot be taken back; wait for the \
+                     answer of the other end, or decide with `wherry resolve`",
+                ));
+            }
+            (state, _) => {
+                return Err(ServiceError::state(format!(
+                    "cancelling the migration: there is none under way, the VM is {state}"
+                )));
+            }
+        };
+        drop(inner);
+        journey.cancel().map_err(|why| ServiceError::state(format!("cancelling the migration: {why}")))?;
+        Ok(journey.job())
+    }
+
+    /// Decides a journey in doubt.
+    pub fn resolve(&self, side: Side) -> Result<Job, ServiceError> {
+        let inner = self.lock();
+        let journey = match (Self::seen(&inner), &inner.journey) {
+            (VmState::InDoubt, Some(journey)) => journey.clone(),
+            (state, _) => {
+                return Err(ServiceError::state(format!("resolving: nothing is in doubt, the VM is {state}")));
+            }
+        };
+        drop(inner);
+        journey.resolve(side).map_err(|why| ServiceError::state(format!("resolving: {why}")))?;
+        Ok(journey.job())
+    }
+
+    /// Ends the VM and the process. A journey under way is cancelled first; a VM in doubt is not ended.
+    pub fn stop(&self) -> Result<VmInfo, ServiceError> {
+        let deadline = Instant::now() + STOP_LIMIT;
+        let mut inner = self.lock();
+        loop {
+            if inner.ending.is_some() {
+                return Ok(self.info_of(inner));
+            }
+            match Self::seen(&inner) {
+                VmState::InDoubt => {
+                    inner.stop_wanted = false;
+                    return Err(ServiceError::state(
+                        "stopping: the VM is in doubt, and what is here may be its only copy; decide with `wherry \
+                         resolve` first",
+                    ));
+                }
+                VmState::Running | VmState::Paused if inner.guest.is_some() => {
+                    let guest = inner.guest.take();
+                    self.end(&mut inner, VmState::Stopped, 0, "stopped by the user".into());
+                    drop(inner);
+                    drop(guest);
+                    return Ok(self.info());
+                }
+                VmState::Listening => self.end(&mut inner, VmState::Stopped, 0, "stopped before a VM arrived".into()),
+                VmState::Created => self.end(&mut inner, VmState::Stopped, 0, "stopped before the VM ran".into()),
+                VmState::Moved | VmState::Stopped | VmState::Crashed => {
+                    let (state, message) = (inner.state, inner.reason.clone().unwrap_or_default());
+                    self.end(&mut inner, state, u8::from(state == VmState::Crashed), message);
+                }
+                VmState::Migrating | VmState::Receiving if !inner.stop_wanted => {
+                    inner.stop_wanted = true;
+                    if let Some(journey) = inner.journey.clone() {
+                        drop(inner);
+                        // Too late to cancel is no error here: the loop then sees the VM gone.
+                        let _ = journey.cancel();
+                        inner = self.lock();
+                    }
+                }
+                _ if Instant::now() >= deadline => {
+                    return Err(ServiceError {
+                        code: ErrorCode::Deadline,
+                        message: format!(
+                            "stopping: the VM is still {} after {} s; it will end when that is over",
+                            inner.busy.unwrap_or(inner.state.word()),
+                            STOP_LIMIT.as_secs()
+                        ),
+                    });
+                }
+                _ => {
+                    inner.stop_wanted = true;
+                    // In doubt is told by the journey, not by a notification: look again now and then.
+                    let look = Instant::now() + Duration::from_millis(100);
+                    inner = self.wait(inner, look.min(deadline));
+                }
+            }
+        }
+    }
+
+    /// Blocks until the process is to end.
+    pub fn wait_for_end(&self) -> Ending {
+        let mut inner = self.lock();
+        loop {
+            if let Some(ending) = &inner.ending {
+                return ending.clone();
+            }
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// How the process is to end, if that is decided.
+    pub fn ending(&self) -> Option<Ending> {
+        self.lock().ending.clone()
+    }
+
+    /// Ends the process for a reason of its own, such as a VM that could not be built.
+    pub fn fail(&self, message: String) {
+        let mut inner = self.lock();
+        self.end(&mut inner, VmState::Crashed, 1, message);
+    }
+
+    // ---- below: with the lock held ----
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>, deadline: Instant) -> MutexGuard<'a, Inner> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    fn info_of(&self, inner: MutexGuard<'_, Inner>) -> VmInfo {
+        drop(inner);
+        self.info()
+    }
+
+    /// The state as the user sees it: a journey tells by itself when it is in doubt.
+    fn seen(inner: &Inner) -> VmState {
+        let on_its_way = matches!(inner.state, VmState::Migrating | VmState::Receiving);
+        match &inner.journey {
+            Some(journey) if on_its_way && journey.job().phase == Phase::InDoubt => VmState::InDoubt,
+            _ => inner.state,
+        }
+    }
+
+    fn set(&self, inner: &mut Inner, state: VmState, reason: Option<String>) {
+        inner.state = state;
+        inner.reason = reason;
+        self.changed.notify_all();
+        self.version.send_modify(|v| *v += 1);
+    }
+
+    fn end(&self, inner: &mut Inner, state: VmState, status: u8, message: String) {
+        if inner.ending.is_none() {
+            inner.ending = Some(Ending { status, message: message.clone() });
+        }
+        self.set(inner, state, Some(message));
+    }
+
+    fn take_out(inner: &mut Inner, what: &str) -> Result<Box<dyn Guest>, ServiceError> {
+        if let Some(busy) = inner.busy {
+            return Err(ServiceError::state(format!("{what} the VM: another request is {busy} it; try again")));
+        }
+        match (Self::seen(inner), inner.guest.take()) {
+            (VmState::Running | VmState::Paused, Some(guest)) => Ok(guest),
+            (VmState::Migrating, _) => Err(ServiceError::state(format!(
+                "{what} the VM: it is migrating to {}; wait, or `wherry cancel` first",
+                inner.journey.as_ref().map(|j| j.job().peer).unwrap_or_default()
+            ))),
+            (state, guest) => {
+                inner.guest = guest;
+                Err(ServiceError::state(format!("{what} the VM: it is {state} here")))
+            }
+        }
+    }
+
+    fn take_in(self: &Arc<Self>, inner: &mut Inner, guest: Box<dyn Guest>) {
+        inner.machine += 1;
+        inner.exit = None;
+        inner.hardware = Some(guest.hardware());
+        let (service, machine) = (Arc::downgrade(self), inner.machine);
+        guest.on_exit(Box::new(move |exit| {
+            if let Some(service) = service.upgrade() {
+                service.exited(machine, exit);
+            }
+        }));
+        self.put_back(inner, guest);
+    }
+
+    fn put_back(self: &Arc<Self>, inner: &mut Inner, guest: Box<dyn Guest>) {
+        let state = if guest.is_paused() { VmState::Paused } else { VmState::Running };
+        inner.guest = Some(guest);
+        let reason = inner.reason.take();
+        self.set(inner, state, reason);
+        if inner.stop_wanted {
+            // `stop` is waiting for just this.
+            return;
+        }
+        if let Some(exit) = inner.exit.take() {
+            self.obey(inner, exit);
+        }
+    }
+
+    /// Boots the machine again. The old one is gone.
+    fn reboot(self: Arc<Self>) {
+        let Some(reboot) = &self.policy.reboot else { return };
+        let guest = reboot().and_then(|mut guest| guest.resume().map(|()| guest));
+        let mut inner = self.lock();
+        inner.busy = None;
+        if inner.ending.is_some() {
+            return;
+        }
+        match guest {
+            Ok(guest) => self.take_in(&mut inner, guest),
+            Err(e) => self.end(&mut inner, VmState::Crashed, 1, format!("booting again after the guest's reset: {e}")),
+        }
+    }
+
+    /// The guest has ended on its own account. Called from whatever thread noticed.
+    fn exited(self: Arc<Self>, machine: u64, exit: Exit) {
+        let mut inner = self.lock();
+        if inner.machine != machine || inner.ending.is_some() {
+            return;
+        }
+        inner.exit = Some(exit);
+        if inner.guest.is_some() {
+            if let Some(exit) = inner.exit.take() {
+                self.obey(&mut inner, exit);
+            }
+        } else if let Some(journey) = inner.journey.clone()
+            && inner.state == VmState::Migrating
+        {
+            // A machine that is off is not worth a journey; when it is back, it is ended here.
+            drop(inner);
+            let _ = journey.cancel();
+        }
+    }
+
+    fn obey(self: &Arc<Self>, inner: &mut Inner, exit: Exit) {
+        // The notice may come from a thread of the machine itself, which must not be the one that ends it.
+        let Some(guest) = inner.guest.take() else { return };
+        let bury = move || drop(guest);
+        match exit {
+            Exit::PowerOff => {
+                self.end(inner, VmState::Stopped, 0, "the guest has powered off".into());
+                aside("power-off", bury);
+            }
+            Exit::Crash(why) => {
+                error!(why, "the guest has crashed");
+                self.end(inner, VmState::Crashed, 1, format!("the guest has crashed: {why}"));
+                aside("crash", bury);
+            }
+            Exit::Reset if self.policy.reboot.is_some() => {
+                info!("the guest has asked for a reset");
+                inner.busy = Some("resetting");
+                inner.hardware = None;
+                self.set(inner, VmState::Created, None);
+                let service = self.clone();
+                aside("reset", move || {
+                    bury();
+                    service.reboot();
+                });
+            }
+            Exit::Reset => {
+                let message = "the guest has asked for a reset, and this process has no kernel to boot again: the VM \
+                               came here by migration; start it anew with `wherry run`";
+                self.end(inner, VmState::Stopped, 0, message.into());
+                aside("reset", bury);
+            }
+        }
+    }
+}
+
+fn aside(name: &str, work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = std::thread::Builder::new().name(name.into()).spawn(work) {
+        error!(%error, "no thread for the {name} of the VM");
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,341 @@
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc;
+
+use super::*;
+use crate::service::guest::GuestError;
+
+/// Waits until `done` answers yes, and says what it waited for if it never does.
+pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < deadline, "waited 20 s for {what}");
+        std::thread::yield_now();
+    }
+}
+
+type Notify = Mutex<Option<Box<dyn FnOnce(Exit) + Send>>>;
+
+/// A machine without a KVM.
+pub(crate) struct Fake {
+    paused: bool,
+    notify: Arc<Notify>,
+    alive: Arc<AtomicBool>,
+    stuck: bool,
+}
+
+impl Fake {
+    pub(crate) fn boxed() -> Box<dyn Guest> {
+        Box::new(Self::new().0)
+    }
+
+    fn new() -> (Self, Arc<Notify>, Arc<AtomicBool>) {
+        let (notify, alive) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(true)));
+        (Self { paused: true, notify: notify.clone(), alive: alive.clone(), stuck: false }, notify, alive)
+    }
+}
+
+impl Drop for Fake {
+    fn drop(&mut self) {
+        self.alive.store(false, Ordering::SeqCst);
+    }
+}
+
+impl Guest for Fake {
+    fn hardware(&self) -> Hardware {
+        Hardware { name: "fake".into(), ..Hardware::default() }
+    }
+    fn pause(&mut self, _: Duration) -> Result<(), GuestError> {
+        if self.stuck {
+            return Err("vCPU 0 did not come to rest".into());
+        }
+        self.paused = true;
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), GuestError> {
+        self.paused = false;
+        Ok(())
+    }
+    fn is_paused(&self) -> bool {
+        self.paused
+    }
+    fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>) {
+        *self.notify.lock().unwrap() = Some(notify);
+    }
+}
+
+/// A journey that ends when it is told to.
+#[derive(Default)]
+pub(crate) struct FakeJourney {
+    job: Mutex<Job>,
+    changed: Condvar,
+}
+
+impl FakeJourney {
+    fn change(&self, change: impl FnOnce(&mut Job)) {
+        change(&mut self.job.lock().unwrap());
+        self.changed.notify_all();
+    }
+
+    fn wait_until(&self, done: impl Fn(Phase) -> bool) -> Phase {
+        let mut job = self.job.lock().unwrap();
+        while !done(job.phase) {
+            let (next, timeout) = self.changed.wait_timeout(job, Duration::from_secs(20)).unwrap();
+            assert!(!timeout.timed_out(), "waited 20 s for the test to end the journey");
+            job = next;
+        }
+        job.phase
+    }
+}
+
+impl Journey for FakeJourney {
+    fn job(&self) -> Job {
+        self.job.lock().unwrap().clone()
+    }
+    fn cancel(&self) -> Result<(), String> {
+        if self.job().phase != Phase::Precopy {
+            return Err("too late".into());
+        }
+        self.change(|job| {
+            job.phase = Phase::Cancelled;
+            job.error = Some("cancelled".into());
+        });
+        Ok(())
+    }
+    fn resolve(&self, side: Side) -> Result<(), String> {
+        self.change(|job| job.phase = if side == Side::Source { Phase::Failed } else { Phase::Done });
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+pub(crate) struct FakeEngine {
+    last: Mutex<Option<Arc<FakeJourney>>>,
+}
+
+impl FakeEngine {
+    fn last(&self) -> Arc<FakeJourney> {
+        self.last.lock().unwrap().clone().expect("a journey")
+    }
+    pub(crate) fn phase(&self) -> Phase {
+        self.last().job().phase
+    }
+    pub(crate) fn set(&self, change: impl FnOnce(&mut Job)) {
+        self.last().change(change);
+    }
+    pub(crate) fn finish(&self, phase: Phase) {
+        self.set(|job| job.phase = phase);
+    }
+}
+
+impl Engine for FakeEngine {
+    fn depart(&self, request: &MigrationRequest) -> Result<Box<dyn Departure>, String> {
+        if !request.to.starts_with("tcp:") {
+            return Err(format!("{:?} is no address", request.to));
+        }
+        let journey = Arc::new(FakeJourney::default());
+        journey.change(|job| {
+            job.peer = request.to.clone();
+            job.attempt = "a1".into();
+            job.phase = Phase::Precopy;
+        });
+        Ok(Box::new(FakeDeparture { engine_last: journey.clone(), publish: Some(self.publish(journey)) }))
+    }
+}
+
+impl FakeEngine {
+    fn publish(&self, journey: Arc<FakeJourney>) -> Arc<FakeJourney> {
+        *self.last.lock().unwrap() = Some(journey.clone());
+        journey
+    }
+}
+
+struct FakeDeparture {
+    engine_last: Arc<FakeJourney>,
+    publish: Option<Arc<FakeJourney>>,
+}
+
+impl Departure for FakeDeparture {
+    fn journey(&self) -> Arc<dyn Journey> {
+        self.engine_last.clone()
+    }
+    fn run(mut self: Box<Self>, guest: Box<dyn Guest>) -> Sent {
+        let journey = self.publish.take().expect("run once");
+        match journey.wait_until(|p| matches!(p, Phase::Done | Phase::Failed | Phase::Cancelled)) {
+            Phase::Done => Sent::Gone,
+            _ => Sent::Kept(guest),
+        }
+    }
+}
+
+fn request() -> MigrationRequest {
+    serde_json::from_value(serde_json::json!({"to": "tcp:h:1"})).unwrap()
+}
+
+fn running(policy: Policy) -> (Arc<Service>, Arc<FakeEngine>, Arc<Notify>, Arc<AtomicBool>) {
+    let engine = Arc::new(FakeEngine::default());
+    let service = Service::new(engine.clone(), policy);
+    let (fake, notify, alive) = Fake::new();
+    service.start(Box::new(fake), false).unwrap();
+    (service, engine, notify, alive)
+}
+
+fn exit(notify: &Notify, exit: Exit) {
+    let notify = notify.lock().unwrap().take().expect("somebody listens for the exit");
+    notify(exit);
+}
+
+#[test]
+fn a_vm_that_has_moved_ends_the_process_once_the_result_was_read() {
+    let (service, engine, _, alive) = running(Policy::default());
+    service.migrate(&request()).unwrap();
+    engine.finish(Phase::Done);
+    wait_for("the VM to have moved", || service.info().state == VmState::Moved);
+    assert_eq!(service.ending(), None);
+    service.result_was_read();
+    assert_eq!(service.wait_for_end().status, 0);
+    assert!(!alive.load(Ordering::SeqCst));
+}
+
+#[test]
+fn a_lingering_process_stays_until_it_is_stopped() {
+    let (service, engine, ..) = running(Policy { linger: true, ..Policy::default() });
+    service.migrate(&request()).unwrap();
+    engine.finish(Phase::Done);
+    wait_for("the VM to have moved", || service.info().state == VmState::Moved);
+    service.result_was_read();
+    assert_eq!(service.ending(), None);
+    assert_eq!(service.job().phase, Phase::Done);
+    service.stop().unwrap();
+    assert_eq!(service.wait_for_end().status, 0);
+}
+
+#[test]
+fn a_failed_migration_leaves_the_vm_as_it_was_and_says_why() {
+    let (service, engine, ..) = running(Policy::default());
+    service.pause().unwrap();
+    service.migrate(&request()).unwrap();
+    engine.set(|job| {
+        job.error = Some("the link broke".into());
+        job.phase = Phase::Failed;
+    });
+    wait_for("the VM to be back", || service.info().state == VmState::Paused);
+    assert!(service.info().reason.unwrap().contains("the link broke"));
+    service.resume().unwrap();
+    assert_eq!(service.info().state, VmState::Running);
+}
+
+#[test]
+fn a_vm_in_doubt_is_neither_stopped_nor_cancelled_and_can_be_resolved() {
+    let (service, engine, _, alive) = running(Policy::default());
+    service.migrate(&request()).unwrap();
+    engine.finish(Phase::InDoubt);
+    assert_eq!(service.info().state, VmState::InDoubt);
+    assert_eq!(service.stop().unwrap_err().code, ErrorCode::WrongState);
+    assert_eq!(service.cancel().unwrap_err().code, ErrorCode::WrongState);
+    assert!(alive.load(Ordering::SeqCst));
+    service.resolve(Side::Source).unwrap();
+    wait_for("the VM to run here again", || service.info().state == VmState::Running);
+}
+
+#[test]
+fn a_stop_cancels_a_migration_under_way_first() {
+    let (service, engine, _, alive) = running(Policy::default());
+    service.migrate(&request()).unwrap();
+    service.stop().unwrap();
+    assert_eq!(engine.phase(), Phase::Cancelled);
+    assert_eq!(service.wait_for_end().status, 0);
+    assert!(!alive.load(Ordering::SeqCst));
+}
+
+#[test]
+fn power_off_and_crash_end_the_process_with_their_statuses() {
+    let (service, _, notify, _) = running(Policy::default());
+    exit(&notify, Exit::PowerOff);
+    assert_eq!(service.wait_for_end(), Ending { status: 0, message: "the guest has powered off".into() });
+    let (service, _, notify, _) = running(Policy::default());
+    exit(&notify, Exit::Crash("triple fault on vCPU 0".into()));
+    let ending = service.wait_for_end();
+    assert!(ending.status == 1 && ending.message.contains("triple fault"), "{ending:?}");
+    assert_eq!(service.info().state, VmState::Crashed);
+}
+
+#[test]
+fn a_reset_boots_again_where_there_is_something_to_boot_and_ends_the_process_elsewhere() {
+    let boots = Arc::new(AtomicU32::new(0));
+    let (tx, rx) = mpsc::channel();
+    let count = boots.clone();
+    let reboot: Reboot = Box::new(move || {
+        count.fetch_add(1, Ordering::SeqCst);
+        let (fake, notify, _) = Fake::new();
+        tx.send(notify).unwrap();
+        Ok(Box::new(fake))
+    });
+    let (service, _, notify, alive) = running(Policy { reboot: Some(reboot), ..Policy::default() });
+    exit(&notify, Exit::Reset);
+    wait_for("the second boot", || service.info().state == VmState::Running);
+    assert!(!alive.load(Ordering::SeqCst), "the first machine is gone before the second is made");
+    exit(&rx.recv().unwrap(), Exit::PowerOff);
+    assert_eq!(service.wait_for_end().status, 0);
+    assert_eq!(boots.load(Ordering::SeqCst), 1);
+
+    let (service, _, notify, _) = running(Policy::default());
+    exit(&notify, Exit::Reset);
+    assert!(service.wait_for_end().message.contains("no kernel"));
+}
+
+#[test]
+fn a_guest_that_ends_while_it_migrates_is_called_back_and_ended_here() {
+    let (service, engine, notify, _) = running(Policy::default());
+    service.migrate(&request()).unwrap();
+    exit(&notify, Exit::PowerOff);
+    assert_eq!(service.wait_for_end().message, "the guest has powered off");
+    assert_eq!(engine.phase(), Phase::Cancelled);
+}
+
+#[test]
+fn a_vm_that_does_not_come_to_rest_runs_on() {
+    let engine = Arc::new(FakeEngine::default());
+    let service = Service::new(engine, Policy::default());
+    let (mut fake, ..) = Fake::new();
+    fake.stuck = true;
+    service.start(Box::new(fake), false).unwrap();
+    let error = service.pause().unwrap_err();
+    assert!(error.message.contains("did not come to rest; it runs on"), "{error}");
+    assert_eq!(service.info().state, VmState::Running);
+}
+
+#[test]
+fn a_bad_address_is_refused_before_the_vm_is_touched() {
+    let (service, ..) = running(Policy::default());
+    let error = service.migrate(&MigrationRequest { to: "nowhere".into(), ..request() }).unwrap_err();
+    assert_eq!(error.code, ErrorCode::BadRequest);
+    assert_eq!(service.info().state, VmState::Running);
+}
+
+#[test]
+fn a_receiver_listens_on_after_a_failed_arrival_and_keeps_the_vm_that_arrives() {
+    let service = Service::new(Arc::new(FakeEngine::default()), Policy::default());
+    service.listen("tcp:h:1".into());
+    let journey = Arc::new(FakeJourney::default());
+    service.arriving(journey.clone());
+    assert_eq!(service.info().state, VmState::Receiving);
+    assert!(service.arrival(Received::Refused("the source went away".into())));
+    let info = service.info();
+    assert!(info.state == VmState::Listening && info.reason.unwrap().contains("went away"));
+    service.arriving(journey);
+    assert!(!service.arrival(Received::Arrived({
+        let (mut fake, ..) = Fake::new();
+        fake.paused = false;
+        Box::new(fake)
+    })));
+    assert_eq!(service.info().state, VmState::Running);
+    service.stop().unwrap();
+}
+
+#[test]
+fn a_receiver_that_is_stopped_while_it_listens_ends_at_once() {
+    let service = Service::new(Arc::new(FakeEngine::default()), Policy::default());
+    service.listen("tcp:h:1".into());
+    service.stop().unwrap();
+    assert_eq!(service.wait_for_end().status, 0);
+}
