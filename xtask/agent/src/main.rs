@@ -2,11 +2,18 @@
 //!
 //! Says what it found on the serial port, in lines that `xtask/src/lab/report.rs` reads.
 
+mod checks;
+mod kernel_log;
 mod kvm;
+mod linux;
+mod serial;
+mod wherry;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::checks::Checks;
 
 /// Drives Wherry and its guests inside the nested lab.
 #[derive(Debug, Parser)]
@@ -19,20 +26,18 @@ struct Arguments {
 enum Command {
     /// Check that KVM works here.
     Kvm,
+    /// Run a Linux guest in Wherry and migrate it.
+    Linux {
+        /// More of everything.
+        #[arg(long)]
+        full: bool,
+    },
 }
 
 fn main() -> ExitCode {
-    match Arguments::parse().command {
-        Command::Kvm => {
-            println!("LAB PLAN kvm");
-            match kvm::probe() {
-                Ok(()) => println!("LAB PASS kvm"),
-                Err(error) => {
-                    println!("LAB FAIL kvm: {error:#}");
-                    return ExitCode::FAILURE;
-                }
-            }
-        }
-    }
-    ExitCode::SUCCESS
+    let good = match Arguments::parse().command {
+        Command::Kvm => Checks::plan(&["kvm".to_owned()]).check("kvm", kvm::probe).is_ok(),
+        Command::Linux { full } => linux::run(full),
+    };
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

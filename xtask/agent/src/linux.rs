@@ -1,0 +1,276 @@
+//! A stock Linux kernel in Wherry: it boots, works on both CPUs, is migrated from process to process while it works,
+//! and must not notice.
+
+use std::fmt::Write;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::checks::Checks;
+use crate::kernel_log;
+use crate::serial::Serial;
+use crate::wherry::{self, Vmm, path};
+
+/// The guest is emulated in an emulated machine: seconds become tens of seconds.
+const BOOT: Duration = Duration::from_secs(180);
+const COMMAND: Duration = Duration::from_secs(60);
+const MIGRATION: Duration = Duration::from_secs(120);
+
+/// By how many seconds the time that passed in the guest may differ from ours after all migrations.
+const CLOCK_SLACK: f64 = 3.0;
+
+/// How much of everything.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    memory: &'static str,
+    stressors: u32,
+    stress_bytes: &'static str,
+    data_mib: u32,
+    migrations: u32,
+}
+
+const SAMPLED: Size = Size { memory: "512M", stressors: 1, stress_bytes: "64M", data_mib: 8, migrations: 2 };
+const FULL: Size = Size { memory: "1G", stressors: 2, stress_bytes: "128M", data_mib: 64, migrations: 8 };
+
+/// Runs everything; true if all of it held.
+pub fn run(full: bool) -> bool {
+    let size = if full { FULL } else { SAMPLED };
+    let mut names: Vec<String> = ["boot", "smp", "load"].map(str::to_owned).to_vec();
+    for round in 1..=size.migrations {
+        names.extend([format!("migrate-{round}"), format!("goes-on-{round}")]);
+    }
+    names.extend(["load-verified", "data", "clock", "kernel-log", "power-off"].map(str::to_owned));
+    let mut checks = Checks::plan(&names);
+    // Each failure has been reported by its check.
+    let _ = scenario(&mut checks, size);
+    !checks.failed()
+}
+
+/// The guest, wherever it is, and what is known of it.
+#[derive(Debug)]
+struct Guest {
+    vmm: Vmm,
+    serial: Serial,
+    ticks: u64,
+    started: Instant,
+    uptime: f64,
+    clocksource: String,
+}
+
+fn scenario(checks: &mut Checks, size: Size) -> Result<()> {
+    let mut guest = checks.check("boot", || boot(size))?;
+    checks.check("smp", || smp(&mut guest.serial))?;
+    checks.check("load", || load(&mut guest, size))?;
+    for round in 1..=size.migrations {
+        guest = checks.check(&format!("migrate-{round}"), || migrate(guest, round))?;
+        checks.check(&format!("goes-on-{round}"), || goes_on(&mut guest))?;
+    }
+    checks.check("load-verified", || load_verified(&mut guest.serial))?;
+    checks.check("data", || data(&mut guest.serial))?;
+    checks.check("clock", || clock(&mut guest))?;
+    checks.check("kernel-log", || kernel_log(&mut guest.serial))?;
+    checks.check("power-off", || power_off(guest))
+}
+
+/// Starts a guest and waits for its user space.
+fn boot(size: Size) -> Result<Guest> {
+    let vmm = Vmm::start(
+        "first",
+        &[
+            "run",
+            "--kernel",
+            "/lab/vmlinuz",
+            "--initrd",
+            "/lab/inner.cpio",
+            "--memory",
+            size.memory,
+            "--cpus",
+            "2",
+            "--cmdline",
+            "console=ttyS0 panic=-1",
+        ],
+    )?;
+    let mut serial = Serial::connect(&vmm.serial, COMMAND)?;
+    let ready = serial.wait_for("INNER READY", BOOT)?;
+    println!("lab: {ready}");
+    let uptime = uptime(&mut serial)?;
+    let clocksource = clocksource(&mut serial)?;
+    println!("lab: clock source {clocksource}, {uptime} s since boot");
+    Ok(Guest { vmm, serial, ticks: 0, started: Instant::now(), uptime, clocksource })
+}
+
+/// Two CPUs are there and both take timer interrupts and run programs.
+fn smp(serial: &mut Serial) -> Result<()> {
+    let count = serial.ask("nproc", COMMAND)?;
+    ensure!(count.trim() == "2", "the guest sees {} CPUs, expected 2", count.trim());
+    for cpu in 0..2 {
+        // Field 39 of stat is the CPU the process last ran on.
+        let seen = serial.ask(&format!("taskset {} sh -c 'cut -d\" \" -f39 /proc/self/stat'", 1 << cpu), COMMAND)?;
+        ensure!(seen.trim() == cpu.to_string(), "a program bound to CPU {cpu} ran on {:?}", seen.trim());
+    }
+    Ok(())
+}
+
+/// Starts the memory load, a data set that stays, and a counter that must go on.
+fn load(guest: &mut Guest, size: Size) -> Result<()> {
+    let serial = &mut guest.serial;
+    serial.ask(
+        &format!(
+            "dd if=/dev/urandom of=/tmp/data bs=1M count={} 2>/dev/null && sha256sum /tmp/data >/tmp/data.sum",
+            size.data_mib
+        ),
+        COMMAND,
+    )?;
+    serial.ask(
+        "(i=0; while :; do i=$((i+1)); echo $i >/tmp/t.new; mv /tmp/t.new /tmp/ticks; usleep 100000; done) &",
+        COMMAND,
+    )?;
+    serial.ask(
+        &format!(
+            "(stress-ng --vm {} --vm-bytes {} --verify --temp-path /tmp >/tmp/stress.log 2>&1; echo $? >/tmp/stress.status) &",
+            size.stressors, size.stress_bytes
+        ),
+        COMMAND,
+    )?;
+    // The load is there when its workers (children of the first process) have used some CPU time.
+    let deadline = Instant::now() + COMMAND;
+    while serial.command("test $(pgrep stress-ng | wc -l) -ge 2 && test -s /tmp/ticks", COMMAND)?.status != 0 {
+        if Instant::now() >= deadline {
+            bail!("waited {COMMAND:?} for the load to start: {}", serial.ask("cat /tmp/stress.log", COMMAND)?);
+        }
+    }
+    guest.ticks = ticks(&mut guest.serial)?;
+    Ok(())
+}
+
+/// Moves the guest to a fresh process and returns it there.
+fn migrate(guest: Guest, round: u32) -> Result<Guest> {
+    let name = format!("d{round}");
+    // By turns over TCP and over a UNIX socket.
+    let address = if round.is_multiple_of(3) {
+        format!("unix:/tmp/{name}.link")
+    } else {
+        format!("tcp:127.0.0.1:{}", 7000 + round)
+    };
+    let target = Vmm::start(&name, &["receive", "--listen", &address])?;
+    let Guest { vmm: mut source, serial: old_serial, ticks, started, uptime, clocksource } = guest;
+    let start = Instant::now();
+    let report = wherry::run(&["migrate", "--api", path(&source.api), "--to", &address, "--json"], MIGRATION)
+        .with_context(|| format!("the target says {:?}", target.status()))?;
+    println!("lab: migration {round} took {:.1} s: {report}", start.elapsed().as_secs_f64());
+    drop(old_serial);
+    let status = source.wait(COMMAND).context("the source of a finished migration must go away")?;
+    ensure!(status.success(), "the source ended with {status} after its guest had moved");
+    let serial = Serial::connect(&target.serial, COMMAND)?;
+    Ok(Guest { vmm: target, serial, ticks, started, uptime, clocksource })
+}
+
+/// The guest answers on its serial port, its counter runs, both CPUs take interrupts, the load is still there.
+fn goes_on(guest: &mut Guest) -> Result<()> {
+    let answer = guest.serial.ask("echo alive", COMMAND)?;
+    ensure!(answer.contains("alive"), "the shell answered {answer:?}");
+    let before = timer_interrupts(&mut guest.serial)?;
+    let deadline = Instant::now() + COMMAND;
+    loop {
+        let now = ticks(&mut guest.serial)?;
+        let interrupts = timer_interrupts(&mut guest.serial)?;
+        if now > guest.ticks + 5 && interrupts.iter().zip(&before).all(|(now, before)| now > before) {
+            guest.ticks = now;
+            break;
+        }
+        if Instant::now() >= deadline {
+            bail!(
+                "waited {COMMAND:?} for the counter to go on from {} (it is {now}) and for timer interrupts on both CPUs ({before:?}, now {interrupts:?})",
+                guest.ticks
+            );
+        }
+    }
+    smp(&mut guest.serial)?;
+    let load = guest.serial.command("test ! -e /tmp/stress.status && pgrep stress-ng >/dev/null", COMMAND)?;
+    ensure!(load.status == 0, "the load has ended: {}", guest.serial.ask("cat /tmp/stress.*", COMMAND)?);
+    Ok(())
+}
+
+/// Ends the load and asks whether all that it wrote was read back.
+fn load_verified(serial: &mut Serial) -> Result<()> {
+    serial.ask("pkill -INT -o stress-ng", COMMAND)?;
+    let deadline = Instant::now() + COMMAND;
+    while serial.command("test -s /tmp/stress.status", COMMAND)?.status != 0 {
+        if Instant::now() >= deadline {
+            bail!("waited {COMMAND:?} for stress-ng to end: {}", serial.ask("cat /tmp/stress.log", COMMAND)?);
+        }
+    }
+    let log = serial.ask("cat /tmp/stress.log /tmp/stress.status", COMMAND)?;
+    for line in log.lines() {
+        println!("lab: {line}");
+    }
+    let status = log.trim().lines().last().unwrap_or_default().trim();
+    ensure!(status == "0", "stress-ng ended with status {status}");
+    ensure!(!log.contains("fail:") && log.contains("completed"), "stress-ng found corruption");
+    Ok(())
+}
+
+/// The data set is what it was.
+fn data(serial: &mut Serial) -> Result<()> {
+    serial.ask("sha256sum -c /tmp/data.sum", COMMAND)?;
+    Ok(())
+}
+
+/// The guest's time has passed like ours, by the same clock source.
+fn clock(guest: &mut Guest) -> Result<()> {
+    let ours = guest.started.elapsed().as_secs_f64();
+    let theirs = uptime(&mut guest.serial)? - guest.uptime;
+    println!("lab: {ours:.1} s passed here, {theirs:.1} s in the guest");
+    ensure!(
+        (ours - theirs).abs() <= CLOCK_SLACK,
+        "{ours:.1} s passed, and {theirs:.1} s in the guest: more than {CLOCK_SLACK} s apart"
+    );
+    let source = clocksource(&mut guest.serial)?;
+    ensure!(source == guest.clocksource, "the clock source was {}, now it is {source}", guest.clocksource);
+    Ok(())
+}
+
+/// The kernel has not complained.
+fn kernel_log(serial: &mut Serial) -> Result<()> {
+    let log = serial.ask("dmesg", COMMAND)?;
+    ensure!(log.lines().count() > 50, "the kernel log is too short to be one: {log:?}");
+    let found = kernel_log::trouble(&log);
+    let mut shown = String::new();
+    for line in &found {
+        let _ = writeln!(shown, "{line}");
+    }
+    ensure!(found.is_empty(), "{shown}");
+    Ok(())
+}
+
+/// The guest powers off by ACPI, and its VMM ends.
+fn power_off(mut guest: Guest) -> Result<()> {
+    guest.serial.send("bye\n")?;
+    guest.serial.wait_for("INNER BYE", COMMAND)?;
+    let status = guest.vmm.wait(COMMAND)?;
+    ensure!(status.success(), "wherry ended with {status} after the guest had powered off");
+    Ok(())
+}
+
+fn ticks(serial: &mut Serial) -> Result<u64> {
+    let text = serial.ask("cat /tmp/ticks", COMMAND)?;
+    text.trim().parse().with_context(|| format!("the counter reads {text:?}"))
+}
+
+fn uptime(serial: &mut Serial) -> Result<f64> {
+    let text = serial.ask("cut -d' ' -f1 /proc/uptime", COMMAND)?;
+    text.trim().parse().with_context(|| format!("the uptime reads {text:?}"))
+}
+
+fn clocksource(serial: &mut Serial) -> Result<String> {
+    let text = serial.ask("cat /sys/devices/system/clocksource/clocksource0/current_clocksource", COMMAND)?;
+    Ok(text.trim().to_owned())
+}
+
+/// Local timer interrupts of each CPU.
+fn timer_interrupts(serial: &mut Serial) -> Result<Vec<u64>> {
+    let text = serial.ask("grep LOC: /proc/interrupts", COMMAND)?;
+    let counts: Vec<u64> = text.split_whitespace().skip(1).map_while(|word| word.parse().ok()).collect();
+    ensure!(counts.len() == 2, "local timer interrupts of two CPUs, in {text:?}");
+    Ok(counts)
+}

@@ -1,0 +1,109 @@
+//! Wherry's processes inside the outer machine: start them, wait for them, never leave one behind.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// A Wherry process that owns, or waits for, a VM.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    name: String,
+    /// Its API socket.
+    pub api: PathBuf,
+    /// Its guest's serial port.
+    pub serial: PathBuf,
+}
+
+impl Vmm {
+    /// Starts `wherry ARGUMENTS --api … --serial …` and waits until its API answers.
+    pub fn start(name: &str, arguments: &[&str]) -> Result<Self> {
+        let api = PathBuf::from(format!("/tmp/{name}.api"));
+        let serial = PathBuf::from(format!("/tmp/{name}.serial"));
+        let mut command = Command::new("wherry");
+        command.args(arguments).arg("--api").arg(&api).arg(format!("--serial=socket:{}", serial.display()));
+        let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("cannot start {command:?}"))?;
+        let mut vmm = Self { child, name: name.to_owned(), api, serial };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if vmm.status().is_ok() {
+                return Ok(vmm);
+            }
+            if let Some(status) = vmm.child.try_wait()? {
+                bail!("wherry {} ended at once: {status}; arguments {arguments:?}", vmm.name);
+            }
+            if Instant::now() >= deadline {
+                bail!("waited 60 s for the API of wherry {} at {}", vmm.name, vmm.api.display());
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// What `wherry status --json` says.
+    pub fn status(&self) -> Result<String> {
+        run(&["status", "--json", "--api", path(&self.api)], Duration::from_secs(20))
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
+        wait(&mut self.child, limit)?.with_context(|| format!("waited {limit:?} for wherry {} to end", self.name))
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs a `wherry` command to its end and returns what it printed; it must succeed.
+pub fn run(arguments: &[&str], limit: Duration) -> Result<String> {
+    let (out, err) = (scratch("out"), scratch("err"));
+    let mut child = Command::new("wherry")
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(std::fs::File::create(&out).context("cannot create a file for the output")?)
+        .stderr(std::fs::File::create(&err).context("cannot create a file for the errors")?)
+        .spawn()
+        .with_context(|| format!("cannot start wherry {arguments:?}"))?;
+    let status = wait(&mut child, limit)?;
+    if status.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    let read = |path: &Path| String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).trim().to_owned();
+    let (printed, complained) = (read(&out), read(&err));
+    let _ = std::fs::remove_file(&out);
+    let _ = std::fs::remove_file(&err);
+    match status {
+        Some(status) if status.success() => Ok(printed),
+        Some(status) => bail!("wherry {arguments:?}: {status}: {complained} {printed}"),
+        None => bail!("wherry {arguments:?}: still running after {limit:?}: {complained} {printed}"),
+    }
+}
+
+/// Waits for a child until `limit` is over.
+fn wait(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn scratch(kind: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("lab-agent-{}.{kind}", std::process::id()))
+}
+
+/// A path of ours as text; we made it of ASCII.
+pub fn path(path: &Path) -> &str {
+    path.to_str().unwrap_or_default()
+}
