@@ -1,7 +1,7 @@
 //! What a kernel log says about a machine that was moved: which lines mean that something broke.
 
 /// Words that a healthy kernel does not write.
-const TROUBLE: [&str; 19] = [
+const TROUBLE: [&str; 20] = [
     "BUG:",
     "BUG ",
     "WARNING:",
@@ -16,6 +16,7 @@ const TROUBLE: [&str; 19] = [
     "self-detected stall",
     "starved",
     "unstable",
+    "Unstable",
     "segfault",
     "Spurious",
     "nobody cared",
@@ -23,19 +24,23 @@ const TROUBLE: [&str; 19] = [
     "unchecked MSR",
 ];
 
-/// Lines that carry such a word and mean no harm, each with the reason.
-const HARMLESS: [&str; 2] = [
+/// Lines that carry such a word at boot and mean no harm, each with the reason.
+const HARMLESS_AT_BOOT: [&str; 3] = [
     // A recommendation about the microcode of the emulated CPU.
     "Speculative Return Stack Overflow",
-    // One line of advice at boot, when the TSC is not used as the clock source.
+    // The emulator's vCPUs are threads with clocks of their own: the kernel sees that and takes another clock source.
+    "Marking TSC unstable due to TSCs unsynchronized",
+    // The advice that follows from it.
     "Unstable clock detected, switching default tracing clock",
 ];
 
-/// The lines of a log that mean trouble.
-pub fn trouble(log: &str) -> Vec<&str> {
+/// The lines of a log that mean trouble; the first `boot` lines are those of the boot.
+pub fn trouble(log: &str, boot: usize) -> Vec<&str> {
     log.lines()
-        .filter(|line| TROUBLE.iter().any(|word| line.contains(word)))
-        .filter(|line| !HARMLESS.iter().any(|words| line.contains(words)))
+        .enumerate()
+        .filter(|(_, line)| TROUBLE.iter().any(|word| line.contains(word)))
+        .filter(|(number, line)| *number >= boot || !HARMLESS_AT_BOOT.iter().any(|words| line.contains(words)))
+        .map(|(_, line)| line)
         .collect()
 }
 
@@ -44,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trouble_is_found_and_advice_is_not() {
+    fn trouble_is_found_and_what_is_usual_at_boot_is_so_only_there() {
         let log = "\
 [    0.266925] Speculative Return Stack Overflow: WARNING: See https://kernel.org/ for mitigation options.
 [    2.032430] Unstable clock detected, switching default tracing clock to \"global\"
@@ -52,7 +57,8 @@ mod tests {
 [    9.2] clocksource: timekeeping watchdog on CPU0: Marking clocksource 'tsc' as unstable because the skew is too large
 [    9.3] random: crng init done
 ";
-        let found = trouble(log);
+        assert_eq!(trouble(log, 0).len(), 4);
+        let found = trouble(log, 2);
         assert_eq!(found.len(), 2, "{found:?}");
         assert!(found[0].contains("soft lockup") && found[1].contains("skew"));
     }
