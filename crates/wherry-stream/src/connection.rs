@@ -34,6 +34,11 @@ impl Closer {
     pub fn close(&self) {
         self.0.close();
     }
+
+    /// See [`WriteHalf::unsent`]; for looking on while another thread sends.
+    pub fn unsent(&self) -> io::Result<u64> {
+        self.0.unsent()
+    }
 }
 
 /// What both halves know.
@@ -148,6 +153,25 @@ impl Connection {
         };
         let writer = WriteHalf { half: Half::new(socket, name), pending: Pending::default() };
         Ok(Self { reader, writer, peer })
+    }
+
+    /// Takes over a connected TCP socket. `peer` is its name in messages.
+    pub fn from_tcp(stream: TcpStream, peer: &str) -> Result<Self, StreamError> {
+        Self::from_blocking(stream.set_nonblocking(false), stream.into(), true, peer)
+    }
+
+    /// Takes over a connected UNIX socket. `peer` is its name in messages.
+    pub fn from_unix(stream: UnixStream, peer: &str) -> Result<Self, StreamError> {
+        Self::from_blocking(stream.set_nonblocking(false), stream.into(), false, peer)
+    }
+
+    fn from_blocking(made: io::Result<()>, fd: OwnedFd, tcp: bool, peer: &str) -> Result<Self, StreamError> {
+        made.map_err(|source| StreamError::Io {
+            channel: format!("connection with {peer}"),
+            doing: "making the socket block",
+            source,
+        })?;
+        Self::new(Socket::new(fd, tcp), peer.to_owned())
     }
 
     /// Connects to an endpoint. See [`Endpoint::connect`].
