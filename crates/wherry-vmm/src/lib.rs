@@ -5,3 +5,6 @@ pub mod bus;
 pub mod api;
 pub mod service;
 pub mod layout;
+pub mod line;
+pub mod pci;
+pub mod power;
