@@ -5,7 +5,9 @@
 //! One thread owns the [`ReadHalf`] and one the [`WriteHalf`].
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
