@@ -41,6 +41,8 @@ fn compile(source: &Path, output: &Path, add: impl FnOnce(&mut Command)) {
         .args(["--edition=2024", "--target", TARGET])
         .args(["-Cpanic=abort", "-Copt-level=3", "-Ccodegen-units=1", "-Cdebuginfo=0", "-Cstrip=debuginfo"])
         .args(["-Crelocation-model=static", "-Cforce-unwind-tables=no", "-Ctarget-cpu=x86-64"])
+        // Paths in panic messages: the same on every machine.
+        .arg(format!("--remap-path-prefix={}=wherry-guest", env::var("CARGO_MANIFEST_DIR").expect("set by cargo")))
         .arg("-o")
         .arg(output)
         .arg(source);

@@ -20,6 +20,7 @@ const LAPIC_ICR_LOW: u64 = LAPIC + 0x300;
 const LAPIC_ICR_HIGH: u64 = LAPIC + 0x310;
 const LAPIC_LVT_TIMER: u64 = LAPIC + 0x320;
 const LAPIC_LVT_LINT0: u64 = LAPIC + 0x350;
+const LAPIC_TIMER_INITIAL: u64 = LAPIC + 0x380;
 const LAPIC_TIMER_COUNT: u64 = LAPIC + 0x390;
 const LAPIC_TIMER_DIVIDE: u64 = LAPIC + 0x3e0;
 const MASKED: u32 = 1 << 16;
@@ -84,16 +85,11 @@ pub fn count(cpu: usize, vector: u8) -> u32 {
     percpu::interrupt_counts(cpu)[usize::from(vector)].load(Ordering::Acquire)
 }
 
-/// How often vCPU `cpu` has taken any device vector.
-pub fn device_total(cpu: usize) -> u64 {
-    DEVICE_VECTORS.map(|vector| u64::from(count(cpu, vector))).sum()
-}
-
 /// Frequency of the local APIC's timer in Hz, measured against the TSC for about 2 ms.
 pub fn measure_timer(tsc_hz: u64) -> u64 {
     // SAFETY: registers of the local APIC; its timer stays masked.
     unsafe {
-        mmio::write32(LAPIC_TIMER_COUNT - 0x10, u32::MAX);
+        mmio::write32(LAPIC_TIMER_INITIAL, u32::MAX);
         let start_count = mmio::read32(LAPIC_TIMER_COUNT);
         let start = crate::time::tsc();
         while crate::time::tsc().wrapping_sub(start) < tsc_hz / 500 {
@@ -101,7 +97,7 @@ pub fn measure_timer(tsc_hz: u64) -> u64 {
         }
         let ticks = start_count.wrapping_sub(mmio::read32(LAPIC_TIMER_COUNT));
         let elapsed = crate::time::tsc().wrapping_sub(start).max(1);
-        mmio::write32(LAPIC_TIMER_COUNT - 0x10, 0);
+        mmio::write32(LAPIC_TIMER_INITIAL, 0);
         (u128::from(ticks) * u128::from(tsc_hz) / u128::from(elapsed)) as u64
     }
 }

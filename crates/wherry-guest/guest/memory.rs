@@ -131,7 +131,7 @@ impl Allocator {
                 let table = self.tables + (gib - BOOT_MAPPED / GIB) * PAGE_SIZE;
                 for n in 0..512 {
                     // SAFETY: a page of the pool, below 4 GiB, used for nothing else.
-                    unsafe { ((table + n * 8) as *mut u64).write_volatile(gib * GIB + (n << 21) | 0xe7) };
+                    unsafe { ((table + n * 8) as *mut u64).write_volatile((gib * GIB + (n << 21)) | 0xe7) };
                 }
                 // SAFETY: as above. From not present to present needs no TLB flush.
                 unsafe { (&raw mut (*slot)[gib as usize]).write_volatile(table | 0x27) };

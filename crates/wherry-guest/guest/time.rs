@@ -35,10 +35,11 @@ pub fn tsc_khz(parameter: Option<u64>) -> Option<(u64, TscSource)> {
     }
     let kvm = [ebx, ecx, edx] == [0x4b4d_564b, 0x564b_4d56, 0x4d];
     const CLOCKSOURCE2: u32 = 1 << 3;
-    if kvm && gate::cpuid(0x4000_0001, 0)[0] & CLOCKSOURCE2 != 0 {
-        if let Some(khz) = kvm_clock_khz() {
-            return Some((khz, TscSource::KvmClock));
-        }
+    if kvm
+        && gate::cpuid(0x4000_0001, 0)[0] & CLOCKSOURCE2 != 0
+        && let Some(khz) = kvm_clock_khz()
+    {
+        return Some((khz, TscSource::KvmClock));
     }
     if highest >= 0x16 {
         let mhz = gate::cpuid(0x16, 0)[0] & 0xffff;

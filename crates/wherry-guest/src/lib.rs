@@ -7,10 +7,12 @@
 //! - [`report`]: the pages in guest RAM through which the guest speaks, and where they are
 //! - [`params`]: what may stand on its command line
 //! - [`data`]: what its data pages hold
+//! - [`snapshot`]: the report pages decoded, for programs that do not map them
 
 pub mod data;
 pub mod params;
 pub mod report;
+pub mod snapshot;
 
 /// The probe kernel: a static x86-64 ELF with a PVH entry note, linked at 1 MiB.
 pub static PROBE_ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/probe.elf"));

@@ -379,8 +379,8 @@ pub struct CpuPage {
     pub reset_seen: AtomicU32,
     /// How many of [`CpuPage::errors`] are filled.
     pub errors_kept: AtomicU32,
-    /// Device interrupts taken, all vectors.
-    pub interrupts: AtomicU64,
+    /// Interrupts of the local APIC's timer taken (with `idle=halt`).
+    pub timer_interrupts: AtomicU64,
 
     /// Heartbeats in the histogram.
     pub gap_count: AtomicU64,

@@ -82,8 +82,12 @@ pub fn first() {
 
     let mut apic_ids = [0; MAX_CPUS];
     let cpus = find_cpus(&boot, &params, &mut apic_ids);
-    header.cpus.store(cpus as u32, Relaxed);
+    for cpu in 1..cpus {
+        // SAFETY: that vCPU does not run yet.
+        unsafe { (cpu_page(cpu) as *const CpuPage as *mut u8).write_bytes(0, PAGE_SIZE as usize) };
+    }
     header.cpus_online.store(1, Relaxed);
+    header.cpus.store(cpus as u32, Release);
 
     let mut setup = Setup {
         params,
@@ -100,7 +104,7 @@ pub fn first() {
     serial::line(format_args!(
         "probe guest version {VERSION}: {} MiB RAM, {cpus} vCPUs, TSC {khz} kHz ({source:?}), data set {} MiB",
         header.ram_bytes.load(Relaxed) >> 20,
-        setup.data_pages * PAGE_SIZE >> 20,
+        (setup.data_pages * PAGE_SIZE) >> 20,
     ));
     // SAFETY: no other vCPU runs yet.
     unsafe { (*SETUP.0.get()).write(setup) };
@@ -140,25 +144,26 @@ fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     let copies = if setup.params.shadow == Shadow::Full { 2 } else { 1 };
     let wanted = setup.params.data.unwrap_or((ram.free() / 2 / copies).min(DEFAULT_DATA));
     let pages = wanted.div_ceil(PAGE_SIZE);
-    let no_room = |ram: &Allocator| -> ! {
+    let free = ram.free();
+    let no_room = || -> ! {
         die(
             0,
             FailureKind::Memory,
             format_args!(
                 "data={} MiB does not fit: {} MiB of RAM are free for data, shadow table and copy",
                 wanted >> 20,
-                ram.free() >> 20
+                free >> 20
             ),
         )
     };
     if pages > 0 {
-        let Some(table) = ram.take(pages.saturating_mul(ENTRY_BYTES)) else { no_room(&ram) };
+        let Some(table) = ram.take(pages.saturating_mul(ENTRY_BYTES)) else { no_room() };
         setup.table = table.start;
         if !take_pages(&mut ram, pages, &mut setup.extents) {
-            no_room(&ram);
+            no_room();
         }
         if copies == 2 && !take_pages(&mut ram, pages, &mut setup.shadow) {
-            no_room(&ram);
+            no_room();
         }
     }
     setup.data_pages = pages;
@@ -201,8 +206,6 @@ fn publish_parameters(params: &Params) {
 pub fn start_others() {
     let setup = get();
     for cpu in 1..setup.cpus {
-        // SAFETY: that vCPU does not run yet.
-        unsafe { (cpu_page(cpu) as *const CpuPage as *mut u8).write_bytes(0, PAGE_SIZE as usize) };
         let apic_id = setup.apic_ids[cpu];
         if let Err(what) = smp::start_cpu(cpu, apic_id, setup.tsc_hz) {
             die(0, FailureKind::Smp, format_args!("vCPU {cpu} (APIC id {apic_id}): {what}"));

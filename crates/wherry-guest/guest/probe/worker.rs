@@ -41,6 +41,8 @@ pub struct Worker {
     /// Next page to dirty in sequence, relative to the slice.
     sequence: u64,
     load: Load,
+    /// TSC at which the run time is over.
+    deadline: Option<u64>,
     timer_ticks: u32,
 }
 
@@ -107,6 +109,7 @@ impl Worker {
                 hot_pages: 1,
                 write: Write::Page,
             },
+            deadline: None,
             timer_ticks: 0,
         };
         if setup.params.idle == Idle::Halt {
@@ -125,16 +128,13 @@ impl Worker {
             self.tick();
         }
         let ms = (u128::from(time::tsc() - begin) * 1000 / u128::from(self.setup.tsc_hz)) as u64;
-        serial::line(format_args!("vCPU {} filled {} MiB in {ms} ms", self.cpu, self.pages * PAGE_SIZE >> 20));
+        serial::line(format_args!("vCPU {} filled {} MiB in {ms} ms", self.cpu, (self.pages * PAGE_SIZE) >> 20));
         self.inject_fault();
         self.reset_gaps();
         set_phase(self.cpu, Phase::Running);
         self.obey();
-        let deadline = self
-            .setup
-            .params
-            .run_ms
-            .map(|ms| time::tsc() + (u128::from(ms) * u128::from(self.setup.tsc_hz) / 1000) as u64);
+        let ticks = |ms| (u128::from(ms) * u128::from(self.setup.tsc_hz) / 1000) as u64;
+        self.deadline = self.setup.params.run_ms.map(|ms: u64| time::tsc().saturating_add(ticks(ms)));
         let mut verified_last = false;
         loop {
             let now = self.tick();
@@ -145,7 +145,7 @@ impl Worker {
             if control.reset_gaps.load(Relaxed) != self.out.reset_seen.load(Relaxed) {
                 self.reset_gaps();
             }
-            if control.finish.load(Relaxed) != 0 || deadline.is_some_and(|deadline| now >= deadline) {
+            if control.finish.load(Relaxed) != 0 || self.deadline.is_some_and(|deadline| now >= deadline) {
                 self.finish();
             }
             let dirty_due = now >= self.load.next_dirty && self.load.dirty_interval != u64::MAX;
@@ -162,6 +162,8 @@ impl Worker {
                 verified_last = true;
             } else if self.setup.params.idle == Idle::Halt {
                 interrupt::sleep(self.timer_ticks);
+                let taken = interrupt::count(self.cpu, interrupt::TIMER_VECTOR);
+                self.out.timer_interrupts.store(taken.into(), Relaxed);
             } else {
                 core::hint::spin_loop();
             }
@@ -183,9 +185,13 @@ impl Worker {
             if step > out.tsc_backwards_max.load(Relaxed) {
                 out.tsc_backwards_max.store(step, Relaxed);
             }
+            // Whatever was planned in the old count is due now or moves along.
+            self.load.next_dirty = self.load.next_dirty.min(now);
+            self.load.next_verify = self.load.next_verify.min(now);
+            self.deadline = self.deadline.map(|deadline| deadline.saturating_sub(step));
         } else {
             let gap = now - self.last_tsc;
-            let ns = (u128::from(gap) * u128::from(self.ns_mult) >> 32) as u64;
+            let ns = ((u128::from(gap) * u128::from(self.ns_mult)) >> 32) as u64;
             add(&out.gaps[gap_bucket(ns)], 1);
             add(&out.gap_count, 1);
             add(&out.gap_sum_ns, ns);
@@ -237,7 +243,6 @@ impl Worker {
             write: if control.write.load(Relaxed) == Write::Line as u32 { Write::Line } else { Write::Page },
         };
         self.out.control_seen.store(seen, Release);
-        self.out.interrupts.store(interrupt::device_total(self.cpu), Relaxed);
     }
 
     /// The page `i` of the slice.
@@ -296,7 +301,7 @@ impl Worker {
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         let value = self.random.wrapping_mul(0x2545_f491_4f6c_dd1d);
-        (u128::from(value) * u128::from(n) >> 64) as u64
+        ((u128::from(value) * u128::from(n)) >> 64) as u64
     }
 
     /// Dirties one page.

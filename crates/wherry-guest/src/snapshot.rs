@@ -1,0 +1,345 @@
+//! The report pages decoded into plain values, for programs on the host that read guest RAM with `pread`.
+//!
+//! Guest RAM is hostile input: every length and number in it is checked or bounded here. The guest writes while we
+//! read, so figures of one snapshot can be some microseconds apart; each 64-bit word is whole.
+
+use core::mem::offset_of;
+
+use crate::report::{
+    CpuPage, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS, MAX_EXTENTS, MESSAGE_BYTES,
+    MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, VERSION, VerifyError,
+};
+
+/// Why there is no snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SnapshotError {
+    /// The probe does not run (yet), or what runs is not the probe.
+    #[error("the report page has no magic: the probe guest does not run yet, or another kernel does")]
+    NotRunning,
+    /// The guest was built from another version.
+    #[error("the report pages have layout version {found}, this program reads version {VERSION}")]
+    Version {
+        /// What the guest says.
+        found: u32,
+    },
+    /// The caller handed too few bytes.
+    #[error("{given} bytes are not the report pages: give the {REPORT_SIZE} bytes from REPORT_GPA")]
+    Short {
+        /// How many bytes there were.
+        given: usize,
+    },
+}
+
+/// The first failure of the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Its kind; `None` for one this version does not know.
+    pub kind: Option<FailureKind>,
+    /// The vCPU that failed.
+    pub cpu: u32,
+    /// What happened, in words.
+    pub message: String,
+}
+
+/// A verification error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// Its kind; `None` for one this version does not know.
+    pub kind: Option<MismatchKind>,
+    /// The vCPU that found it.
+    pub cpu: u32,
+    /// Guest physical address of the first wrong byte.
+    pub gpa: u64,
+    /// Index of the data page.
+    pub page: u64,
+    /// The aligned 8 bytes that should be there.
+    pub expected: u64,
+    /// The aligned 8 bytes that were there.
+    pub found: u64,
+    /// Generation that should be there, see [`crate::data::Generation::from_word`].
+    pub expected_generation: u64,
+    /// Generation that was there, 0 if it could not be told.
+    pub found_generation: u64,
+}
+
+/// An exception in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// Vector.
+    pub vector: u32,
+    /// Error code.
+    pub error_code: u64,
+    /// Instruction pointer.
+    pub rip: u64,
+    /// CR2.
+    pub cr2: u64,
+    /// Stack pointer.
+    pub rsp: u64,
+    /// Code segment.
+    pub cs: u64,
+}
+
+/// A histogram of the gaps between heartbeats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gaps {
+    /// Heartbeats counted.
+    pub count: u64,
+    /// Largest gap in ns.
+    pub max_ns: u64,
+    /// Sum of all gaps in ns.
+    pub sum_ns: u64,
+    /// Bucket `b`: gaps of at least `2^b` ns and less than `2^(b+1)` ns.
+    pub buckets: [u64; GAP_BUCKETS],
+}
+
+impl Gaps {
+    /// An upper bound, in ns, of the gap that `per_mille` of all gaps do not exceed (a power of two, or the largest
+    /// gap). 0 without heartbeats.
+    pub fn quantile_ns(&self, per_mille: u32) -> u64 {
+        let total: u128 = self.buckets.iter().map(|&n| u128::from(n)).sum();
+        let wanted = (total * u128::from(per_mille)).div_ceil(1000);
+        let mut seen = 0u128;
+        for (bucket, &n) in self.buckets.iter().enumerate() {
+            seen += u128::from(n);
+            if n != 0 && seen >= wanted {
+                return (2u64 << bucket).min(self.max_ns);
+            }
+        }
+        0
+    }
+}
+
+/// What one vCPU reports; the fields are those of [`CpuPage`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are documented at `report::CpuPage`")]
+pub struct CpuSnapshot {
+    pub heartbeat: u64,
+    pub heartbeat_tsc: u64,
+    pub phase: Phase,
+    pub apic_id: u32,
+    pub slice_start: u64,
+    pub slice_pages: u64,
+    pub pages_filled: u64,
+    pub pages_dirtied: u64,
+    pub pages_verified: u64,
+    pub pages_prechecked: u64,
+    pub verify_passes: u64,
+    pub verify_errors: u64,
+    pub generation_sum: u64,
+    pub tsc_backwards: u64,
+    pub tsc_backwards_max: u64,
+    pub control_seen: u64,
+    pub reset_seen: u32,
+    pub timer_interrupts: u64,
+    pub gaps: Gaps,
+    /// The first exception, if there was one.
+    pub exception: Option<Exception>,
+    /// The first verification errors, at most [`MAX_ERRORS`].
+    pub mismatches: Vec<Mismatch>,
+}
+
+/// All report pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// TSC frequency in kHz, 0 while unknown.
+    pub tsc_khz: u64,
+    /// Number of the [`crate::report::TscSource`].
+    pub tsc_source: u32,
+    /// The guest found the MMIO probe port.
+    pub port_present: bool,
+    /// Bytes of RAM in the memory map.
+    pub ram_bytes: u64,
+    /// Pages of the data set.
+    pub data_pages: u64,
+    /// Guest physical address of the shadow table.
+    pub table_gpa: u64,
+    /// Guest physical address of the full shadow copy.
+    pub shadow_gpa: Option<u64>,
+    /// Seed of the data.
+    pub seed: u64,
+    /// Guest physical address and number of pages of each piece of the data set.
+    pub extents: Vec<(u64, u64)>,
+    /// vCPUs of which the guest says that they have come up.
+    pub cpus_online: u32,
+    /// The first failure.
+    pub failure: Option<Failure>,
+    /// One entry per vCPU that shares the work.
+    pub cpus: Vec<CpuSnapshot>,
+}
+
+/// Words at offsets in a page.
+struct Words<'a>(&'a [u8]);
+
+impl Words<'_> {
+    /// Offsets come from `offset_of` of structures that fit into the slice.
+    fn u64(&self, offset: usize) -> u64 {
+        self.0.get(offset..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u64::from_le_bytes(*bytes))
+    }
+
+    fn u32(&self, offset: usize) -> u32 {
+        self.0.get(offset..).and_then(|rest| rest.first_chunk()).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+    }
+}
+
+impl Snapshot {
+    /// Decodes the [`REPORT_SIZE`] bytes of guest RAM from [`crate::report::REPORT_GPA`] on.
+    ///
+    /// # Errors
+    /// The probe does not run yet (ask again), its layout has another version, or too few bytes were given.
+    pub fn decode(bytes: &[u8]) -> Result<Self, SnapshotError> {
+        if (bytes.len() as u64) < REPORT_SIZE {
+            return Err(SnapshotError::Short { given: bytes.len() });
+        }
+        let header = Words(&bytes[..PAGE_SIZE as usize]);
+        if header.u64(offset_of!(Header, magic)) != MAGIC {
+            return Err(SnapshotError::NotRunning);
+        }
+        let version = header.u32(offset_of!(Header, version));
+        if version != VERSION {
+            return Err(SnapshotError::Version { found: version });
+        }
+        let cpus = (header.u32(offset_of!(Header, cpus)) as usize).min(MAX_CPUS);
+        let pages = bytes[2 * PAGE_SIZE as usize..].chunks_exact(PAGE_SIZE as usize);
+        let extents = (header.u32(offset_of!(Header, extent_count)) as usize).min(MAX_EXTENTS);
+        let shadow = header.u64(offset_of!(Header, shadow_gpa));
+        Ok(Self {
+            tsc_khz: header.u64(offset_of!(Header, tsc_khz)),
+            tsc_source: header.u32(offset_of!(Header, tsc_source)),
+            port_present: header.u32(offset_of!(Header, port_present)) == 1,
+            ram_bytes: header.u64(offset_of!(Header, ram_bytes)),
+            data_pages: header.u64(offset_of!(Header, data_pages)),
+            table_gpa: header.u64(offset_of!(Header, table_gpa)),
+            shadow_gpa: (shadow != 0).then_some(shadow),
+            seed: header.u64(offset_of!(Header, seed)),
+            extents: (0..extents)
+                .map(|i| {
+                    let at = offset_of!(Header, extents) + i * size_of::<Extent>();
+                    (header.u64(at + offset_of!(Extent, gpa)), header.u64(at + offset_of!(Extent, pages)))
+                })
+                .collect(),
+            cpus_online: header.u32(offset_of!(Header, cpus_online)),
+            failure: failure(&header),
+            cpus: pages.take(cpus).map(|page| CpuSnapshot::decode(&Words(page))).collect(),
+        })
+    }
+
+    /// The phase of the whole guest: failed if anything is, else that of the vCPU that is least far.
+    pub fn phase(&self) -> Phase {
+        if self.failure.is_some() || self.cpus.iter().any(|cpu| cpu.phase == Phase::Failed) {
+            return Phase::Failed;
+        }
+        self.cpus.iter().map(|cpu| cpu.phase).min().unwrap_or(Phase::Absent)
+    }
+
+    /// Verification errors of all vCPUs.
+    pub fn verify_errors(&self) -> u64 {
+        self.sum(|cpu| cpu.verify_errors)
+    }
+
+    /// Pages dirtied by all vCPUs since the fill.
+    pub fn pages_dirtied(&self) -> u64 {
+        self.sum(|cpu| cpu.pages_dirtied)
+    }
+
+    /// Pages verified by all vCPUs.
+    pub fn pages_verified(&self) -> u64 {
+        self.sum(|cpu| cpu.pages_verified)
+    }
+
+    /// Largest gap of any vCPU, in ns.
+    pub fn largest_gap_ns(&self) -> u64 {
+        self.cpus.iter().map(|cpu| cpu.gaps.max_ns).max().unwrap_or(0)
+    }
+
+    /// Guest physical address of data page `index`. `None` beyond the data set.
+    pub fn page_gpa(&self, index: u64) -> Option<u64> {
+        let mut left = index;
+        for &(gpa, pages) in &self.extents {
+            if left < pages {
+                return gpa.checked_add(left.checked_mul(PAGE_SIZE)?);
+            }
+            left -= pages;
+        }
+        None
+    }
+
+    fn sum(&self, figure: impl Fn(&CpuSnapshot) -> u64) -> u64 {
+        self.cpus.iter().map(figure).fold(0, u64::wrapping_add)
+    }
+}
+
+fn failure(header: &Words<'_>) -> Option<Failure> {
+    let kind = header.u32(offset_of!(Header, failure));
+    let length = (header.u32(offset_of!(Header, message_len)) as usize).min(MESSAGE_BYTES);
+    let message = &header.0[offset_of!(Header, message)..][..length];
+    (kind != 0).then(|| Failure {
+        kind: FailureKind::from_u32(kind),
+        cpu: header.u32(offset_of!(Header, failure_cpu)),
+        message: String::from_utf8_lossy(message).into_owned(),
+    })
+}
+
+impl CpuSnapshot {
+    fn decode(page: &Words<'_>) -> Self {
+        let kept = (page.u32(offset_of!(CpuPage, errors_kept)) as usize).min(MAX_ERRORS);
+        let mut buckets = [0; GAP_BUCKETS];
+        for (i, bucket) in buckets.iter_mut().enumerate() {
+            *bucket = page.u64(offset_of!(CpuPage, gaps) + 8 * i);
+        }
+        Self {
+            heartbeat: page.u64(offset_of!(CpuPage, heartbeat)),
+            heartbeat_tsc: page.u64(offset_of!(CpuPage, heartbeat_tsc)),
+            phase: Phase::from_u32(page.u32(offset_of!(CpuPage, phase))).unwrap_or(Phase::Failed),
+            apic_id: page.u32(offset_of!(CpuPage, apic_id)),
+            slice_start: page.u64(offset_of!(CpuPage, slice_start)),
+            slice_pages: page.u64(offset_of!(CpuPage, slice_pages)),
+            pages_filled: page.u64(offset_of!(CpuPage, pages_filled)),
+            pages_dirtied: page.u64(offset_of!(CpuPage, pages_dirtied)),
+            pages_verified: page.u64(offset_of!(CpuPage, pages_verified)),
+            pages_prechecked: page.u64(offset_of!(CpuPage, pages_prechecked)),
+            verify_passes: page.u64(offset_of!(CpuPage, verify_passes)),
+            verify_errors: page.u64(offset_of!(CpuPage, verify_errors)),
+            generation_sum: page.u64(offset_of!(CpuPage, generation_sum)),
+            tsc_backwards: page.u64(offset_of!(CpuPage, tsc_backwards)),
+            tsc_backwards_max: page.u64(offset_of!(CpuPage, tsc_backwards_max)),
+            control_seen: page.u64(offset_of!(CpuPage, control_seen)),
+            reset_seen: page.u32(offset_of!(CpuPage, reset_seen)),
+            timer_interrupts: page.u64(offset_of!(CpuPage, timer_interrupts)),
+            gaps: Gaps {
+                count: page.u64(offset_of!(CpuPage, gap_count)),
+                max_ns: page.u64(offset_of!(CpuPage, gap_max_ns)),
+                sum_ns: page.u64(offset_of!(CpuPage, gap_sum_ns)),
+                buckets,
+            },
+            exception: exception(page),
+            mismatches: (0..kept)
+                .map(|i| mismatch(page, offset_of!(CpuPage, errors) + i * size_of::<VerifyError>()))
+                .collect(),
+        }
+    }
+}
+
+fn exception(page: &Words<'_>) -> Option<Exception> {
+    let at = offset_of!(CpuPage, fault);
+    (page.u32(at + offset_of!(Fault, taken)) != 0).then(|| Exception {
+        vector: page.u32(at + offset_of!(Fault, vector)),
+        error_code: page.u64(at + offset_of!(Fault, error_code)),
+        rip: page.u64(at + offset_of!(Fault, rip)),
+        cr2: page.u64(at + offset_of!(Fault, cr2)),
+        rsp: page.u64(at + offset_of!(Fault, rsp)),
+        cs: page.u64(at + offset_of!(Fault, cs)),
+    })
+}
+
+fn mismatch(page: &Words<'_>, at: usize) -> Mismatch {
+    Mismatch {
+        kind: MismatchKind::from_u32(page.u32(at + offset_of!(VerifyError, kind))),
+        cpu: page.u32(at + offset_of!(VerifyError, cpu)),
+        gpa: page.u64(at + offset_of!(VerifyError, gpa)),
+        page: page.u64(at + offset_of!(VerifyError, page)),
+        expected: page.u64(at + offset_of!(VerifyError, expected)),
+        found: page.u64(at + offset_of!(VerifyError, found)),
+        expected_generation: page.u64(at + offset_of!(VerifyError, expected_generation)),
+        found_generation: page.u64(at + offset_of!(VerifyError, found_generation)),
+    }
+}

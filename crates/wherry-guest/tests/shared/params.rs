@@ -1,0 +1,90 @@
+//! The command line.
+
+use proptest::prelude::*;
+use wherry_guest::params::{Idle, InjectedFault, Params, Pattern, Shadow, Write};
+use wherry_guest::report::RATE_MAX;
+
+#[test]
+fn an_empty_line_gives_the_documented_defaults() {
+    let params = Params::parse("  ").unwrap();
+    assert_eq!(params, Params::default());
+    assert_eq!((params.data, params.rate, params.hot_permille, params.verify_permille), (None, 50 << 20, 100, 200));
+    assert_eq!((params.pattern, params.write, params.idle), (Pattern::Uniform, Write::Page, Idle::Spin));
+}
+
+#[test]
+fn every_parameter_is_understood() {
+    let line = "data=512M rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
+                cpus=2 idle=halt tsc_khz=2600000 run=1500 fault=gp";
+    let expected = Params {
+        data: Some(512 << 20),
+        rate: RATE_MAX,
+        pattern: Pattern::Hot,
+        hot_permille: 125,
+        verify_permille: 0,
+        write: Write::Line,
+        precheck: false,
+        shadow: Shadow::Full,
+        seed: 16,
+        cpus: 2,
+        idle: Idle::Halt,
+        tsc_khz: Some(2_600_000),
+        run_ms: Some(1500),
+        fault: Some(InjectedFault::Gp),
+    };
+    assert_eq!(Params::parse(line), Ok(expected));
+}
+
+#[test]
+fn a_parameter_given_twice_counts_as_given_last() {
+    assert_eq!(Params::parse("rate=1M rate=0").unwrap().rate, 0);
+}
+
+#[test]
+fn words_that_are_not_parameters_are_named_with_what_would_be_right() {
+    for (word, hint) in [
+        ("quiet", "one of data"),
+        ("colour=blue", "one of data"),
+        ("data=", "number of bytes"),
+        ("data=12X", "number of bytes"),
+        ("data=-1", "number of bytes"),
+        ("data=+1", "number of bytes"),
+        ("data=99999999999999999999", "number of bytes"),
+        ("data=16777216T", "number of bytes"),
+        ("rate=fast", "or max"),
+        ("hot=0%", "0.1%"),
+        ("hot=10", "percentage"),
+        ("verify=101%", "percentage"),
+        ("verify=1.25%", "percentage"),
+        ("cpus=0", "from 1 to 64"),
+        ("cpus=65", "from 1 to 64"),
+        ("pattern=random", "uniform, hot or sequential"),
+        ("write=byte", "page or line"),
+        ("idle=sleep", "spin or halt"),
+        ("tsc_khz=0", "kHz"),
+        ("precheck=yes", "on or off"),
+        ("shadow=none", "table or full"),
+        ("seed=0x+1", "number"),
+        ("run=forever", "milliseconds"),
+        ("fault=all", "page, gp or panic"),
+    ] {
+        let line = format!("seed=1 {word} cpus=1");
+        let error = Params::parse(&line).unwrap_err();
+        assert_eq!(error.word, word);
+        let text = error.to_string();
+        assert!(text.contains(word) && text.contains(hint), "{text}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_line_makes_the_parser_panic(line in ".{0,200}") {
+        let _ = Params::parse(&line);
+    }
+
+    #[test]
+    fn sizes_are_what_they_say(n in 0u64..1 << 20, unit in 0usize..4) {
+        let line = format!("data={n}{}", ["", "K", "M", "G"][unit]);
+        prop_assert_eq!(Params::parse(&line).unwrap().data, Some(n << (10 * unit)));
+    }
+}
