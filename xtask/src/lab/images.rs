@@ -105,8 +105,11 @@ fn file_name(path: &Path) -> &str {
     path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
+/// Writes an archive; another lab that is just starting sees the old file or the new one, whole.
 fn write(path: &Path, archive: Initramfs) -> Result<PathBuf> {
-    std::fs::write(path, archive.finish()).with_context(|| format!("cannot write {}", path.display()))?;
+    let partial = path.with_extension("partial");
+    std::fs::write(&partial, archive.finish()).with_context(|| format!("cannot write {}", partial.display()))?;
+    std::fs::rename(&partial, path).with_context(|| format!("cannot rename it to {}", path.display()))?;
     Ok(path.to_owned())
 }
 

@@ -14,7 +14,7 @@ mod qemu;
 mod report;
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -88,7 +88,7 @@ pub fn run(lab: Lab) -> Result<Tally> {
     }
 }
 
-/// An outer machine with its script, ready to run.
+/// An outer machine with its script, ready to run. Its image goes with it.
 #[derive(Debug)]
 struct Outer {
     name: &'static str,
@@ -99,21 +99,24 @@ impl Outer {
     /// Builds everything that the lab `name` runs on. One task at a time builds; machines may run side by side.
     fn prepare(name: &'static str, content: &Content) -> Result<Self> {
         let _building = lock()?;
+        remove_stale(&home());
         let images = Images::prepare()?;
-        let initrd = images.outer_initramfs(name, content)?;
+        let initrd = images.outer_initramfs(&unique(name), content)?;
         Ok(Self { name, machine: Machine::new(images.outer.image, initrd) })
     }
 
     /// Runs the machine and counts what it reports.
     fn run(&self, limit: Duration) -> Result<Tally> {
-        let log = home().join(format!("{}.log", self.name));
+        let running = home().join(unique(self.name)).with_extension("log");
+        let log = home().join(self.name).with_extension("log");
         let start = Instant::now();
         let mut report = Report::new(&format!("lab {}", self.name));
-        let ending = self.machine.run(&log, limit, |line| {
+        let ending = self.machine.run(&running, limit, |line| {
             println!("{:6.1} {line}", start.elapsed().as_secs_f64());
             report.line(line);
             Next::Continue
         })?;
+        std::fs::rename(&running, &log).with_context(|| format!("cannot keep the serial log as {}", log.display()))?;
         println!(
             "lab {}: script status {}, machine {ending} after {:.1} s; serial log in {}",
             self.name,
@@ -122,6 +125,31 @@ impl Outer {
             log.display()
         );
         Ok(report.finish(ending, limit))
+    }
+}
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.machine.initrd);
+    }
+}
+
+/// A name that no other task uses, so that the same lab can run twice at once.
+fn unique(name: &str) -> String {
+    format!("{name}-{}", std::process::id())
+}
+
+/// Removes what tasks that were killed have left: files with a [`unique`] name of a process that is gone.
+fn remove_stale(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let task = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.rsplit_once('-'));
+        if let Some(Ok(pid)) = task.map(|(_, pid)| pid.parse::<u32>())
+            && path.is_file()
+            && !Path::new(&format!("/proc/{pid}")).exists()
+        {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -153,4 +181,23 @@ fn lock() -> Result<File> {
     let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_task_left_is_removed_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        // Process ids end far below this one.
+        for name in ["run-999999999.cpio", "run.log", "inner.cpio"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        std::fs::write(dir.path().join(unique("run")).with_extension("cpio"), "").unwrap();
+        std::fs::create_dir(dir.path().join("dir-999999999")).unwrap();
+        remove_stale(dir.path());
+        assert!(!dir.path().join("run-999999999.cpio").exists());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 4);
+    }
 }
