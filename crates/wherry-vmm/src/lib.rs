@@ -1,5 +1,6 @@
 //! A KVM machine: vCPUs, boot, buses, state units, API server
 
+pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod api;
