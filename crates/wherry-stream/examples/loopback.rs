@@ -64,7 +64,8 @@ impl Memory {
 
     fn populate(&self, at: usize, len: usize) -> Result<(), Failure> {
         // SAFETY: inside the mapping; populating changes no byte.
-        Ok(unsafe { rustix::mm::madvise(self.base.add(at).cast(), len, Advice::LinuxPopulateWrite)? })
+        unsafe { rustix::mm::madvise(self.base.add(at).cast(), len, Advice::LinuxPopulateWrite)? };
+        Ok(())
     }
 }
 
