@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
 mod data;
+mod document;
 mod image;
 mod params;
 mod snapshot;
