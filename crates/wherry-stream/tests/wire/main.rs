@@ -14,3 +14,5 @@ mod frames;
 mod hello;
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod seeds;
