@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use wherry_memory::{Block, DirtyError, DirtySource, GRANULE, MemoryError, PageSet, Ram};
+use wherry_memory::{Block, DirtyError, GRANULE, MemoryError, PageSet, Ram};
 
 use crate::error::Cause;
 use crate::machine::Machine;
@@ -40,19 +40,12 @@ impl Dirty {
             mine.union(other);
         }
     }
-
-    pub(crate) fn clear(&mut self) {
-        self.0.iter_mut().for_each(PageSet::clear);
-    }
 }
 
 fn insert_allocated(block: &Block, set: &mut PageSet) -> Result<(), MemoryError> {
     for run in block.data_runs(0..block.spec().size) {
-        let run = run.map_err(|source| MemoryError::Os {
-            what: "looking for allocated pages",
-            id: block.spec().id,
-            source,
-        })?;
+        let run =
+            run.map_err(|source| MemoryError::Os { what: "looking for allocated pages", id: block.spec().id, source })?;
         set.insert_range(run.start / GRANULE..run.end.div_ceil(GRANULE));
     }
     Ok(())
@@ -70,10 +63,6 @@ impl Tracker {
     pub(crate) fn new(machine: Arc<dyn Machine>) -> Self {
         let failed = vec![false; machine.dirty_sources().len()];
         Self { machine, started: 0, failed }
-    }
-
-    fn sources(&self) -> &[Arc<dyn DirtySource>] {
-        self.machine.dirty_sources()
     }
 
     /// Starts all of them. Before the first page is looked at.
@@ -125,11 +114,6 @@ impl Tracker {
         taken: &PageSet,
     ) -> Result<(), DirtyError> {
         machine.dirty_sources().iter().try_for_each(|source| source.rearm(block, range.clone(), taken))
-    }
-
-    #[cfg(test)]
-    pub(crate) fn count(&self) -> usize {
-        self.sources().len()
     }
 }
 

@@ -24,7 +24,9 @@ pub enum JourneyError {
     NotHere(#[source] Cause),
     /// Either end: the VM was given away, or may have been, and nobody could say whether the other side has it. It does
     /// not run here and must not be started here unless the other side is known to be dead or fenced.
-    #[error("in doubt: {0}. Ask again, or decide with `resolve --as source|destination` when the other side is known to be dead")]
+    #[error(
+        "in doubt: {0}. Ask again, or decide with `resolve --as source|destination` when the other side is known to be dead"
+    )]
     InDoubt(#[source] Cause),
     /// Source: it failed, and the VM could not be started again here.
     #[error("the migration failed ({cause}) and the VM could not be started again here: {undo}")]
@@ -73,6 +75,9 @@ pub enum Cause {
         /// What was wrong.
         what: String,
     },
+    /// The destination cannot run the machine.
+    #[error("the destination refused: {}", .0.join("; "))]
+    Refused(Vec<String>),
     /// This side was cancelled.
     #[error("cancelled")]
     Cancelled,

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
+use wherry_stream::Closer;
 
 use crate::progress::{Job, Phase};
 use crate::testpoint::Point;
 
 /// One end of a journey.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Side {
     /// Where the VM comes from.
@@ -80,6 +81,21 @@ struct Inner {
     /// Readable after `cancel` and `resolve`, so that whoever waits for a peer hears of it at once.
     alarm: Option<OwnedFd>,
     test_hook: OnceLock<TestHook>,
+    /// Connections that `cancel` ends, because somebody is blocked in a call on them; by ticket.
+    closers: Mutex<Vec<(u64, Closer)>>,
+    tickets: AtomicU64,
+}
+
+/// While it lives, `cancel` ends a connection.
+pub(crate) struct CloseOnCancel {
+    journey: Journey,
+    ticket: u64,
+}
+
+impl Drop for CloseOnCancel {
+    fn drop(&mut self) {
+        lock(&self.journey.inner.closers).retain(|(ticket, _)| *ticket != self.ticket);
+    }
 }
 
 type TestHook = Box<dyn Fn(Point) + Send + Sync>;
@@ -116,6 +132,8 @@ impl Journey {
                 // Without it (no descriptors left) cancelling works all the same, within one tick of a wait.
                 alarm: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok(),
                 test_hook: OnceLock::new(),
+                closers: Mutex::default(),
+                tickets: AtomicU64::new(0),
             }),
         }
     }
@@ -125,6 +143,9 @@ impl Journey {
     /// ended when this returns.
     pub fn cancel(&self) -> bool {
         let state = self.inner.cancel.compare_exchange(OPEN, ASKED, Ordering::SeqCst, Ordering::SeqCst);
+        if self.is_cancelled() {
+            lock(&self.inner.closers).iter().for_each(|(_, closer)| closer.close());
+        }
         self.ring();
         matches!(state, Ok(_) | Err(ASKED))
     }
@@ -192,8 +213,24 @@ impl Journey {
         let _ = self.inner.cancel.compare_exchange(CLOSED, OPEN, Ordering::SeqCst, Ordering::SeqCst);
     }
 
+    /// Has `cancel` end a connection, as long as the returned guard lives; at once if it was called before.
+    pub(crate) fn close_on_cancel(&self, closer: Closer) -> CloseOnCancel {
+        let ticket = self.inner.tickets.fetch_add(1, Ordering::Relaxed);
+        lock(&self.inner.closers).push((ticket, closer.clone()));
+        if self.is_cancelled() {
+            closer.close();
+        }
+        CloseOnCancel { journey: self.clone(), ticket }
+    }
+
     pub(crate) fn resolution(&self) -> Option<Side> {
         *lock(&self.inner.resolution)
+    }
+
+    /// Takes the resolution, so that it is acted on once.
+    pub(crate) fn take_resolution(&self) -> Option<Side> {
+        self.quiet();
+        lock(&self.inner.resolution).take()
     }
 
     pub(crate) fn downtime_limit(&self, default: Duration) -> Duration {

@@ -5,14 +5,28 @@
 //! - [`Journey`]: the handle that the VMM's API holds meanwhile: cancel, settings, events, the job.
 //! - [`progress`]: what the engine tells while it works and at the end, in libvirt's job vocabulary.
 //! - [`SourceOptions`], [`DestinationOptions`], [`JourneyError`].
+//! - [`ownership`]: who has the VM when both sides may crash and the network may lose, repeat and delay; a pure state
+//!   machine, model-checked. [`records`]: what a host writes down about it.
 //! - [`testpoint`]: where tests can hold a journey.
 
+mod bandwidth;
+pub mod destination;
+mod dirty;
+pub mod epoch;
 mod error;
+mod features;
 mod journey;
+mod link;
 pub mod machine;
 mod options;
+pub mod ownership;
+mod predict;
 pub mod progress;
+pub mod records;
+pub mod source;
 pub mod testpoint;
+mod verify;
+mod zero;
 
 pub use error::{Cause, JourneyError};
 pub use journey::{Event, EventKind, Journey, Side};

@@ -65,8 +65,7 @@ impl Predictor {
         }
         let seen = bytes as f64 / took.as_secs_f64().max(1e-6);
         let weight = (bytes as f64 / (8 << 20) as f64).clamp(0.05, 0.7);
-        self.bandwidth =
-            if self.bandwidth == 0.0 { seen } else { self.bandwidth * (1.0 - weight) + seen * weight };
+        self.bandwidth = if self.bandwidth == 0.0 { seen } else { self.bandwidth * (1.0 - weight) + seen * weight };
     }
 
     /// Sending that much takes so long.
@@ -187,10 +186,7 @@ mod tests {
         let mut c = Convergence::default();
         let mut seen = vec![];
         for _ in 0..30 {
-            assert_eq!(
-                c.judge(500 * MIB, 450 * MIB, &predictor(), Duration::from_millis(5), true),
-                Verdict::Round
-            );
+            assert_eq!(c.judge(500 * MIB, 450 * MIB, &predictor(), Duration::from_millis(5), true), Verdict::Round);
             seen.push(c.throttle());
         }
         seen.dedup();

@@ -1,5 +1,8 @@
 //! Finding zero pages in memory that others may write at the same time.
-#![expect(unsafe_code, reason = "reads guest memory by raw pointer: a reference to it would promise that nobody writes it")]
+#![expect(
+    unsafe_code,
+    reason = "reads guest memory by raw pointer: a reference to it would promise that nobody writes it"
+)]
 
 use wherry_memory::GRANULE;
 

@@ -1,0 +1,224 @@
+//! The destination of a journey: it builds a machine, receives a VM into it and runs it.
+//!
+//! ```text
+//! Setup -> Precopy <-> Switchover -> Done
+//!   |         |            |   \--> InDoubt -> Done
+//!   v         v            v           |
+//! Cancelled / Failed (nothing runs here) <--/
+//! ```
+//!
+//! [`receive`] is the one place that runs the phases; each is one function, in the file of its name. Whatever fails ends
+//! in [`Destination::fail`]. Once this side has said that it is ready, only the source, or an operator, decides.
+
+mod check;
+mod doubt;
+mod host;
+mod place;
+mod precopy;
+mod receivers;
+mod setup;
+mod switchover;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use wherry_memory::GRANULE;
+use wherry_stream::message::Poise;
+use wherry_stream::{Channel, Listener};
+
+use self::check::Hashes;
+use self::host::Host;
+use self::place::Place;
+use self::receivers::Receivers;
+use crate::error::{Cause, JourneyError};
+use crate::journey::{EventKind, Journey};
+use crate::link::random_id;
+use crate::machine::{Builder, Machine};
+use crate::options::DestinationOptions;
+use crate::ownership::{DestinationDriver, DestinationInput, DestinationState, Word};
+use crate::predict::us;
+use crate::progress::{Blackout, Job, Phase};
+
+/// Waits at `listener` for a source, has `builder` build the machine it describes, receives the VM and runs it. Returns
+/// when it runs here, or is known not to.
+///
+/// On [`InDoubt`](JourneyError::InDoubt) the machine is gone with the call, and so nothing runs here; it is returned
+/// only when [`DestinationOptions::doubt`] has passed. On every other error nothing runs here either.
+///
+/// If the source has not yet confirmed that it knows, a thread named `wherry-witness` stays for a while with a clone of
+/// the listener, to tell it.
+pub fn receive(
+    listener: &Listener,
+    builder: &dyn Builder,
+    options: DestinationOptions,
+    journey: &Journey,
+) -> Result<(Arc<dyn Machine>, Job), JourneyError> {
+    let mut destination = Destination::new(listener, builder, options, journey.clone());
+    let mut phase = Phase::Setup;
+    loop {
+        journey.enter(phase);
+        let next = match phase {
+            Phase::Setup => destination.begin(),
+            Phase::Precopy => destination.precopy(),
+            Phase::Switchover => destination.switchover(),
+            Phase::InDoubt => destination.in_doubt(),
+            Phase::Done => match destination.done() {
+                Ok(arrived) => return Ok(arrived),
+                Err(cause) => Err(cause),
+            },
+            Phase::None | Phase::Postcopy | Phase::Paused | Phase::Cancelled | Phase::Failed => {
+                Err(Cause::Option(format!("a destination has no phase {phase:?} in precopy")))
+            }
+        };
+        phase = match next {
+            Ok(next) => next,
+            Err(cause) => return Err(destination.fail(cause)),
+        };
+    }
+}
+
+/// What exists while memory comes in.
+struct Receiving {
+    receivers: Receivers,
+    place: Arc<Place>,
+    verify: bool,
+    hashes: Hashes,
+    /// Channel 0, when its thread has let go of it.
+    first: Option<Channel>,
+    rounds: u32,
+}
+
+struct Destination<'a> {
+    listener: &'a Listener,
+    builder: &'a dyn Builder,
+    options: DestinationOptions,
+    journey: Journey,
+    incarnation: [u8; 16],
+    host: Host,
+    owner: Option<DestinationDriver>,
+    receiving: Option<Receiving>,
+    /// What the source announced of the switchover.
+    poise: Poise,
+}
+
+impl<'a> Destination<'a> {
+    fn new(listener: &'a Listener, builder: &'a dyn Builder, options: DestinationOptions, journey: Journey) -> Self {
+        journey.update(|job| {
+            *job = Job { role: "destination".into(), memory_page_size: GRANULE, ..Job::default() };
+        });
+        Self {
+            listener,
+            builder,
+            options,
+            journey,
+            incarnation: [0; 16],
+            host: Host::default(),
+            owner: None,
+            receiving: None,
+            poise: Poise::default(),
+        }
+    }
+
+    fn begin(&mut self) -> Result<Phase, Cause> {
+        self.incarnation = random_id()?;
+        let (agreed, begun) = self.setup()?;
+        let machine = self.host.machine.clone().ok_or_else(no_setup)?;
+        let place = Arc::new(Place::new(machine.ram().clone()));
+        self.receiving = Some(Receiving {
+            receivers: Receivers::new(agreed.data, place.clone())?,
+            place,
+            verify: agreed.verify,
+            hashes: Hashes::default(),
+            first: None,
+            rounds: 0,
+        });
+        self.journey.update(|job| job.setup_time_us = us(begun.elapsed()));
+        Ok(Phase::Precopy)
+    }
+
+    /// The VM runs here.
+    fn done(&mut self) -> Result<(Arc<dyn Machine>, Job), Cause> {
+        let machine = self.host.machine.clone().ok_or_else(no_setup)?;
+        self.count();
+        self.receiving = None;
+        let host = &self.host;
+        let blackout = Blackout {
+            load_us: host.load_us,
+            start_us: host.start_us,
+            total_us: host.load_us + host.start_us,
+            ..Blackout::default()
+        };
+        self.journey.tell(EventKind::Phase, |job| {
+            job.blackout = Some(blackout);
+            job.memory_remaining = 0;
+            job.data_remaining = 0;
+            job.error = None;
+        });
+        crate::predict::remember_destination(std::time::Duration::from_micros(host.load_us + host.start_us));
+        self.stay_until_confirmed();
+        Ok((machine, self.journey.job()))
+    }
+
+    /// Brings the job's figures up to date.
+    fn count(&self) {
+        let Some(receiving) = &self.receiving else { return };
+        let normal = receiving.place.normal.load(Ordering::Relaxed);
+        let zero = receiving.place.zero.load(Ordering::Relaxed);
+        let wire = receiving.receivers.wire_bytes();
+        let rounds = receiving.rounds;
+        self.journey.update(|job| {
+            job.memory_normal = normal;
+            job.memory_normal_bytes = normal * GRANULE;
+            job.memory_processed = normal * GRANULE;
+            job.memory_constant = zero;
+            job.data_processed = wire;
+            job.data_total = wire;
+            job.memory_iteration = rounds;
+        });
+    }
+
+    /// Ends a journey that failed: nothing runs here.
+    fn fail(&mut self, cause: Cause) -> JourneyError {
+        self.host.why = cause.to_string();
+        match &cause {
+            Cause::Peer { .. } => self.hear(Word::Abort),
+            _ => self.feed(DestinationInput::Abort),
+        }
+        if self.owner.is_none()
+            && let Some(control) = &mut self.host.control
+        {
+            control.abort(&self.host.why);
+        }
+        let in_doubt = matches!(self.state(), Some(DestinationState::Ready | DestinationState::InDoubt));
+        // Threads first: they write into the machine's memory.
+        self.receiving = None;
+        self.host.machine = None;
+        let error = match cause {
+            cause if in_doubt => JourneyError::InDoubt(cause),
+            _ if self.journey.is_cancelled() => JourneyError::NotHere(Cause::Cancelled),
+            Cause::Refused(reasons) => JourneyError::Refused(reasons),
+            cause => JourneyError::NotHere(cause),
+        };
+        let phase = match &error {
+            JourneyError::InDoubt(_) => Phase::InDoubt,
+            JourneyError::NotHere(Cause::Cancelled) => Phase::Cancelled,
+            _ => Phase::Failed,
+        };
+        tracing::warn!(%error, "incoming journey ended");
+        self.journey.tell(EventKind::Phase, |job| {
+            job.phase = phase;
+            job.error = Some(error.to_string());
+        });
+        error
+    }
+}
+
+fn no_setup() -> Cause {
+    Cause::Option("a destination that was not set up has nothing to receive".into())
+}
+
+/// Now, for the figures.
+fn since(begun: Instant) -> u64 {
+    us(begun.elapsed())
+}

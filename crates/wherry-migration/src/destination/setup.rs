@@ -1,0 +1,263 @@
+//! Phase `Setup` of the destination: wait for a source, agree, build the machine, take the data channels.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prost::Message as _;
+use wherry_stream::message::{About, Accept, Begin, Body, Refuse};
+use wherry_stream::{Channel, ChannelKind, Greeting, HelloRefusal, Listener, StreamError};
+
+use super::Destination;
+use crate::error::Cause;
+use crate::features;
+use crate::journey::{Journey, Side};
+use crate::link::{Control, TICK, hex, printable};
+use crate::machine::{Machine, MachineDescription};
+use crate::options::{MAX_CHANNELS, Mode};
+use crate::predict::last_destination_us;
+use crate::testpoint::{Point, reach};
+
+/// No machine has more blocks, units or larger parts than this; a description that claims so is refused.
+const MAX_BLOCKS: usize = 256;
+const MAX_UNITS: usize = 65_536;
+const MAX_NAME: usize = 256;
+
+/// What was agreed.
+pub(super) struct Agreed {
+    pub(super) data: Vec<Channel>,
+    pub(super) verify: bool,
+}
+
+impl Destination<'_> {
+    pub(super) fn setup(&mut self) -> Result<(Agreed, Instant), Cause> {
+        let channel = self.wait_for_source()?;
+        let begun = Instant::now();
+        reach(&self.journey, Point::DestinationConnected);
+        let attempt = channel.hello.attempt;
+        let peer = channel.peer().to_owned();
+        self.journey.update(|job| {
+            job.peer = peer;
+            job.attempt = hex(&attempt);
+        });
+        let mut control = Control::greeting(channel, self.journey.clone(), Side::Source, self.options.timeouts.silent);
+        let begin = match control.next("say what it wants to move", self.options.timeouts.silent, Duration::ZERO)? {
+            Body::Begin(begin) => begin,
+            other => return Err(control.protocol(format!("{} where Begin was due", other.kind()))),
+        };
+        if control.about.attempt != attempt {
+            return Err(control.protocol("Begin is about another attempt than its channel"));
+        }
+        control.about.incarnation = self.incarnation.to_vec();
+        reach(&self.journey, Point::DestinationAsked);
+
+        let machine = match self.build(&begin, &control.about) {
+            Ok(machine) => machine,
+            Err(reasons) => {
+                control.send(Body::Refuse(Refuse { reasons: reasons.clone() }))?;
+                return Err(Cause::Refused(reasons));
+            }
+        };
+        self.journey.update(|job| {
+            job.mode.clone_from(&begin.mode);
+            job.channels = begin.channels;
+            job.memory_total = machine.ram().size();
+        });
+        reach(&self.journey, Point::DestinationBuilt);
+        self.host.control = Some(control);
+        self.host.machine = Some(machine);
+        self.begin_ownership()?;
+        let features = features::accepted(&begin.features);
+        self.host.control()?.send(Body::Accept(Accept { features, load_us: last_destination_us() }))?;
+
+        let data = self.take_channels(attempt, begin.channels as u16)?;
+        reach(&self.journey, Point::DestinationReceiving);
+        Ok((Agreed { data, verify: begin.verify }, begun))
+    }
+
+    /// Waits for a control channel. Whoever else connects is told why not, and does not end the wait.
+    fn wait_for_source(&self) -> Result<Channel, Cause> {
+        let begun = Instant::now();
+        loop {
+            if let Some(greeting) = self.greet(self.listener, TICK * 2)? {
+                if greeting.hello().kind == ChannelKind::Control {
+                    return greeting.accept().map_err(|source| Cause::Stream { doing: "greeting the source", source });
+                }
+                let _ = greeting.refuse(HelloRefusal::Attempt);
+            }
+            if let Some(limit) = self.options.wait_for_source
+                && begun.elapsed() >= limit
+            {
+                return Err(Cause::Silent { peer: "source", what: "connect", waited: limit });
+            }
+        }
+    }
+
+    /// The next connection within `limit`, if it says hello properly. Only a listener that does not work is an error.
+    pub(super) fn greet(&self, listener: &Listener, limit: Duration) -> Result<Option<Greeting>, Cause> {
+        greet(listener, &self.journey, limit)
+    }
+
+    /// Checks what the engine can check, and has the VMM build the machine.
+    fn build(&self, begin: &Begin, about: &About) -> Result<Arc<dyn Machine>, Vec<String>> {
+        let mut reasons = vec![];
+        if begin.mode != Mode::Precopy.as_str() {
+            reasons.push(format!("migration mode {:?}: this version takes precopy only", printable(&begin.mode)));
+        }
+        if begin.channels == 0 || begin.channels > MAX_CHANNELS.into() {
+            reasons.push(format!("{} data channels: 1 to {MAX_CHANNELS} are possible", begin.channels));
+        }
+        let description = match MachineDescription::decode(begin.machine.as_slice()) {
+            Ok(description) => description,
+            Err(e) => {
+                reasons.push(format!("the description of the machine cannot be decoded: {e}"));
+                return Err(reasons);
+            }
+        };
+        if description.vm != about.vm {
+            reasons.push("the description is of another VM than the message".into());
+        }
+        reasons.extend(check_shape(&description, self.options.memory_limit));
+        if !reasons.is_empty() {
+            return Err(reasons);
+        }
+        let machine = self.builder.build(&description).map_err(|refusal| refusal.0)?;
+        let built = machine.description();
+        for wanted in &description.blocks {
+            if !built.blocks.contains(wanted) {
+                reasons.push(format!(
+                    "RAM block {} at {:#x} of {} bytes in pages of {} bytes was not built",
+                    wanted.id, wanted.guest_base, wanted.size, wanted.page_size
+                ));
+            }
+        }
+        for extra in built.blocks.iter().filter(|b| !description.blocks.contains(b)) {
+            reasons.push(format!("RAM block {} was built, but the source has none like it", extra.id));
+        }
+        for wanted in description.units.iter().filter(|u| u.schema > 0) {
+            match built.units.iter().find(|u| (&u.name, u.instance) == (&wanted.name, wanted.instance)) {
+                None => reasons.push(format!("unit {}[{}]: there is none here", wanted.name, wanted.instance)),
+                Some(unit) if unit.schema < wanted.schema => reasons.push(format!(
+                    "unit {}[{}] has state of schema {}, this program reads up to {}",
+                    wanted.name, wanted.instance, wanted.schema, unit.schema
+                )),
+                Some(_) => {}
+            }
+        }
+        for extra in built.units.iter().filter(|u| u.schema > 0) {
+            let there = |u: &&_| -> bool {
+                let u: &crate::machine::UnitDescription = u;
+                (&u.name, u.instance) == (&extra.name, extra.instance) && u.schema > 0
+            };
+            if !description.units.iter().any(|u| there(&u)) {
+                reasons
+                    .push(format!("unit {}[{}] needs state that the source does not have", extra.name, extra.instance));
+            }
+        }
+        if reasons.is_empty() { Ok(machine) } else { Err(reasons) }
+    }
+
+    fn take_channels(&mut self, attempt: [u8; 16], count: u16) -> Result<Vec<Channel>, Cause> {
+        let deadline = Instant::now() + self.options.timeouts.connect;
+        let mut slots: Vec<Option<Channel>> = (0..count).map(|_| None).collect();
+        while slots.iter().any(Option::is_none) {
+            if Instant::now() >= deadline {
+                return Err(self.host.control()?.silent("open its data channels", self.options.timeouts.connect));
+            }
+            let control = self.host.control()?;
+            if control.wait(&[], Instant::now(), Duration::ZERO)?.control
+                && let Some(other) = control.read()?
+            {
+                return Err(control.protocol(format!("{} before its data channels were open", other.kind())));
+            }
+            let Some(greeting) = self.greet(self.listener, TICK)? else { continue };
+            let hello = greeting.hello();
+            if hello.attempt != attempt {
+                let _ = greeting.refuse(HelloRefusal::Busy);
+                continue;
+            }
+            match slots.get_mut(usize::from(hello.index)) {
+                Some(slot @ None) if hello.kind == ChannelKind::Data => {
+                    *slot = Some(
+                        greeting.accept().map_err(|source| Cause::Stream { doing: "taking a data channel", source })?,
+                    );
+                }
+                _ => {
+                    let _ = greeting.refuse(HelloRefusal::Unexpected);
+                }
+            }
+        }
+        Ok(slots.into_iter().flatten().collect())
+    }
+}
+
+/// See [`Destination::greet`].
+pub(super) fn greet(listener: &Listener, journey: &Journey, limit: Duration) -> Result<Option<Greeting>, Cause> {
+    if journey.is_cancelled() {
+        return Err(Cause::Cancelled);
+    }
+    let connection = match listener.accept(Instant::now() + limit) {
+        Ok(connection) => connection,
+        Err(StreamError::NobodyCame { .. }) => return Ok(None),
+        Err(source) => return Err(Cause::Stream { doing: "waiting for the source", source }),
+    };
+    let guard = journey.close_on_cancel(connection.closer());
+    let greeting = Greeting::read(connection, Instant::now() + Duration::from_secs(2));
+    drop(guard);
+    match greeting {
+        Ok(greeting) => Ok(Some(greeting)),
+        Err(error) => {
+            tracing::warn!(%error, "somebody connected who is no source");
+            Ok(None)
+        }
+    }
+}
+
+/// What is impossible in a description, whoever builds it.
+fn check_shape(description: &MachineDescription, memory_limit: Option<u64>) -> Vec<String> {
+    let mut reasons = vec![];
+    if description.name.len() > MAX_NAME {
+        reasons.push(format!("a name of {} bytes; {MAX_NAME} are possible", description.name.len()));
+    }
+    if description.blocks.is_empty() || description.blocks.len() > MAX_BLOCKS {
+        reasons.push(format!("{} RAM blocks: 1 to {MAX_BLOCKS} are possible", description.blocks.len()));
+    }
+    if description.units.len() > MAX_UNITS {
+        reasons.push(format!("{} state units: {MAX_UNITS} are possible", description.units.len()));
+    }
+    let mut total = 0u64;
+    for block in description.blocks.iter().take(MAX_BLOCKS) {
+        total = total.saturating_add(block.size);
+        if block.guest_base.checked_add(block.size).is_none() || block.size == 0 || block.id > u16::MAX.into() {
+            reasons.push(format!(
+                "RAM block {} at {:#x} of {} bytes is impossible",
+                block.id, block.guest_base, block.size
+            ));
+        }
+    }
+    if let Some(limit) = memory_limit
+        && total > limit
+    {
+        reasons.push(format!("{total} bytes of RAM; this destination takes {limit}"));
+    }
+    reasons
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::BlockDescription;
+
+    #[test]
+    fn impossible_descriptions_are_refused_with_every_reason() {
+        let block = |id, guest_base, size| BlockDescription { id, guest_base, size, page_size: 4096 };
+        let description = MachineDescription {
+            name: "x".repeat(300),
+            blocks: vec![block(0, u64::MAX - 4095, 8192), block(70_000, 0, 4096), block(2, 1 << 40, 1 << 40)],
+            ..Default::default()
+        };
+        assert_eq!(check_shape(&description, Some(1 << 30)).len(), 4);
+        let good = MachineDescription { blocks: vec![block(0, 0, 4096)], ..Default::default() };
+        assert!(check_shape(&good, None).is_empty());
+        assert_eq!(check_shape(&MachineDescription::default(), None).len(), 1);
+    }
+}

@@ -1,0 +1,188 @@
+//! The source of a journey: it gives a running VM away.
+//!
+//! ```text
+//! Setup -> Precopy <-> Switchover -> Done
+//!   |         |            |   \--> InDoubt -> Done
+//!   v         v            v           |
+//! Cancelled / Failed (the VM runs on here) <--/
+//! ```
+//!
+//! [`send`] is the one place that runs the phases; each is one function, in the file of its name. Whatever
+//! fails ends in [`Source::fail`], where the ownership state machine ([`SourceDriver`]) says whether the VM may run here
+//! again; what was done to the machine is remembered in [`Host`].
+
+mod doubt;
+mod host;
+mod precopy;
+mod round;
+mod senders;
+mod setup;
+mod switchover;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use wherry_memory::GRANULE;
+use wherry_stream::Endpoint;
+
+use self::host::Host;
+use self::round::Shared;
+use self::senders::Senders;
+pub(crate) use self::switchover::threads;
+use crate::dirty::{Dirty, Tracker};
+use crate::error::{Cause, JourneyError};
+use crate::journey::{EventKind, Journey};
+use crate::machine::Machine;
+use crate::options::SourceOptions;
+use crate::ownership::{SourceDriver, SourceInput, SourceState, Word};
+use crate::predict::{Convergence, Predictor};
+use crate::progress::{Blackout, Job, Phase};
+use crate::records::Claim;
+
+/// Moves `machine` to the destination that listens at `to`, and returns when it runs there, or is known not to.
+///
+/// On success the machine here is at rest for good: its RAM may be freed, its devices closed. On
+/// [`InDoubt`](JourneyError::InDoubt) it is at rest and must stay so until the doubt is resolved. On every other error
+/// but [`Stuck`](JourneyError::Stuck) it runs (or is paused, if the user had paused it), as if nothing had happened.
+pub fn send(
+    machine: Arc<dyn Machine>,
+    to: &Endpoint,
+    options: SourceOptions,
+    journey: &Journey,
+) -> Result<Job, JourneyError> {
+    let mut source = Source::new(machine, to.clone(), options, journey.clone());
+    let mut phase = Phase::Setup;
+    loop {
+        journey.enter(phase);
+        let next = match phase {
+            Phase::Setup => source.setup(),
+            Phase::Precopy => source.precopy(),
+            Phase::Switchover => source.switchover(),
+            Phase::InDoubt => source.in_doubt(),
+            Phase::Done => return Ok(source.done()),
+            Phase::None | Phase::Postcopy | Phase::Paused | Phase::Cancelled | Phase::Failed => {
+                Err(Cause::Option(format!("a source has no phase {phase:?} in precopy")))
+            }
+        };
+        phase = match next {
+            Ok(next) => next,
+            Err(cause) => return Err(source.fail(cause)),
+        };
+    }
+}
+
+/// What exists from the end of `Setup` on.
+struct Running {
+    senders: Senders,
+    shared: Shared,
+    tracker: Tracker,
+    predictor: Predictor,
+    convergence: Convergence,
+    /// What is to be sent next.
+    pending: Dirty,
+    /// When `pending` was last collected.
+    collected: Instant,
+    started: Instant,
+    rounds: u32,
+    surprises: u32,
+}
+
+struct Source {
+    machine: Arc<dyn Machine>,
+    to: Endpoint,
+    options: SourceOptions,
+    journey: Journey,
+    host: Host,
+    claim: Option<Claim>,
+    owner: Option<SourceDriver>,
+    running: Option<Running>,
+    blackout: Blackout,
+    /// When the first sharer was told to stop.
+    stopped_at: Option<Instant>,
+}
+
+impl Source {
+    fn new(machine: Arc<dyn Machine>, to: Endpoint, options: SourceOptions, journey: Journey) -> Self {
+        journey.update(|job| {
+            *job = Job {
+                role: "source".into(),
+                mode: options.mode.as_str().into(),
+                peer: to.to_string(),
+                memory_page_size: GRANULE,
+                ..Job::default()
+            }
+        });
+        Self {
+            host: Host::new(machine.clone()),
+            machine,
+            to,
+            options,
+            journey,
+            claim: None,
+            owner: None,
+            running: None,
+            blackout: Blackout::default(),
+            stopped_at: None,
+        }
+    }
+
+    /// The VM runs there.
+    fn done(&mut self) -> Job {
+        // Only now, with the guest running elsewhere, is what costs time taken down: threads, dirty logs.
+        self.running = None;
+        let blackout = self.blackout;
+        self.journey.tell(EventKind::Phase, |job| {
+            job.blackout = Some(blackout);
+            job.downtime_us = blackout.total_us;
+            job.memory_remaining = 0;
+            job.data_remaining = 0;
+        });
+        self.journey.job()
+    }
+
+    /// Ends a journey that failed: the VM runs on here, unless that cannot be.
+    fn fail(&mut self, cause: Cause) -> JourneyError {
+        self.host.why = cause.to_string();
+        // First of all the guest runs again; the state machine knows whether it may.
+        match &cause {
+            Cause::Peer { .. } => self.hear(Word::Abort),
+            _ => self.feed(SourceInput::Abort),
+        }
+        if matches!(self.state(), Some(SourceState::RunRecorded | SourceState::InDoubt)) {
+            return self.end(Phase::InDoubt, JourneyError::InDoubt(cause));
+        }
+        if self.owner.is_none()
+            && let Some(control) = &mut self.host.control
+        {
+            control.abort(&self.host.why);
+        }
+        self.host.undrain();
+        self.machine.throttle(0);
+        // Threads and dirty logs go while the guest runs. Pages of a failed round need not be given back to anyone: the
+        // next journey starts from all that is allocated.
+        self.running = None;
+        if let Some(undo) = self.host.resume_error.take() {
+            return self.end(Phase::Failed, JourneyError::Stuck { cause, undo });
+        }
+        self.settle();
+        match cause {
+            Cause::Refused(reasons) => self.end(Phase::Failed, JourneyError::Refused(reasons)),
+            _ if self.journey.is_cancelled() => self.end(Phase::Cancelled, JourneyError::Cancelled),
+            cause => self.end(Phase::Failed, JourneyError::RunsHere(cause)),
+        }
+    }
+
+    fn end(&self, phase: Phase, error: JourneyError) -> JourneyError {
+        tracing::warn!(%error, "journey ended");
+        self.journey.tell(EventKind::Phase, |job| {
+            job.phase = phase;
+            job.error = Some(error.to_string());
+        });
+        error
+    }
+
+    /// Since the stop, in microseconds.
+    fn since_stop(&self) -> Duration {
+        self.stopped_at.map_or(Duration::ZERO, |at| at.elapsed())
+    }
+}

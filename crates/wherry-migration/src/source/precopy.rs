@@ -1,0 +1,209 @@
+//! Phase `Precopy`: round after round while the guest runs, until the predicted blackout fits its limit.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use wherry_memory::GRANULE;
+use wherry_stream::message::{Body, Empty};
+
+use super::round::Round;
+use super::{Running, Source};
+use crate::dirty::Dirty;
+use crate::error::Cause;
+use crate::journey::{EventKind, Journey};
+use crate::link::Control;
+use crate::predict::{Verdict, us};
+use crate::progress::{self, Phase};
+use crate::testpoint::{Point, reach};
+
+/// A round of so many pages is sent by this thread over one channel: waking others takes longer than sending it.
+pub(super) const ALONE_PAGES: u64 = 512;
+/// How often the peer hears from us while it only receives.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+/// How often subscribers hear of progress.
+const PROGRESS: Duration = Duration::from_millis(100);
+
+impl Source {
+    pub(super) fn precopy(&mut self) -> Result<Phase, Cause> {
+        loop {
+            let running = self.running.as_mut().ok_or_else(no_setup)?;
+            let set = std::mem::replace(&mut running.pending, Dirty::none(self.machine.ram()));
+            let pages = set.pages();
+            running.rounds += 1;
+            let number = running.rounds;
+            reach(&self.journey, Point::SourceRound);
+            let throttle = running.convergence.throttle();
+            let begun = Instant::now();
+            let (round, sent) = running.send_round(self.host.control()?, &self.journey, set)?;
+            let took = begun.elapsed();
+            running.predictor.learn(sent, took);
+
+            let since = running.collected.elapsed();
+            running.collected = Instant::now();
+            running.tracker.collect(&mut running.pending)?;
+            let dirty = running.pending.pages();
+            let dirty_rate = (dirty as f64 / since.as_secs_f64().max(1e-6)) as u64;
+            let predicted = running.predictor.blackout(dirty * GRANULE);
+            let report = progress::Round {
+                number,
+                pages,
+                zero_pages: round.zero(),
+                bytes: sent,
+                duration_us: us(took),
+                dirty_rate,
+                predicted_downtime_us: us(predicted),
+                throttle,
+            };
+            let bps = running.predictor.bandwidth as u64;
+            tracing::debug!(?report, dirty, bps, "round");
+            self.journey.tell(EventKind::Round, |job| {
+                job.memory_remaining = dirty * GRANULE;
+                job.data_remaining = dirty * GRANULE;
+                job.data_total = job.data_processed + dirty * GRANULE;
+                job.memory_dirty_rate = dirty_rate;
+                job.memory_bps = bps;
+                job.downtime_us = us(predicted);
+                // A guest that never converges must not fill memory with reports.
+                if job.rounds.len() < 1000 {
+                    job.rounds.push(report);
+                }
+            });
+            reach(&self.journey, Point::SourceRoundDone);
+            if self.journey.is_cancelled() {
+                return Err(Cause::Cancelled);
+            }
+
+            let limit = self.journey.downtime_limit(self.options.downtime_limit);
+            let verdict = running.convergence.judge(
+                pages * GRANULE,
+                dirty * GRANULE,
+                &running.predictor,
+                limit,
+                self.options.auto_converge,
+            );
+            if verdict == Verdict::Stop {
+                return Ok(Phase::Switchover);
+            }
+            if running.started.elapsed() > self.options.deadline {
+                return Err(Cause::NotConverged { deadline: self.options.deadline, rounds: number, predicted, limit });
+            }
+            let wanted = running.convergence.throttle();
+            if wanted != throttle {
+                tracing::info!(percent = wanted, "precopy does not converge: slowing the vCPUs down");
+                self.machine.throttle(wanted);
+                self.journey.update(|job| job.auto_converge_throttle = wanted);
+            }
+            // It changes with the load of the network.
+            let seen = self.host.control()?.round_trip()?;
+            running.predictor.round_trip = (running.predictor.round_trip + seen) / 2;
+        }
+    }
+}
+
+pub(super) fn no_setup() -> Cause {
+    Cause::Option("a source that was not set up has nothing to send".into())
+}
+
+impl Running {
+    /// Sends one round and returns when the destination has all of it: the round, and the bytes it took on the wire.
+    fn send_round(&mut self, control: &mut Control, journey: &Journey, set: Dirty) -> Result<(Arc<Round>, u64), Cause> {
+        journey.update(|job| job.memory_iteration = self.rounds);
+        let (round, sent) = if set.pages() <= ALONE_PAGES {
+            let before = self.senders.wire_bytes();
+            let round = Arc::new(Round::new(&self.shared, self.rounds, set, true));
+            let mut channel = self.senders.channel(0);
+            let guard = journey.close_on_cancel(channel.closer());
+            round.send(&mut channel)?;
+            round.await_acknowledgement(&mut channel)?;
+            drop((guard, channel));
+            (round, self.senders.wire_bytes() - before)
+        } else {
+            self.send_wide(control, journey, set, true)?
+        };
+        journey.update(|job| {
+            job.data_processed += sent;
+            job.memory_processed += round.normal() * GRANULE;
+            job.memory_normal += round.normal();
+            job.memory_normal_bytes += round.normal() * GRANULE;
+            job.memory_constant += round.zero();
+        });
+        Ok((round, sent))
+    }
+
+    /// Sends a round over all channels, with their threads.
+    pub(super) fn send_wide(
+        &mut self,
+        control: &mut Control,
+        journey: &Journey,
+        set: Dirty,
+        live: bool,
+    ) -> Result<(Arc<Round>, u64), Cause> {
+        let before = self.senders.wire_bytes();
+        let pages = set.pages();
+        let round = Arc::new(Round::new(&self.shared, self.rounds, set, live));
+        self.senders.begin(&round, self.senders.len());
+        self.conduct(control, journey, &round, pages)?;
+        Ok((round, self.senders.wire_bytes() - before))
+    }
+
+    /// Waits until the threads have sent a round, telling of the progress and listening to the destination.
+    fn conduct(
+        &mut self,
+        control: &mut Control,
+        journey: &Journey,
+        round: &Arc<Round>,
+        pages: u64,
+    ) -> Result<(), Cause> {
+        let mut told = Instant::now();
+        let mut alive = Instant::now();
+        let base = journey.job();
+        let wire = self.senders.wire_bytes();
+        let mut last = (told, 0);
+        loop {
+            let tick = Instant::now() + PROGRESS;
+            let woken = control.wait(&[self.senders.news()], tick, Duration::ZERO)?;
+            if woken.other.is_some() && self.senders.finished()? {
+                return Ok(());
+            }
+            if woken.control {
+                match control.read()? {
+                    None | Some(Body::Pong(Empty {})) => {}
+                    Some(other) => return Err(control.protocol(format!("{} during a round", other.kind()))),
+                }
+            }
+            if alive.elapsed() > SIGN_OF_LIFE {
+                if control.heard.elapsed() > control.silence_limit() {
+                    return Err(control.silent("answer a ping", control.heard.elapsed()));
+                }
+                alive = Instant::now();
+                control.send(Body::Ping(Empty {}))?;
+            }
+            if told.elapsed() >= PROGRESS {
+                told = Instant::now();
+                let sent = self.senders.wire_bytes() - wire;
+                // What lies in the kernel has not been acknowledged by anyone.
+                let acknowledged = sent.saturating_sub(self.senders.unsent());
+                let bps = (acknowledged.saturating_sub(last.1)) as f64 / last.0.elapsed().as_secs_f64().max(1e-6);
+                last = (Instant::now(), acknowledged);
+                let remaining = pages.saturating_sub(round.done()) * GRANULE;
+                journey.tell(EventKind::Progress, |job| {
+                    job.data_processed = base.data_processed + sent;
+                    job.memory_processed = base.memory_processed + round.normal() * GRANULE;
+                    job.memory_normal = base.memory_normal + round.normal();
+                    job.memory_constant = base.memory_constant + round.zero();
+                    job.memory_remaining = remaining;
+                    job.data_remaining = remaining;
+                    job.data_total = job.data_processed + remaining;
+                    job.memory_bps = bps as u64;
+                });
+                journey.update(|job| {
+                    // The end of the round adds these up exactly.
+                    job.data_processed = base.data_processed;
+                    job.memory_processed = base.memory_processed;
+                    job.memory_normal = base.memory_normal;
+                    job.memory_constant = base.memory_constant;
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! One round of precopy: which pages go, in which order, and how one channel sends its share of them.
+//!
+//! The set of a round is cut into chunks, and every channel takes the next chunk when it has sent one, so a slow
+//! channel takes fewer. A chunk goes over one channel and a page is in one chunk, so within a round no page is sent
+//! twice; the rounds of a channel are separated by a barrier that the receiver acknowledges.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use wherry_memory::{Block, GRANULE, MemoryError};
+use wherry_stream::{Channel, Extent, ExtentKind, Frame, IoRange, MAX_EXTENTS};
+
+use crate::bandwidth::Bucket;
+use crate::dirty::{Dirty, Known, Tracker};
+use crate::error::Cause;
+use crate::journey::Journey;
+use crate::machine::Machine;
+use crate::zero;
+
+/// Granules of a chunk: 4 MiB, a multiple of 64 granules as dirty logs want it.
+pub(crate) const CHUNK_PAGES: u64 = 1024;
+/// Content of a frame, at most. Larger ones save little, and the receiver's caches hold this much.
+const FRAME_BYTES: u64 = 512 << 10;
+/// The kernel takes so many ranges in one call, one of which is the frame's head.
+const FRAME_EXTENTS: usize = if MAX_EXTENTS < 1000 { MAX_EXTENTS } else { 1000 };
+
+/// What a round has sent so far.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) normal: AtomicU64,
+    pub(crate) zero: AtomicU64,
+    /// Pages of the set that turned out to be holes that were never sent.
+    pub(crate) holes: AtomicU64,
+}
+
+/// A round, shared by the channels.
+pub(crate) struct Round {
+    pub(crate) number: u32,
+    pub(crate) set: Dirty,
+    pub(crate) counters: Counters,
+    machine: Arc<dyn Machine>,
+    known: Arc<Vec<Known>>,
+    next: AtomicUsize,
+    /// For each block, the number of its first chunk; and the number of all chunks.
+    first: Vec<usize>,
+    end: usize,
+    /// Whether the guest runs: pages are re-armed before they are read, and the bandwidth limit holds.
+    live: bool,
+    stop: AtomicBool,
+    journey: Journey,
+    bandwidth: Option<u64>,
+    bucket: Arc<Bucket>,
+}
+
+/// What does not change from round to round.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub(crate) machine: Arc<dyn Machine>,
+    pub(crate) known: Arc<Vec<Known>>,
+    pub(crate) journey: Journey,
+    pub(crate) bandwidth: Option<u64>,
+    pub(crate) bucket: Arc<Bucket>,
+}
+
+impl Round {
+    pub(crate) fn new(shared: &Shared, number: u32, set: Dirty, live: bool) -> Self {
+        let mut end = 0;
+        let first = set
+            .0
+            .iter()
+            .map(|s| {
+                let first = end;
+                end += s.limit().div_ceil(CHUNK_PAGES) as usize;
+                first
+            })
+            .collect();
+        Self {
+            number,
+            set,
+            counters: Counters::default(),
+            machine: shared.machine.clone(),
+            known: shared.known.clone(),
+            next: AtomicUsize::new(0),
+            first,
+            end,
+            live,
+            stop: AtomicBool::new(false),
+            journey: shared.journey.clone(),
+            bandwidth: shared.bandwidth,
+            bucket: shared.bucket.clone(),
+        }
+    }
+
+    /// Makes all channels end their part soon.
+    pub(crate) fn give_up(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Pages dealt with so far.
+    pub(crate) fn done(&self) -> u64 {
+        let c = &self.counters;
+        [&c.normal, &c.zero, &c.holes].iter().map(|n| n.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Pages sent with content so far.
+    pub(crate) fn normal(&self) -> u64 {
+        self.counters.normal.load(Ordering::Relaxed)
+    }
+
+    /// Pages found to be zero so far.
+    pub(crate) fn zero(&self) -> u64 {
+        self.counters.zero.load(Ordering::Relaxed)
+    }
+
+    /// Sends this channel's share, and the barrier.
+    pub(crate) fn send(&self, channel: &mut Channel) -> Result<(), Cause> {
+        let mut batch = Batch::default();
+        let result = self.send_share(channel, &mut batch);
+        if result.is_err() {
+            self.give_up();
+        }
+        result
+    }
+
+    fn send_share(&self, channel: &mut Channel, batch: &mut Batch) -> Result<(), Cause> {
+        while let Some((index, range)) = self.next_chunk() {
+            let block = &self.machine.ram().blocks()[index];
+            let set = &self.set.0[index];
+            if self.live {
+                Tracker::rearm(&*self.machine, block, range.clone(), set)?;
+            }
+            for run in set.runs(range) {
+                self.send_run(channel, batch, block, index, run)?;
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Cause::Cancelled);
+            }
+        }
+        self.flush(channel, batch)?;
+        let doing = "sending the end of a round";
+        channel.writer.write_round_end(self.number).map_err(|source| Cause::Stream { doing, source })
+    }
+
+    /// Waits until the receiver has everything that was sent on this channel.
+    pub(crate) fn await_acknowledgement(&self, channel: &mut Channel) -> Result<(), Cause> {
+        let result = acknowledged(channel, self.number);
+        if result.is_err() {
+            self.give_up();
+        }
+        result
+    }
+
+    /// The next chunk that has pages to send: index of its block, and its granules.
+    fn next_chunk(&self) -> Option<(usize, std::ops::Range<u64>)> {
+        loop {
+            let chunk = self.next.fetch_add(1, Ordering::Relaxed);
+            if chunk >= self.end {
+                return None;
+            }
+            let index = self.first.partition_point(|first| *first <= chunk) - 1;
+            let start = (chunk - self.first[index]) as u64 * CHUNK_PAGES;
+            let set = &self.set.0[index];
+            let end = (start + CHUNK_PAGES).min(set.limit());
+            let words = &set.words()[(start / 64) as usize..end.div_ceil(64) as usize];
+            if words.iter().any(|w| *w != 0) {
+                return Some((index, start..end));
+            }
+        }
+    }
+
+    fn send_run(
+        &self,
+        channel: &mut Channel,
+        batch: &mut Batch,
+        block: &Block,
+        index: usize,
+        run: std::ops::Range<u64>,
+    ) -> Result<(), Cause> {
+        let known = &self.known[index];
+        let mut page = run.start;
+        while page < run.end {
+            let (end, is_known) = known.split(page..run.end);
+            if is_known {
+                self.send_pages(channel, batch, block, page..end)?;
+            } else {
+                // Never sent, so perhaps a hole: the destination has one there, too, and reading would fill ours.
+                let mut holes = end - page;
+                for data in block.data_runs(page * GRANULE..end * GRANULE) {
+                    let data = data.map_err(|source| MemoryError::Os {
+                        what: "looking for allocated pages",
+                        id: block.spec().id,
+                        source,
+                    })?;
+                    let data = (data.start / GRANULE).max(page)..data.end.div_ceil(GRANULE).min(end);
+                    holes -= data.end - data.start;
+                    known.insert(data.clone());
+                    self.send_pages(channel, batch, block, data)?;
+                }
+                self.counters.holes.fetch_add(holes, Ordering::Relaxed);
+            }
+            page = end;
+        }
+        Ok(())
+    }
+
+    #[expect(unsafe_code, reason = "looks at guest memory and names it to the kernel by address")]
+    fn send_pages(
+        &self,
+        channel: &mut Channel,
+        batch: &mut Batch,
+        block: &Block,
+        pages: std::ops::Range<u64>,
+    ) -> Result<(), Cause> {
+        let base = block.engine_range(pages.start * GRANULE, (pages.end - pages.start) * GRANULE)?;
+        let at = |page: u64| base.wrapping_add(((page - pages.start) * GRANULE) as usize);
+        let (mut zeros, mut page) = (0, pages.start);
+        let limit = self.frame_bytes();
+        while page < pages.end {
+            // SAFETY: the granule is inside the engine map by the check above, which is mapped as long as the block.
+            let kind = if unsafe { zero::is_zero(at(page)) } { ExtentKind::Zero } else { ExtentKind::Data };
+            let start = page;
+            page += 1;
+            let room = match kind {
+                ExtentKind::Data => (limit.saturating_sub(batch.bytes) / GRANULE).max(1),
+                ExtentKind::Zero => u64::MAX,
+            };
+            // SAFETY: as above.
+            while page < pages.end
+                && page - start < room
+                && unsafe { zero::is_zero(at(page)) } == (kind == ExtentKind::Zero)
+            {
+                page += 1;
+            }
+            let bytes = (page - start) * GRANULE;
+            let extent = Extent {
+                block: block.spec().id.0,
+                kind,
+                first: start,
+                count: (page - start).try_into().unwrap_or(u32::MAX),
+            };
+            batch.extents.push(extent);
+            match kind {
+                ExtentKind::Zero => zeros += page - start,
+                ExtentKind::Data => {
+                    // SAFETY: inside the engine map; it stays mapped until the journey, which holds the block, ends.
+                    batch.ranges.push(unsafe { IoRange::new(at(start), bytes as usize) });
+                    batch.bytes += bytes;
+                }
+            }
+            if batch.bytes >= limit || batch.extents.len() >= FRAME_EXTENTS {
+                self.flush(channel, batch)?;
+            }
+        }
+        self.counters.zero.fetch_add(zeros, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// With a small limit, frames are small, so that the stream never pauses for long.
+    fn frame_bytes(&self) -> u64 {
+        match self.limit() {
+            Some(limit) => (limit / 50).clamp(GRANULE, FRAME_BYTES),
+            None => FRAME_BYTES,
+        }
+    }
+
+    fn limit(&self) -> Option<u64> {
+        if self.live { self.journey.bandwidth(self.bandwidth) } else { None }
+    }
+
+    fn flush(&self, channel: &mut Channel, batch: &mut Batch) -> Result<(), Cause> {
+        if batch.extents.is_empty() {
+            return Ok(());
+        }
+        if let Some(rate) = self.limit() {
+            let mut wait = self.bucket.take(batch.bytes + 64, rate, Instant::now());
+            while !wait.is_zero() {
+                if self.stop.load(Ordering::Relaxed) {
+                    return Err(Cause::Cancelled);
+                }
+                let nap = wait.min(Duration::from_millis(20));
+                std::thread::sleep(nap);
+                wait -= nap;
+            }
+        }
+        channel
+            .writer
+            .write_pages(&batch.extents, &batch.ranges)
+            .map_err(|source| Cause::Stream { doing: "sending pages", source })?;
+        self.counters.normal.fetch_add(batch.bytes / GRANULE, Ordering::Relaxed);
+        batch.extents.clear();
+        batch.ranges.clear();
+        batch.bytes = 0;
+        Ok(())
+    }
+}
+
+/// What will go in one frame.
+#[derive(Default)]
+struct Batch {
+    extents: Vec<Extent>,
+    ranges: Vec<IoRange>,
+    bytes: u64,
+}
+
+fn acknowledged(channel: &mut Channel, number: u32) -> Result<(), Cause> {
+    let doing = "waiting for the acknowledgement of a round";
+    let protocol = |what: String| Cause::Protocol { peer: "destination", what };
+    let frame = channel.reader.read_frame().map_err(|source| Cause::Stream { doing, source })?;
+    let Frame::Ack(ack) = frame else {
+        return Err(protocol(format!("{:?} on a data channel where an acknowledgement was due", frame.kind())));
+    };
+    let sent = channel.writer.stats();
+    if ack.round != Some(number) {
+        return Err(protocol(format!("it acknowledged round {:?}, not {number}", ack.round)));
+    }
+    if (ack.frames, ack.bytes, ack.checksum) != (sent.frames, sent.bytes, sent.checksum) {
+        let detail = format!(
+            "{}: sent {} frames, {} bytes, checksum {:#x}; arrived {}, {}, {:#x}",
+            channel.writer.name(),
+            sent.frames,
+            sent.bytes,
+            sent.checksum,
+            ack.frames,
+            ack.bytes,
+            ack.checksum
+        );
+        return Err(Cause::Corrupt { what: "round", detail });
+    }
+    Ok(())
+}
