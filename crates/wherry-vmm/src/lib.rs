@@ -1,20 +1,26 @@
-//! A KVM machine: vCPUs, boot, buses, state units, API server
+//! A KVM machine: vCPUs, boot, buses, state units, API server.
+//!
+//! - [`vm`]: the machine, made from a [`config`] and driven; [`builder`] makes the one that arrives, from a
+//!   [`description`].
+//! - `vcpu`, [`cpu_model`], [`units`], `dirty_log`: KVM's side of it.
+//! - [`boot`], [`bus`], [`line`], [`layout`], [`acpi`], [`pci`], [`power`], [`serial`]: the platform the guest sees.
+//! - [`service`], [`api`]: where a process knows where its VM stands, and how others ask.
 
 pub mod acpi;
-pub mod boot;
-pub mod bus;
 pub mod api;
-pub mod service;
-pub mod layout;
-pub mod line;
-pub mod pci;
-pub mod power;
+pub mod boot;
 pub mod builder;
+pub mod bus;
 pub mod config;
 pub mod cpu_model;
 pub mod description;
 mod dirty_log;
+pub mod layout;
+pub mod line;
+pub mod pci;
+pub mod power;
+pub mod serial;
+pub mod service;
 pub mod units;
 mod vcpu;
 pub mod vm;
-pub mod serial;

@@ -1,0 +1,87 @@
+//! The VMM's part of a machine's description: what a destination needs beside RAM blocks and unit schemas.
+//!
+//! Carried as [`MachineDescription::vmm`](wherry_migration::machine::MachineDescription::vmm). Fields are only ever
+//! added; one that a destination must not ignore goes with a new unit or a higher [`VERSION`].
+
+use prost::Message;
+
+use crate::cpu_model::CpuidEntry;
+
+/// Version of the meaning of [`VmDescription`]. A destination takes its own and older ones.
+pub const VERSION: u32 = 1;
+
+/// A machine, apart from RAM and the state of its units.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct VmDescription {
+    /// [`VERSION`] of the writer.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Number of vCPUs.
+    #[prost(uint32, tag = "2")]
+    pub cpus: u32,
+    /// Name of the CPU model, for people; what counts is `cpuid`.
+    #[prost(string, tag = "3")]
+    pub cpu_model: String,
+    /// What CPUID tells the guest, without what differs from vCPU to vCPU.
+    #[prost(message, repeated, tag = "4")]
+    pub cpuid: Vec<CpuidEntry>,
+    /// MSRs that tell features, and their values.
+    #[prost(message, repeated, tag = "5")]
+    pub feature_msrs: Vec<FeatureMsr>,
+    /// The guest's TSC frequency in kHz.
+    #[prost(uint32, tag = "6")]
+    pub tsc_khz: u32,
+}
+
+/// An MSR that tells features.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct FeatureMsr {
+    /// Its number.
+    #[prost(uint32, tag = "1")]
+    pub index: u32,
+    /// What the guest reads.
+    #[prost(fixed64, tag = "2")]
+    pub value: u64,
+}
+
+impl VmDescription {
+    /// Decodes and checks what can be checked without asking the host. The error is for people.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        let this = Self::decode(bytes).map_err(|e| format!("a machine description that can be read ({e})"))?;
+        if this.version == 0 || this.version > VERSION {
+            return Err(format!("machine description version {} (this program reads 1 to {VERSION})", this.version));
+        }
+        if !(1..=crate::config::MAX_CPUS).contains(&this.cpus) {
+            return Err(format!("{} vCPUs (1 to {} are possible)", this.cpus, crate::config::MAX_CPUS));
+        }
+        if this.cpuid.is_empty() || this.cpuid.len() > 200 {
+            return Err(format!("a CPUID table of {} entries", this.cpuid.len()));
+        }
+        if this.tsc_khz == 0 {
+            return Err("a TSC frequency".into());
+        }
+        Ok(this)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> VmDescription {
+        VmDescription { version: 1, cpus: 2, cpuid: vec![CpuidEntry::default()], tsc_khz: 1, ..Default::default() }
+    }
+
+    #[test]
+    fn a_description_comes_back_and_impossible_ones_are_refused() {
+        assert_eq!(VmDescription::from_bytes(&good().encode_to_vec()), Ok(good()));
+        let refused = |d: VmDescription| VmDescription::from_bytes(&d.encode_to_vec()).unwrap_err();
+        assert!(refused(VmDescription { version: 2, ..good() }).contains("version 2"));
+        assert!(refused(VmDescription { cpus: 0, ..good() }).contains("0 vCPUs"));
+        assert!(refused(VmDescription { cpus: 255, ..good() }).contains("255 vCPUs"));
+        assert!(refused(VmDescription { cpuid: Vec::new(), ..good() }).contains("CPUID"));
+        assert!(refused(VmDescription { tsc_khz: 0, ..good() }).contains("TSC"));
+        assert!(VmDescription::from_bytes(&[0xff; 5]).is_err());
+        assert!(VmDescription::from_bytes(&[]).is_err());
+    }
+}

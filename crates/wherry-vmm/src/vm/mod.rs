@@ -1,0 +1,336 @@
+//! A machine: KVM's part, RAM, devices and state units, put together and driven.
+//!
+//! - [`Host`]: what this host's KVM can do.
+//! - [`Vm`]: the machine. [`Vm::boot`] makes a new one; [`VmBuilder`](crate::builder::VmBuilder) makes one that arrives.
+//! - [`ExitNotice`]: how its end is told.
+//!
+//! A machine runs while nothing holds its vCPUs: neither the user (`pause`, `resume`) nor the engine (its state units)
+//! nor its end. The three do not know of each other, so a migration of a paused machine leaves it paused, at either end.
+//!
+//! Order of the end: threads first, then devices, then KVM's descriptors, then RAM. `Vm`'s fields are in that order.
+
+mod assemble;
+mod devices;
+mod error;
+mod exit;
+mod host;
+pub(crate) mod ioctl;
+mod slot;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::VmFd;
+use prost::Message;
+use wherry_memory::{DirtySource, Ram, VmmWrites};
+use wherry_migration::machine::{Machine, MachineDescription, MachineError};
+use wherry_state::{StateUnit, Units};
+
+pub(crate) use assemble::needs_scaling;
+pub use devices::DeviceConfig;
+pub use error::VmError;
+pub use exit::{Crash, ExitNotice, ExitReason};
+pub use host::Host;
+pub(crate) use host::{feature_msr_name, free_huge_pages};
+pub(crate) use slot::MemorySlot;
+
+use self::assemble::assemble;
+use self::devices::Devices;
+use crate::boot::{self, Entry, KernelSource, entry_state};
+use crate::config::{Kernel, MachineConfig};
+use crate::cpu_model;
+use crate::description::{FeatureMsr, VERSION, VmDescription};
+use crate::dirty_log::KvmDirtyLog;
+use crate::layout;
+use crate::units::clock::ClockUnit;
+use crate::units::irqchip::IrqchipUnit;
+use crate::units::pit::PitUnit;
+use crate::units::vcpu::VcpuUnit;
+use crate::vcpu::{Hold, Throttle, Vcpu, VcpuSet};
+
+/// How long vCPUs have to come to rest when the user pauses.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a machine does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmState {
+    /// Its vCPUs are in the guest.
+    Running,
+    /// The user has paused it.
+    Paused,
+    /// It was not started yet, or the engine has stopped it.
+    Stopped,
+    /// It has ended.
+    Ended(ExitReason),
+}
+
+/// A machine.
+pub struct Vm {
+    throttle: Throttle,
+    vcpus: Arc<VcpuSet>,
+    units: Units,
+    devices: Devices,
+    dirty_sources: Vec<Arc<dyn DirtySource>>,
+    vm: Arc<VmFd>,
+    ram: Arc<Ram>,
+    notice: ExitNotice,
+    identity: [u8; 16],
+    name: String,
+    description: VmDescription,
+    /// The units were started, here or by the engine.
+    started: AtomicBool,
+    /// Serialises `pause`, `resume` and `shutdown`. Nothing else is locked inside but what those take.
+    user: Mutex<()>,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm").field("name", &self.name).field("state", &self.state()).finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Makes a new machine and loads its kernel. It does not run yet: see [`resume`](Self::resume).
+    pub fn boot(config: MachineConfig) -> Result<Arc<Self>, VmError> {
+        config.check()?;
+        let host = Arc::new(Host::open()?);
+        let cpuid = cpu_model::table(&host, config.cpu, host.tsc_khz)?;
+        let features = cpu_model::shown_feature_msrs(&cpuid).filter_map(|index| {
+            let value = host.feature_msr(index)?;
+            Some(FeatureMsr { index, value })
+        });
+        let description = VmDescription {
+            version: VERSION,
+            cpus: config.cpus,
+            cpu_model: config.cpu.to_string(),
+            feature_msrs: features.collect(),
+            cpuid,
+            tsc_khz: host.tsc_khz,
+        };
+        let ram = Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?;
+        let devices = DeviceConfig { serial: config.serial.clone() };
+        let vm = Self::make(&host, ram, description, config.vm, config.name, &devices)?;
+
+        let wrap = |e: crate::boot::BootError| VmError::Boot(e.into());
+        let kernel = match &config.kernel {
+            Kernel::Path(path) => KernelSource::Path(path),
+            Kernel::Probe => KernelSource::Bytes { name: "the probe guest", image: wherry_guest::PROBE_ELF },
+        };
+        let rsdp = vm.devices.write_tables(vm.ram.memory(), config.cpus)?;
+        let initrd = config.initrd.as_deref().map(Path::new);
+        let entry = boot::load(vm.ram.memory(), &kernel, initrd, &config.cmdline, rsdp).map_err(wrap)?;
+        if let Some(first) = vm.vcpus.iter().next() {
+            set_entry(first, &entry)?;
+        }
+        Ok(Arc::new(vm))
+    }
+
+    /// Makes everything but what the guest boots from: RAM is not touched.
+    pub(crate) fn make(
+        host: &Arc<Host>,
+        ram: Ram,
+        description: VmDescription,
+        identity: [u8; 16],
+        name: String,
+        devices: &DeviceConfig,
+    ) -> Result<Self, VmError> {
+        let notice = ExitNotice::new();
+        let ram = Arc::new(ram);
+        let parts = assemble(host, &ram, &description, &notice)?;
+        let devices = Devices::make(devices, &parts.vm, &ram, &notice)?;
+        let mut units: Vec<Arc<dyn StateUnit>> = vec![
+            Arc::new(ClockUnit::new(parts.vm.clone(), host.clone(), parts.traits.time.clone(), parts.vcpus.clone())),
+            Arc::new(IrqchipUnit::new(parts.vm.clone())),
+            Arc::new(PitUnit::new(parts.vm.clone())),
+        ];
+        units.extend(devices.units().iter().cloned());
+        for vcpu in parts.vcpus.iter() {
+            units.push(Arc::new(VcpuUnit::new(vcpu.clone(), parts.traits.clone())));
+        }
+        let log = KvmDirtyLog::new(parts.vm.clone(), parts.slots, parts.manual_log);
+        let vm = Self {
+            throttle: Throttle::new(parts.vcpus.clone()),
+            units: Units::new(units)?,
+            dirty_sources: vec![Arc::new(log), Arc::new(VmmWrites::new(ram.clone()))],
+            vm: parts.vm,
+            ram,
+            notice,
+            identity,
+            name,
+            description,
+            started: AtomicBool::new(false),
+            user: Mutex::new(()),
+            vcpus: parts.vcpus,
+            devices,
+        };
+        vm.vcpus.spawn(vm.devices.buses(), &vm.notice)?;
+        Ok(vm)
+    }
+
+    /// Lets the machine run: for the first time, or after [`pause`](Self::pause).
+    pub fn resume(&self) -> Result<(), VmError> {
+        let _user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reason) = self.notice.reason() {
+            return Err(VmError::Ended(reason));
+        }
+        if !self.started.swap(true, Ordering::AcqRel) {
+            self.units.start()?;
+        } else if self.vcpus.is_held(Hold::User) {
+            self.vcpus.forgive_gap();
+        }
+        self.vcpus.release(Hold::User);
+        Ok(())
+    }
+
+    /// Brings the vCPUs to rest until [`resume`](Self::resume). If they do not come to rest, the machine runs on.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.pause_within(PAUSE_LIMIT)
+    }
+
+    /// [`pause`](Self::pause) with a limit of the caller's choice.
+    pub fn pause_within(&self, limit: Duration) -> Result<(), VmError> {
+        let _user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reason) = self.notice.reason() {
+            return Err(VmError::Ended(reason));
+        }
+        self.vcpus.hold(Hold::User);
+        let vcpus = self.vcpus.wait_rest(Instant::now() + limit);
+        if vcpus.is_empty() {
+            return Ok(());
+        }
+        self.vcpus.release(Hold::User);
+        Err(VmError::NotAtRest { vcpus, limit_ms: limit.as_millis() as u64 })
+    }
+
+    /// What it does.
+    pub fn state(&self) -> VmState {
+        match self.notice.reason() {
+            Some(reason) => VmState::Ended(reason),
+            None if self.is_paused() => VmState::Paused,
+            None if self.vcpus.iter().all(|vcpu| vcpu.runs()) => VmState::Running,
+            None => VmState::Stopped,
+        }
+    }
+
+    /// Whether the user has paused it.
+    pub fn is_paused(&self) -> bool {
+        self.vcpus.is_held(Hold::User)
+    }
+
+    /// Ends the machine: its vCPU threads are gone when this returns. RAM and descriptors go with the last handle.
+    pub fn shutdown(&self) {
+        let _user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
+        self.notice.tell(ExitReason::ApiStop);
+        self.vcpus.end();
+    }
+
+    /// Waits until the machine ends, or until the deadline if there is one.
+    pub fn wait_exit(&self, deadline: Option<Instant>) -> Option<ExitReason> {
+        self.notice.wait(deadline)
+    }
+
+    /// Calls `hook` once when the machine ends, or now if it has. The hook runs on the thread that ended it, perhaps a
+    /// vCPU's: it must neither block nor call back into the machine other than by another thread.
+    pub fn on_exit(&self, hook: impl FnOnce(&ExitReason) + Send + 'static) {
+        self.notice.on_exit(hook);
+    }
+
+    /// Name given by the user.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Identity of the VM.
+    pub fn identity(&self) -> [u8; 16] {
+        self.identity
+    }
+
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> u32 {
+        self.description.cpus
+    }
+
+    /// Name of the CPU model.
+    pub fn cpu_model(&self) -> &str {
+        &self.description.cpu_model
+    }
+
+    /// The VMM's part of the description.
+    pub fn vmm_description(&self) -> &VmDescription {
+        &self.description
+    }
+
+    /// KVM's descriptor of the VM, for devices that are added to it.
+    pub fn kvm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// The devices.
+    pub fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// The engine starts the units of a machine that arrives.
+    pub(crate) fn started_by_engine(self) -> Self {
+        self.started.store(true, Ordering::Release);
+        self
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.vcpus.end();
+    }
+}
+
+impl Machine for Vm {
+    fn description(&self) -> MachineDescription {
+        MachineDescription {
+            vm: self.identity.to_vec(),
+            name: self.name.clone(),
+            vmm: self.description.encode_to_vec(),
+            ..MachineDescription::of(&self.ram, &self.units)
+        }
+    }
+
+    fn ram(&self) -> &Arc<Ram> {
+        &self.ram
+    }
+
+    fn units(&self) -> &Units {
+        &self.units
+    }
+
+    fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
+        &self.dirty_sources
+    }
+
+    fn throttle(&self, percent: u8) {
+        self.throttle.set(percent);
+    }
+
+    /// There are no disks yet: nothing is locked.
+    fn take_locks(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn release_locks(&self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn runs_after_start(&self) -> bool {
+        !self.is_paused()
+    }
+}
+
+/// Sets the first vCPU to where the kernel starts.
+fn set_entry(vcpu: &Vcpu, entry: &Entry) -> Result<(), VmError> {
+    let (regs, changes) = entry_state(entry);
+    let fd = vcpu.fd();
+    let mut sregs = fd.get_sregs().map_err(VmError::kvm("reading special registers"))?;
+    changes.apply(&mut sregs);
+    fd.set_sregs(&sregs).map_err(VmError::kvm("setting special registers"))?;
+    fd.set_regs(&regs).map_err(VmError::kvm("setting registers"))
+}
