@@ -18,6 +18,9 @@ const MIGRATION: Duration = Duration::from_secs(120);
 /// By how many seconds the time that passed in the guest may differ from ours after all migrations.
 const CLOCK_SLACK: f64 = 3.0;
 
+/// Counter steps (of 0.1 s) for which the guest works on between two migrations.
+const WORK: u64 = 20;
+
 /// Succeeds in the guest while workers of the load are there.
 const LOADED: &str = "cat /proc/[0-9]*/comm 2>/dev/null | grep -q stress-ng-vm";
 
@@ -34,17 +37,17 @@ struct Size {
 const SAMPLED: Size = Size { memory: "512M", stressors: 1, stress_bytes: "64M", data_mib: 8, migrations: 2 };
 const FULL: Size = Size { memory: "1G", stressors: 2, stress_bytes: "128M", data_mib: 64, migrations: 8 };
 
-/// Runs everything; true if all of it held.
-pub fn run(full: bool) -> bool {
+/// Runs everything with this kernel; true if all of it held. The label goes before the names of the checks.
+pub fn run(full: bool, kernel: &str, label: &str) -> bool {
     let size = if full { FULL } else { SAMPLED };
     let mut names: Vec<String> = ["boot", "smp", "load"].map(str::to_owned).to_vec();
     for round in 1..=size.migrations {
         names.extend([format!("migrate-{round}"), format!("goes-on-{round}")]);
     }
     names.extend(["load-verified", "data", "clock", "kernel-log", "power-off"].map(str::to_owned));
-    let mut checks = Checks::plan(&names);
+    let mut checks = Checks::plan(label, &names);
     // Each failure has been reported by its check.
-    let _ = scenario(&mut checks, size);
+    let _ = scenario(&mut checks, size, kernel);
     !checks.failed()
 }
 
@@ -61,8 +64,8 @@ struct Guest {
     boot_lines: usize,
 }
 
-fn scenario(checks: &mut Checks, size: Size) -> Result<()> {
-    let mut guest = checks.check("boot", || boot(size))?;
+fn scenario(checks: &mut Checks, size: Size, kernel: &str) -> Result<()> {
+    let mut guest = checks.check("boot", || boot(size, kernel))?;
     checks.check("smp", || smp(&mut guest.serial))?;
     checks.check("load", || load(&mut guest, size))?;
     for round in 1..=size.migrations {
@@ -77,13 +80,13 @@ fn scenario(checks: &mut Checks, size: Size) -> Result<()> {
 }
 
 /// Starts a guest and waits for its user space.
-fn boot(size: Size) -> Result<Guest> {
+fn boot(size: Size, kernel: &str) -> Result<Guest> {
     let vmm = Vmm::start(
         "first",
         &[
             "run",
             "--kernel",
-            "/lab/vmlinuz",
+            kernel,
             "--initrd",
             "/lab/inner.cpio",
             "--memory",
@@ -185,7 +188,7 @@ fn goes_on(guest: &mut Guest) -> Result<()> {
     loop {
         let now = ticks(&mut guest.serial)?;
         let interrupts = timer_interrupts(&mut guest.serial)?;
-        if now > guest.ticks + 5 && interrupts.iter().zip(&before).all(|(now, before)| now > before) {
+        if now >= guest.ticks + WORK && interrupts.iter().zip(&before).all(|(now, before)| now > before) {
             guest.ticks = now;
             break;
         }

@@ -31,13 +31,19 @@ enum Command {
         /// More of everything.
         #[arg(long)]
         full: bool,
+        /// The guest's kernel.
+        #[arg(long, default_value = "/lab/vmlinuz")]
+        kernel: String,
+        /// Goes before the name of every check.
+        #[arg(long, default_value = "")]
+        label: String,
     },
 }
 
 fn main() -> ExitCode {
     let good = match Arguments::parse().command {
-        Command::Kvm => Checks::plan(&["kvm".to_owned()]).check("kvm", kvm::probe).is_ok(),
-        Command::Linux { full } => linux::run(full),
+        Command::Kvm => Checks::plan("", &["kvm".to_owned()]).check("kvm", kvm::probe).is_ok(),
+        Command::Linux { full, kernel, label } => linux::run(full, &kernel, &label),
     };
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -79,6 +79,7 @@ impl Images {
             archive.copy(&format!("lab/bin/{}", file_name(&binary)), 0o755, &binary)?;
         }
         archive.copy("lab/vmlinuz", 0o644, &self.inner.image)?;
+        archive.copy("lab/vmlinuz-outer", 0o644, &self.outer.image)?;
         archive.copy("lab/inner.cpio", 0o644, &self.inner_initramfs()?)?;
         for file in &content.files {
             archive.copy(&format!("lab/files/{}", file_name(file)), 0o755, file)?;
