@@ -1,18 +1,6 @@
 //! What the VMM hands over at the PVH entry: `hvm_start_info` (Xen's `public/arch-x86/hvm/start_info.h`).
 
-/// One entry of the memory map.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryMapEntry {
-    /// First address.
-    pub start: u64,
-    /// Size in bytes.
-    pub size: u64,
-    /// E820 type; 1 is RAM.
-    pub kind: u32,
-    /// 0.
-    pub reserved: u32,
-}
+pub use crate::ram::MemoryMapEntry;
 
 /// `hvm_start_info`.
 #[repr(C)]

@@ -26,7 +26,7 @@ pub const GATE_VECTOR: u8 = 6;
 /// The function's effect on memory (`buffer`) and on the machine must be one the caller may cause.
 unsafe fn call(function: u64, a: u64, b: u64, buffer: u64) -> u64 {
     let result;
-    // SAFETY: the stub in ring0.s changes RAX, RCX and RDX only, and memory as the caller vouches for.
+    // SAFETY: the stub in ring0.s changes only the registers named here, and memory as the caller vouches for.
     unsafe {
         asm!("call gate_call", inlateout("rax") function => result, inlateout("rdx") a => _, inlateout("rcx") b => _,
             inlateout("rdi") buffer => _, inlateout("rsi") buffer => _);

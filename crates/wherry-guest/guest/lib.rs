@@ -13,7 +13,7 @@
 //! | module | what it gives |
 //! |---|---|
 //! | [`boot`] | the words of `hvm_start_info`: command line, memory map, RSDP |
-//! | [`memory`] | usable RAM, a bump allocator over it, mapping RAM above 4 GiB |
+//! | [`memory`] | RAM, handed out and mapped |
 //! | [`percpu`] | a block per vCPU: ring 0 page, interrupt counters, stacks |
 //! | [`interrupt`] | IDT, local APIC, interrupt counters for drivers, timer sleep |
 //! | [`smp`] | vCPUs listed in ACPI's MADT, and their start by INIT and SIPI |
@@ -21,7 +21,7 @@
 //! | [`gate`] | what only ring 0 may do: port I/O, CPUID, MSRs, HLT |
 //! | [`mmio`], [`port`], [`serial`] | device access, the probe port, text output |
 //! | [`time`] | the TSC and its frequency |
-//! | [`report`], [`params`], [`data`] | shared with the host side of this crate |
+//! | [`report`], [`params`], [`data`], [`ram`] | shared with the host side of this crate |
 //!
 //! Drivers (PCI enumeration through `gate::outl(0xcf8, ..)` or ECAM through [`mmio`], virtio, MSI-X) come as modules
 //! beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
@@ -44,6 +44,8 @@ pub mod mmio;
 pub mod params;
 pub mod percpu;
 pub mod port;
+#[path = "../src/ram.rs"]
+pub mod ram;
 #[path = "../src/report.rs"]
 pub mod report;
 pub mod serial;

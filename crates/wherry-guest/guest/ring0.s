@@ -102,6 +102,7 @@ pvh_start:
     shr eax, 16
     mov [gdt + 0x34], al
     mov [gdt + 0x37], ah
+    mov byte ptr [gdt + 0x35], 0x89 # not busy, should this be a second start
     xor esi, esi                # vCPU index
     mov edi, offset __percpu
 

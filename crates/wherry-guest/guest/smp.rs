@@ -66,6 +66,8 @@ pub fn start_cpu(cpu: usize, apic_id: u32, tsc_hz: u64) -> Result<(), &'static s
 
 #[unsafe(no_mangle)]
 extern "C" fn guest_first_cpu(cpu: usize) -> ! {
+    // A second start of the same image finds its old value.
+    ONLINE.store(1, Ordering::Release);
     interrupt::init_idt();
     interrupt::init_local_apic();
     // SAFETY: defined by the kernel that links this library.

@@ -7,8 +7,9 @@ use core::sync::atomic::Ordering::{Relaxed, Release};
 use wherry_guest_kernel::boot::BootInfo;
 use wherry_guest_kernel::data::ENTRY_BYTES;
 use wherry_guest_kernel::fault::{control, cpu_page, die, header};
-use wherry_guest_kernel::memory::{Allocator, Region};
+use wherry_guest_kernel::memory::Allocator;
 use wherry_guest_kernel::params::{Params, Shadow};
+use wherry_guest_kernel::ram::Region;
 use wherry_guest_kernel::report::{
     CpuPage, FailureKind, MAGIC, MAX_CPUS, MAX_EXTENTS, PAGE_SIZE, REPORT_SIZE, VERSION,
 };

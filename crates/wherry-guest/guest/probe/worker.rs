@@ -6,8 +6,8 @@ use core::sync::atomic::{AtomicU32, AtomicU64, compiler_fence};
 
 use wherry_guest_kernel::data::{self, Entry, Generation, PAGE_WORDS};
 use wherry_guest_kernel::fault::{self, control, cpu_page, header, set_phase};
-use wherry_guest_kernel::memory::Region;
 use wherry_guest_kernel::params::{Idle, InjectedFault, Pattern, Write};
+use wherry_guest_kernel::ram::Region;
 use wherry_guest_kernel::report::{
     CpuPage, FailureKind, MAX_ERRORS, MismatchKind, PAGE_SIZE, Phase, RATE_MAX, gap_bucket,
 };

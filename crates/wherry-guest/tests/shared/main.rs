@@ -5,4 +5,6 @@ mod data;
 mod document;
 mod image;
 mod params;
+mod ram;
 mod snapshot;
+mod sources;
