@@ -61,6 +61,10 @@ pub enum DestinationState {
     Paused,
     /// It ran here, or part of it did, and is lost.
     Broken,
+    /// Was told to run and could not; has promised the source never to. The copy is kept until the source says that it
+    /// has the VM back, because until then it may be the last one: a source that died holding the disk locks has left
+    /// neither a VM nor free disks.
+    Declined,
     /// Gave up before it was ready.
     Withdrawn,
     /// Was ready; does not run the VM and never will.
@@ -143,7 +147,7 @@ pub struct DestinationOwner {
     carriage: Carriage,
     state: DestinationState,
     resolved: bool,
-    /// Restarted, and the promise was found.
+    /// The promise never to run was made, or found after a restart. Only a resolution frees from it.
     promised: bool,
 }
 
@@ -232,7 +236,8 @@ impl DestinationOwner {
                 self.enter(D::InDoubt, vec![self.say(Word::Ready), Report(Notice::InDoubt(None))])
             }
             (D::Ready | D::InDoubt, In::LinkUp) | (D::InDoubt, In::Timeout) => vec![self.say(Word::Ready)],
-            (D::Ready | D::InDoubt, In::Abort) => vec![Report(Notice::TooLate)],
+            (D::Ready | D::InDoubt | D::Declined, In::Abort) => vec![Report(Notice::TooLate)],
+            (D::Declined, In::Timeout | In::LinkUp) => vec![self.say(Word::NotRun)],
 
             (D::TakingLocks, In::LocksTaken) => {
                 self.state = D::RecordingRan;
@@ -276,7 +281,7 @@ impl DestinationOwner {
                 self.enter(D::TakingLocks, vec![TakeLocks])
             }
             (D::Ready | D::InDoubt, Word::Offer(_) | Word::Query) => vec![self.say(Word::Ready)],
-            (D::Ready | D::InDoubt, Word::Abort) => self.promise(vec![], Word::Aborted),
+            (D::Ready | D::InDoubt, Word::Abort) => self.promise(Word::Aborted),
             (D::Ready | D::InDoubt, Word::Unknown(finding)) => {
                 self.enter(D::InDoubt, vec![Report(Notice::InDoubt(Some(finding)))])
             }
@@ -287,9 +292,11 @@ impl DestinationOwner {
             (D::Running | D::LacksPages | D::Paused, Word::Abort) => vec![Report(Notice::Conflict(Side::Source))],
             (D::Running | D::Broken, Word::Confirm) => vec![Clear],
 
+            (D::Declined, Word::Abort) => self.promise(Word::Aborted),
+            (D::Declined, Word::Unknown(finding)) => vec![Report(Notice::InDoubt(Some(finding)))],
             (D::Withdrawn, Word::Offer(_) | Word::Query) => vec![self.say(Word::Abort)],
             (D::Withdrawn | D::NeverRuns, Word::Abort) => vec![self.say(Word::Aborted)],
-            (D::NeverRuns, Word::Offer(_) | Word::Run | Word::Query) => vec![self.say(Word::NotRun)],
+            (D::Declined | D::NeverRuns, Word::Offer(_) | Word::Run | Word::Query) => vec![self.say(Word::NotRun)],
 
             // The promise was made by the incarnation that was ready, and is only repeated here.
             (D::Died(_), Word::Run | Word::Query) if self.promised => vec![self.say(Word::NotRun)],
@@ -304,12 +311,12 @@ impl DestinationOwner {
 
     fn resolve(&mut self, side: Side) -> Vec<DestinationEffect> {
         match (self.state, side) {
-            (D::InDoubt, Side::Destination) if self.carriage == Carriage::Whole => {
+            (D::InDoubt | D::Declined, Side::Destination) if self.carriage == Carriage::Whole => {
                 self.resolved = true;
                 self.enter(D::TakingLocks, vec![TakeLocks])
             }
-            (D::InDoubt | D::NeverRuns, Side::Destination) => vec![Report(Notice::CannotRunHere)],
-            (D::InDoubt, Side::Source) => self.promise(vec![], Word::NotRun),
+            (D::InDoubt | D::Declined | D::NeverRuns, Side::Destination) => vec![Report(Notice::CannotRunHere)],
+            (D::InDoubt | D::Declined, Side::Source) => self.promise(Word::NotRun),
             // Nothing here can run; it only frees the VM's name on this host.
             (D::Died(_), _) => {
                 self.promised = false;
@@ -319,26 +326,33 @@ impl DestinationOwner {
         }
     }
 
-    /// Told to run, and cannot. If the source told it, the source waits with a whole copy and gets it back; if an
-    /// operator did, this may be the last copy, and it is kept.
+    /// Was to run, and cannot. A source that told it to gets the VM back; an operator may try again. The copy stays.
     fn cannot_run(&mut self, mut effects: Vec<DestinationEffect>) -> Vec<DestinationEffect> {
         if !self.resolved {
-            return self.promise(effects, Word::NotRun);
+            // Recorded before it is said, so that a restart can repeat it; if it cannot be recorded it holds all the same,
+            // because the copy that might break it goes with this process.
+            self.promised = true;
+            effects.extend([
+                Note(self.record(DestinationStage::NeverRuns)),
+                self.say(Word::NotRun),
+                Report(Notice::Declined),
+            ]);
+            return self.enter(D::Declined, effects);
         }
         self.resolved = false;
-        effects.extend([Note(self.record(DestinationStage::Intent)), Report(Notice::ResolveFailed)]);
-        self.enter(D::InDoubt, effects)
+        let (state, stage) = match self.promised {
+            true => (D::Declined, DestinationStage::NeverRuns),
+            false => (D::InDoubt, DestinationStage::Intent),
+        };
+        effects.extend([Note(self.record(stage)), Report(Notice::ResolveFailed)]);
+        self.enter(state, effects)
     }
 
-    /// Was ready, and ends here without running. The promise is recorded before it is given, so that a restart can
-    /// repeat it; if it cannot be, it holds all the same, because the copy that might break it goes with this process.
-    fn promise(&mut self, mut effects: Vec<DestinationEffect>, word: Word) -> Vec<DestinationEffect> {
-        effects.extend([
-            Note(self.record(DestinationStage::NeverRuns)),
-            self.say(word),
-            Discard,
-            Report(Notice::NotTaken),
-        ]);
+    /// Was ready, and ends here without running, because the source has the VM.
+    fn promise(&mut self, word: Word) -> Vec<DestinationEffect> {
+        self.promised = true;
+        let effects =
+            vec![Note(self.record(DestinationStage::NeverRuns)), self.say(word), Discard, Report(Notice::NotTaken)];
         self.enter(D::NeverRuns, effects)
     }
 

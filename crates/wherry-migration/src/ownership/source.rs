@@ -249,7 +249,7 @@ impl SourceOwner {
                 self.enter(S::Kept { settled: true }, effects)
             }
             (S::Stopped, In::Abort | In::LinkLost | In::Timeout) => {
-                let effects = vec![self.forget(), self.resume(), self.say(Word::Abort)];
+                let effects = vec![self.forget(), self.resume()];
                 self.enter(S::Resuming { settled: true }, effects)
             }
             (S::Offered, In::Abort | In::LinkLost | In::Timeout) => self.keep(),
@@ -270,18 +270,19 @@ impl SourceOwner {
 
             (S::RecordingKept, In::Persisted) => {
                 self.resolved = true;
-                let effects = vec![self.resume(), self.say(Word::Abort)];
+                let effects = vec![self.resume()];
                 self.enter(S::Resuming { settled: false }, effects)
             }
             (S::RecordingKept, In::PersistFailed) => self.enter(S::InDoubt, vec![Report(Notice::NotRecorded)]),
             (S::Resuming { settled }, In::Resumed) => {
                 self.released = false;
-                self.enter(S::Kept { settled }, vec![Report(Notice::Aborted)])
+                // Only now: until the VM runs here again, a ready destination's copy may be the one that survives.
+                self.enter(S::Kept { settled }, vec![self.say(Word::Abort), Report(Notice::Aborted)])
             }
             (S::Resuming { .. }, In::ResumeFailed) => vec![Report(Notice::Stuck)],
             (S::Resuming { .. }, In::Timeout | In::Abort) => vec![self.resume()],
             // Until it is heard to be gone, that copy keeps the record here.
-            (S::Kept { settled: false } | S::DiedKept, In::Timeout | In::LinkUp) => vec![self.say(Word::Abort)],
+            (S::Kept { settled: false }, In::Timeout | In::LinkUp) => vec![self.say(Word::Abort)],
 
             (S::Serving, In::AllServed) => {
                 self.enter(S::Gone, vec![Discard, self.say(Word::Confirm), Report(Notice::Given)])
@@ -290,7 +291,7 @@ impl SourceOwner {
             (S::Paused, In::LinkUp) => self.enter(S::Serving, vec![]),
             (S::Serving | S::Paused | S::Gone, In::Abort) => vec![Report(Notice::TooLate)],
 
-            (S::DiedIntended | S::DiedCommitted, In::Timeout | In::LinkUp) => vec![self.say(Word::Query)],
+            (S::DiedIntended | S::DiedCommitted | S::DiedKept, In::Timeout | In::LinkUp) => vec![self.say(Word::Query)],
             _ => vec![],
         }
     }
@@ -306,17 +307,14 @@ impl SourceOwner {
                 let effects = vec![self.forget(), Report(Notice::Aborted)];
                 self.enter(S::Kept { settled: true }, effects)
             }
-            (S::Stopped | S::Offered, Word::Abort | Word::Aborted | Word::NotRun) => {
+            (S::Stopped | S::Offered, Word::Abort | Word::Aborted) => {
                 let effects = vec![self.forget(), self.resume()];
                 self.enter(S::Resuming { settled: true }, effects)
             }
-            (S::Offered, Word::Unknown(_)) => self.keep(),
+            (S::Offered, Word::Unknown(_) | Word::NotRun) => self.keep(),
 
             (S::RunRecorded | S::InDoubt, Word::Ready) => vec![self.say(Word::Run)],
-            (S::RunRecorded | S::InDoubt, Word::NotRun) => {
-                let effects = vec![self.forget(), self.resume()];
-                self.enter(S::Resuming { settled: true }, effects)
-            }
+            (S::RunRecorded | S::InDoubt, Word::NotRun) => self.keep(),
             (S::RunRecorded | S::InDoubt, Word::Unknown(finding)) => {
                 self.enter(S::InDoubt, vec![Report(Notice::InDoubt(Some(finding)))])
             }
@@ -326,12 +324,13 @@ impl SourceOwner {
                 vec![Report(Notice::Conflict(Side::Destination))]
             }
 
-            (S::Resuming { .. } | S::Kept { .. } | S::DiedKept, Word::Ready) => vec![self.say(Word::Abort)],
-            (S::Resuming { settled: false }, Word::NotRun | Word::Abort | Word::Aborted) => {
+            // It waits to hear that the VM runs here.
+            (S::Kept { .. }, Word::Ready | Word::NotRun) => vec![self.say(Word::Abort)],
+            (S::Resuming { settled: false }, Word::Abort | Word::Aborted) => {
                 self.state = S::Resuming { settled: true };
                 vec![self.forget()]
             }
-            (S::Kept { settled: false }, Word::NotRun | Word::Abort | Word::Aborted) => {
+            (S::Kept { settled: false }, Word::Abort | Word::Aborted) => {
                 self.state = S::Kept { settled: true };
                 vec![self.forget()]
             }
@@ -339,19 +338,21 @@ impl SourceOwner {
             (S::Gone, Word::Running) => vec![self.say(Word::Confirm)],
             // Resolved as the destination's, which has not heard of it.
             (S::Gone, Word::Ready) => vec![self.say(Word::Run)],
-            (S::Gone, Word::NotRun) => vec![Report(Notice::Lost)],
+            (S::Gone, Word::NotRun) => vec![Report(Notice::Declined)],
 
             (S::DiedCommitted, Word::Ready) if self.carriage == Carriage::Whole => vec![self.say(Word::Run)],
             (S::DiedCommitted, Word::Ready) => vec![self.say(Word::Unknown(Finding::PagesDied))],
             (S::DiedIntended, Word::Ready) => vec![self.say(Word::Unknown(Finding::SourceDied))],
+            // It may have died before it resumed: then that copy is the last one, and no program may throw it away.
+            (S::DiedKept, Word::Ready) => vec![self.say(Word::Unknown(Finding::SourceKept))],
             (S::DiedIntended | S::DiedCommitted | S::DiedKept, Word::Running) => {
                 let effects = vec![Note(self.record(SourceStage::Gone)), self.say(Word::Confirm)];
                 self.enter(S::Gone, effects)
             }
+            // Its copy may still be there, for an operator to bring to life.
+            (S::DiedIntended | S::DiedCommitted | S::DiedKept, Word::NotRun) => vec![Report(Notice::Declined)],
             // Nobody has it and nobody will.
-            (S::DiedIntended | S::DiedCommitted | S::DiedKept, Word::NotRun | Word::Abort | Word::Aborted) => {
-                self.free()
-            }
+            (S::DiedIntended | S::DiedCommitted | S::DiedKept, Word::Abort | Word::Aborted) => self.free(),
             (S::DiedIntended | S::DiedCommitted | S::DiedKept, Word::Unknown(finding)) => {
                 vec![Report(Notice::InDoubt(Some(finding)))]
             }
@@ -377,11 +378,10 @@ impl SourceOwner {
         }
     }
 
-    /// After the offer and before the run was recorded: the destination may be ready, so the record stays until it has
-    /// said that its copy is gone. Otherwise, after a crash here, an operator could give life to that copy while this
-    /// host boots the VM.
+    /// The VM is ours, and the destination may have a whole copy: so the record stays until it has said that its copy is
+    /// gone. Otherwise, after a crash here, an operator could give life to that copy while this host boots the VM.
     fn keep(&mut self) -> Vec<SourceEffect> {
-        let effects = vec![Note(self.record(SourceStage::Kept)), self.resume(), self.say(Word::Abort)];
+        let effects = vec![Note(self.record(SourceStage::Kept)), self.resume()];
         self.enter(S::Resuming { settled: false }, effects)
     }
 

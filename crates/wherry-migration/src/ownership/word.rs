@@ -25,7 +25,7 @@ pub enum Word {
     Run,
     /// Destination: it runs here.
     Running,
-    /// Destination, and only the incarnation that was ready: it does not run here and never will.
+    /// Destination, and only the incarnation that was ready: it does not run here, and never will on your word.
     NotRun,
     /// Source: I have heard that it runs, and have given up my copy.
     Confirm,
@@ -33,7 +33,7 @@ pub enum Word {
     Query,
     /// Either: I know nothing that would decide this. The finding is for people.
     Unknown(Finding),
-    /// Source: it stays here. Destination: I was never ready for it and never will be.
+    /// Source: it stays here, and runs here. Destination: I was never ready for it and never will be.
     Abort,
     /// Destination: my copy is gone and never ran.
     Aborted,
@@ -87,13 +87,21 @@ pub enum Finding {
     DiedRunning,
     /// Source restarted: the VM died with its process, before a run was recorded.
     SourceDied,
+    /// Source restarted: the VM had been taken back, ran on (or was about to) and died with its process.
+    SourceKept,
     /// Source restarted: pages that the destination lacks died with its process.
     PagesDied,
 }
 
 impl Finding {
-    const ALL: [Finding; 5] =
-        [Finding::Nothing, Finding::DiedUnrun, Finding::DiedRunning, Finding::SourceDied, Finding::PagesDied];
+    const ALL: [Finding; 6] = [
+        Finding::Nothing,
+        Finding::DiedUnrun,
+        Finding::DiedRunning,
+        Finding::SourceDied,
+        Finding::SourceKept,
+        Finding::PagesDied,
+    ];
 
     /// As the operator reads it. It is also what travels.
     pub fn text(self) -> &'static str {
@@ -102,6 +110,9 @@ impl Finding {
             Finding::DiedUnrun => "the destination process died; its copy of the VM had not run",
             Finding::DiedRunning => "the destination process died when the VM had run there or was just about to",
             Finding::SourceDied => "the source process died with the VM before it had given it away",
+            Finding::SourceKept => {
+                "the source took the VM back and died later; a copy at the destination is older than what ran there"
+            }
             Finding::PagesDied => "the source process died with pages that the destination lacks",
         }
     }
@@ -131,6 +142,9 @@ pub enum Notice {
     TooLate,
     /// `resolve` was asked for where nothing is in doubt.
     NotInDoubt,
+    /// Destination: told to run, it could not (disk locks, the record, the start), and has promised the source not to. Its
+    /// copy is kept until the source says that it has the VM. Source without a VM: the destination says so.
+    Declined,
     /// `resolve` would have this side run, and this side cannot: no VM, or pages of it are missing.
     CannotRunHere,
     /// `resolve --as destination` failed: the disk locks could not be had, or the record not be written, or the start
