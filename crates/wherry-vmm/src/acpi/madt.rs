@@ -4,7 +4,7 @@
 
 use acpi_tables::sdt::Sdt;
 
-use super::{SCI, TIMER_INPUT, table};
+use super::{SCI, table};
 use crate::layout;
 
 /// The machine also has 8259 interrupt controllers.
@@ -34,11 +34,10 @@ pub(super) fn madt(cpus: u32) -> Sdt {
     body.extend_from_slice(&[1, 12, IO_APIC_ID, 0]);
     body.extend_from_slice(&(layout::IOAPIC as u32).to_le_bytes());
     body.extend_from_slice(&0u32.to_le_bytes());
-    for (isa, input, flags) in [(0, TIMER_INPUT, CONFORMS), (SCI as u8, SCI, HIGH_LEVEL)] {
-        body.extend_from_slice(&[2, 10, 0, isa]);
-        body.extend_from_slice(&input.to_le_bytes());
-        body.extend_from_slice(&flags.to_le_bytes());
-    }
+    // The interval timer, ISA interrupt 0, needs no override: KVM connects it to input 0, where other PCs have input 2.
+    body.extend_from_slice(&[2, 10, 0, SCI as u8]);
+    body.extend_from_slice(&SCI.to_le_bytes());
+    body.extend_from_slice(&HIGH_LEVEL.to_le_bytes());
     // NMI at LINT1 of all processors.
     body.extend_from_slice(&[4, 6, 0xff]);
     body.extend_from_slice(&CONFORMS.to_le_bytes());

@@ -32,8 +32,6 @@ const OEM_REVISION: u32 = 1;
 
 /// The system control interrupt: level-triggered, active high, at this input of the I/O APIC.
 pub const SCI: u32 = 9;
-/// Input of the I/O APIC that the interval timer (ISA interrupt 0) is connected to, as on every PC.
-pub const TIMER_INPUT: u32 = 2;
 /// ISA interrupt and I/O APIC input of the first serial port.
 pub const SERIAL_INTERRUPT: u32 = 4;
 /// First port of the first serial port.

@@ -11,6 +11,7 @@ use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 use super::config::{BarKind, ConfigSpace};
 use super::function::{FunctionAddress, PciFunction};
 use super::saved::{SavedFunction, SavedPciHost};
+use crate::units::Once;
 
 /// Addresses that BARs are given, and that ACPI tells the guest of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +60,7 @@ pub struct PciRoot {
     config_address: Mutex<u32>,
     allocators: Mutex<Allocators>,
     windows: PciWindows,
+    once: Once,
 }
 
 fn unpoison<T>(result: Result<T, PoisonError<T>>) -> T {
@@ -82,6 +84,7 @@ impl PciRoot {
             config_address: Mutex::new(0),
             allocators: Mutex::new(allocators),
             windows,
+            once: Once::default(),
         }))
     }
 
@@ -225,6 +228,7 @@ impl StateUnit for PciRoot {
     }
 
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
+        self.once.restoring()?;
         let saved = SavedPciHost::from_section(section)?;
         let functions = unpoison(self.functions.read());
         let mut ours: BTreeMap<u32, _> = functions
@@ -252,6 +256,7 @@ impl StateUnit for PciRoot {
     }
 
     fn start(&self) -> Result<(), UnitError> {
+        self.once.started();
         Ok(())
     }
 }

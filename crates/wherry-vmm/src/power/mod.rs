@@ -8,7 +8,8 @@
 //! Contract: a [`PowerHandler`] is called on the vCPU's thread in the middle of the access, perhaps more than once,
 //! and must not block. The machine decides what follows.
 //!
-//! There is no system management mode: ACPI mode is always on. Timer and global events are never raised.
+//! The timer counts on while the machine is stopped or on its way to another host, as the guest's other clocks do: Linux
+//! compares them. There is no system management mode: ACPI mode is always on. Timer and global events are never raised.
 
 mod registers;
 mod saved;
@@ -17,12 +18,13 @@ mod tests;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
 use crate::bus::BusDevice;
 use crate::line::InterruptLine;
+use crate::units::Once;
 use registers::Registers;
 pub(crate) use saved::SavedAcpi;
 
@@ -115,12 +117,24 @@ pub struct AcpiPm {
     sci: Arc<dyn InterruptLine>,
     reset: Arc<ResetControl>,
     handler: PowerHandler,
+    once: Once,
+}
+
+/// `CLOCK_REALTIME` since 1970.
+fn realtime() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 impl AcpiPm {
     /// Registers that raise this interrupt and tell this handler. The reset control register is saved with them.
     pub fn new(sci: Arc<dyn InterruptLine>, reset: Arc<ResetControl>, handler: PowerHandler) -> Arc<Self> {
-        Arc::new(Self { registers: Mutex::new(Registers::new(Instant::now())), sci, reset, handler })
+        Arc::new(Self {
+            registers: Mutex::new(Registers::new(Instant::now())),
+            sci,
+            reset,
+            handler,
+            once: Once::default(),
+        })
     }
 
     /// Presses the power button. False if the guest does not listen to it (yet); the press is remembered then.
@@ -176,7 +190,6 @@ impl StateUnit for AcpiPm {
     }
 
     fn begin_stop(&self) -> Result<(), UnitError> {
-        self.lock().stop_timer(Instant::now());
         Ok(())
     }
 
@@ -187,10 +200,12 @@ impl StateUnit for AcpiPm {
     fn save(&self) -> Result<Saved, UnitError> {
         let mut saved = self.lock().save(Instant::now());
         saved.reset_control = self.reset.read().into();
+        saved.realtime_ns = realtime().as_nanos() as u64;
         Ok(Saved::Section(saved.to_section(&self.id())))
     }
 
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
+        self.once.restoring()?;
         let saved = SavedAcpi::from_section(section)?;
         let narrow = |what, value: u32| {
             u16::try_from(value).map_err(|_| UnitError::failed(format!("{what} {value:#x} has more than 16 bits")))
@@ -200,6 +215,9 @@ impl StateUnit for AcpiPm {
             narrow("PM1 enable", saved.pm1_enable)?,
             narrow("PM1 control", saved.pm1_control)?,
             saved.timer,
+            // A clock that is behind the source's counts as no time at all.
+            realtime().saturating_sub(Duration::from_nanos(saved.realtime_ns)),
+            Instant::now(),
         );
         *self.lock() = registers;
         self.reset.value.store(saved.reset_control as u8 & 0x0a, Ordering::Relaxed);
@@ -207,8 +225,8 @@ impl StateUnit for AcpiPm {
     }
 
     fn start(&self) -> Result<(), UnitError> {
-        let mut registers = self.lock();
-        registers.start_timer(Instant::now());
+        self.once.started();
+        let registers = self.lock();
         self.sci.set_level(registers.sci());
         Ok(())
     }

@@ -26,18 +26,15 @@ pub(super) struct Registers {
     timer: Timer,
 }
 
-/// Counts on while the machine runs and stands still while it is stopped.
-enum Timer {
-    Runs { since: Instant, from: u64 },
-    Stands(u64),
+/// Counts from a moment on.
+struct Timer {
+    since: Instant,
+    from: u64,
 }
 
 impl Timer {
     fn now(&self, now: Instant) -> u64 {
-        match self {
-            Timer::Stands(at) => *at,
-            Timer::Runs { since, from } => from.wrapping_add(ticks(now.saturating_duration_since(*since))),
-        }
+        self.from.wrapping_add(ticks(now.saturating_duration_since(self.since)))
     }
 }
 
@@ -47,15 +44,16 @@ fn ticks(time: Duration) -> u64 {
 
 impl Registers {
     pub fn new(now: Instant) -> Self {
-        Self { status: 0, enable: 0, control: CONTROL_SCI_EN, timer: Timer::Runs { since: now, from: 0 } }
+        Self { status: 0, enable: 0, control: CONTROL_SCI_EN, timer: Timer { since: now, from: 0 } }
     }
 
-    pub fn restore(status: u16, enable: u16, control: u16, timer: u64) -> Self {
+    /// `passed` is the time since `timer` was saved.
+    pub fn restore(status: u16, enable: u16, control: u16, timer: u64, passed: Duration, now: Instant) -> Self {
         Self {
             status: status & STATUS_BITS,
             enable: enable & ENABLE_BITS,
             control: control & CONTROL_KEPT | CONTROL_SCI_EN,
-            timer: Timer::Stands(timer),
+            timer: Timer { since: now, from: timer.wrapping_add(ticks(passed)) },
         }
     }
 
@@ -66,15 +64,8 @@ impl Registers {
             pm1_control: self.control.into(),
             timer: self.timer.now(now),
             reset_control: 0,
+            realtime_ns: 0,
         }
-    }
-
-    pub fn stop_timer(&mut self, now: Instant) {
-        self.timer = Timer::Stands(self.timer.now(now));
-    }
-
-    pub fn start_timer(&mut self, now: Instant) {
-        self.timer = Timer::Runs { since: now, from: self.timer.now(now) };
     }
 
     /// Level of the system control interrupt.

@@ -20,6 +20,9 @@ pub(crate) struct SavedAcpi {
     /// Reset control register.
     #[prost(uint32, tag = "5")]
     pub reset_control: u32,
+    /// `CLOCK_REALTIME` in ns when `timer` was read.
+    #[prost(fixed64, tag = "6")]
+    pub realtime_ns: u64,
 }
 
 impl SavedState for SavedAcpi {

@@ -34,6 +34,7 @@ use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
 use crate::bus::BusDevice;
 use crate::config::SerialTarget;
+use crate::units::Once;
 use endpoint::Endpoint;
 use output::Output;
 pub(crate) use saved::SavedSerial;
@@ -158,6 +159,7 @@ pub struct Serial {
     shared: Arc<Shared>,
     interrupt: Interrupt,
     thread: Option<JoinHandle<()>>,
+    once: Once,
 }
 
 impl Serial {
@@ -179,7 +181,7 @@ impl Serial {
         let port = Mutex::new(Port { chip, running: true });
         let shared = Arc::new(Shared { port, output, wake, stop: AtomicBool::new(false) });
         let thread = console::spawn(shared.clone(), endpoint).map_err(SerialError::os("starting its thread"))?;
-        Ok(Arc::new(Self { shared, interrupt, thread: Some(thread) }))
+        Ok(Arc::new(Self { shared, interrupt, thread: Some(thread), once: Once::default() }))
     }
 
     /// How many bytes of output were dropped because nobody took them.
@@ -256,6 +258,7 @@ impl StateUnit for Serial {
     }
 
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
+        self.once.restoring()?;
         let state = SavedSerial::from_section(section)?.to_state().map_err(UnitError::failed)?;
         self.interrupt.held.store(true, Ordering::Relaxed);
         let shared = &self.shared;
@@ -266,6 +269,7 @@ impl StateUnit for Serial {
     }
 
     fn start(&self) -> Result<(), UnitError> {
+        self.once.started();
         let mut port = self.shared.port();
         self.interrupt.held.store(false, Ordering::Relaxed);
         let state = port.chip.state();

@@ -275,7 +275,7 @@ fn input_waits_while_the_unit_is_stopped_and_the_fifo_moves_with_the_state() {
 fn impossible_state_is_refused() {
     let (serial, _) = port(SerialTarget::Null);
     let good = SavedSerial::from_section(&section(&serial)).unwrap();
-    let refused = |saved: SavedSerial| serial.restore(&saved.to_section(&serial.id())).is_err();
+    let refused = |saved: SavedSerial| port(SerialTarget::Null).0.restore(&saved.to_section(&serial.id())).is_err();
     assert!(refused(SavedSerial { line_status: 0x100, ..good.clone() }));
     assert!(refused(SavedSerial { divisor: 0x1_0000, ..good.clone() }));
     assert!(refused(SavedSerial { received: vec![0; 65], ..good }));
