@@ -1,15 +1,30 @@
-//! The devices every machine has, and their buses.
+//! The devices every machine has, their buses and interrupt lines.
+//!
+//! They are the same in every machine, so the description does not list them; their state units' names and schemas are
+//! compared in the handshake.
 
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_guest::report;
 use wherry_memory::{GuestMemory, Ram};
 use wherry_state::StateUnit;
 
-use super::{ExitNotice, VmError};
-use crate::bus::Bus;
+use super::{ExitNotice, ExitReason, VmError};
+use crate::acpi::{self, AcpiConfig};
+use crate::bus::{Bus, BusDevice};
 use crate::config::SerialTarget;
+use crate::layout;
+use crate::line::InterruptLine;
+use crate::pci::{Ecam, FunctionAddress, HostBridge, PciPorts, PciRoot, PciWindows};
+use crate::power::{self, AcpiPm, KeyboardController, PowerHandler, PowerRequest, ResetControl};
+use crate::rtc::{RTC_LEN, Rtc};
+use crate::serial::{EscapeHandler, SERIAL_LEN, Serial};
 use crate::vcpu::Buses;
+
+/// Ports that PCI devices may have.
+const PCI_PORTS: std::ops::Range<u64> = 0x1000..0x1_0000;
 
 /// What the devices of a machine are connected to on this host.
 #[derive(Clone, Debug)]
@@ -22,17 +37,58 @@ pub struct DeviceConfig {
 pub struct Devices {
     buses: Buses,
     units: Vec<Arc<dyn StateUnit>>,
+    serial: Arc<Serial>,
+    pci: Arc<PciRoot>,
+    acpi: Arc<AcpiPm>,
+}
+
+fn failed(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
+    VmError::Device(e.into())
 }
 
 impl Devices {
     pub(super) fn make(
-        _config: &DeviceConfig,
-        _vm: &Arc<VmFd>,
-        _ram: &Arc<Ram>,
-        _notice: &ExitNotice,
+        config: &DeviceConfig,
+        vm: &Arc<VmFd>,
+        ram: &Arc<Ram>,
+        notice: &ExitNotice,
     ) -> Result<Self, VmError> {
-        let buses = Buses { pio: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) };
-        Ok(Self { buses, units: Vec::new() })
+        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let on_pio = |base: u64, len: u64, device: Arc<dyn BusDevice>| pio.insert(base, len, device).map_err(failed);
+        let on_mmio = |base: u64, len: u64, device: Arc<dyn BusDevice>| mmio.insert(base, len, device).map_err(failed);
+
+        let power = power_handler(notice);
+        let reset = ResetControl::new(power.clone());
+        let sci = Arc::new(GsiLine { vm: vm.clone(), gsi: acpi::SCI });
+        let acpi = AcpiPm::new(sci, reset.clone(), power.clone());
+        on_pio(power::PM_BASE.into(), power::PM_LEN.into(), acpi.clone())?;
+        on_pio(power::KEYBOARD_PORT.into(), 1, Arc::new(KeyboardController::new(power)))?;
+
+        let memory64 = layout::mmio64(ram.size());
+        let windows = PciWindows { io: PCI_PORTS, memory32: layout::MMIO32, memory64 };
+        let pci = PciRoot::new(windows).map_err(failed)?;
+        let bridge = FunctionAddress::from_devfn(0);
+        pci.add(bridge, Arc::new(HostBridge::new())).map_err(failed)?;
+        on_pio(PciPorts::BASE, PciPorts::LEN, Arc::new(PciPorts::new(pci.clone(), reset)))?;
+        on_mmio(layout::ECAM.start, layout::ECAM.end - layout::ECAM.start, Arc::new(Ecam::new(pci.clone())))?;
+
+        let interrupt = EventFd::new(EFD_NONBLOCK).map_err(failed)?;
+        vm.register_irqfd(&interrupt, acpi::SERIAL_INTERRUPT)
+            .map_err(VmError::kvm("attaching the serial port's interrupt"))?;
+        let user = notice.clone();
+        let escape: EscapeHandler = Arc::new(move || {
+            user.tell(ExitReason::ApiStop);
+        });
+        let serial = Serial::new(interrupt, &config.serial, Some(escape)).map_err(failed)?;
+        on_pio(acpi::SERIAL_PORT.into(), SERIAL_LEN, serial.clone())?;
+
+        let rtc = Arc::new(Rtc::new(ram.size(), layout::LOW_RAM_END));
+        on_pio(acpi::RTC_PORT.into(), RTC_LEN, rtc.clone())?;
+
+        on_mmio(layout::PROBE_PORT, report::PAGE_SIZE, Arc::new(ProbePort(notice.clone())))?;
+
+        let units: Vec<Arc<dyn StateUnit>> = vec![serial.clone(), pci.clone(), acpi.clone(), rtc];
+        Ok(Self { buses: Buses { pio, mmio }, units, serial, pci, acpi })
     }
 
     pub(super) fn buses(&self) -> &Buses {
@@ -44,7 +100,73 @@ impl Devices {
     }
 
     /// Writes the tables that tell the guest of its hardware; where they begin.
-    pub(super) fn write_tables(&self, _memory: &GuestMemory, _cpus: u32) -> Result<Option<u64>, VmError> {
-        Ok(None)
+    pub(super) fn write_tables(&self, memory: &GuestMemory, cpus: u32) -> Result<Option<u64>, VmError> {
+        let config = AcpiConfig { cpus, windows: self.pci.windows(), devices: Vec::new(), tables: Vec::new() };
+        acpi::write_tables(memory, &config).map(Some).map_err(|e| VmError::Boot(e.into()))
+    }
+
+    /// Presses the power button; false if the guest does not listen to it (yet).
+    pub fn press_power_button(&self) -> bool {
+        self.acpi.press_power_button()
+    }
+
+    /// Bytes of serial output that were dropped because nobody took them.
+    pub fn serial_dropped(&self) -> u64 {
+        self.serial.dropped()
     }
 }
+
+/// Ends the machine when its guest asks for it.
+fn power_handler(notice: &ExitNotice) -> PowerHandler {
+    let notice = notice.clone();
+    Arc::new(move |request| {
+        notice.tell(match request {
+            PowerRequest::PowerOff => ExitReason::PowerOff,
+            PowerRequest::Reset => ExitReason::Reset,
+        });
+    })
+}
+
+/// An input of KVM's interrupt controllers.
+struct GsiLine {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl InterruptLine for GsiLine {
+    fn set_level(&self, asserted: bool) {
+        // It fails only for an input that does not exist.
+        if let Err(error) = self.vm.set_irq_line(self.gsi, asserted) {
+            tracing::error!(gsi = self.gsi, %error, "setting an interrupt line");
+        }
+    }
+}
+
+/// The port page by which the probe guest tells of events. It has no state.
+struct ProbePort(ExitNotice);
+
+impl BusDevice for ProbePort {
+    fn read(&self, _base: u64, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset == report::PORT_REG_ID && data.len() == 4 {
+            data.copy_from_slice(&report::PORT_ID.to_le_bytes());
+        }
+    }
+
+    fn write(&self, _base: u64, offset: u64, data: &[u8]) {
+        let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
+        match offset {
+            report::PORT_REG_EVENT => {
+                if let Some((event, vcpu, argument)) = report::PortEvent::decode(value) {
+                    tracing::debug!(?event, vcpu, argument, "probe guest");
+                }
+            }
+            report::PORT_REG_POWEROFF => {
+                self.0.tell(ExitReason::PowerOff);
+            }
+            _ => {}
+        }
+    }
+}
+
+const _: () = assert!(report::PORT_GPA == layout::PROBE_PORT, "the probe guest and the memory layout must agree");
