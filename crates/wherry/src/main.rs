@@ -1,2 +1,72 @@
 //! The `wherry` command line.
-fn main() {}
+//!
+//! - [`args`]: what may stand on it.
+//! - [`host`]: `run` and `receive`, the processes that hold a VM.
+//! - [`control`], [`migrate`]: commands to such a process, over its API by [`client`].
+//! - [`demo`]: all of it in one command; [`probe`] watches the guest from outside.
+//! - [`report`]: figures as people read them.
+//!
+//! Results go to stdout, everything else to stderr. The exit status is part of the contract: 0 it happened; 1 it did
+//! not, and the VM runs on where it was; 2 bad arguments; 3 in doubt or paused, recoverable.
+
+mod args;
+mod client;
+mod control;
+mod demo;
+mod host;
+mod migrate;
+mod probe;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Command};
+
+/// It happened.
+pub const HAPPENED: u8 = 0;
+/// It did not happen, and the VM runs on where it was.
+pub const DID_NOT: u8 = 1;
+/// The arguments are bad.
+pub const BAD_ARGUMENTS: u8 = 2;
+/// In doubt or paused, recoverable.
+pub const IN_DOUBT: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let filter = match EnvFilter::try_new(&cli.log) {
+        Ok(filter) => filter,
+        Err(error) => {
+            eprintln!("error: --log {:?} is no filter: {error}", cli.log);
+            return ExitCode::from(BAD_ARGUMENTS);
+        }
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let result = match cli.command {
+        Command::Run(options) => host::run(*options),
+        Command::Receive(options) => host::receive(options),
+        Command::Migrate(options) => migrate::migrate(&options),
+        Command::Cancel(options) => control::cancel(&options),
+        Command::Pause(options) => control::pause(&options),
+        Command::Resume(options) => control::resume(&options),
+        Command::Resolve(options) => control::resolve(&options),
+        Command::Status(options) => control::status(&options),
+        Command::Stop(options) => control::stop(&options),
+        Command::Demo(options) => demo::demo(&options),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(DID_NOT)
+        }
+    }
+}
+
+/// A runtime for commands that only wait for answers.
+pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    use anyhow::Context;
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the asynchronous runtime")
+}

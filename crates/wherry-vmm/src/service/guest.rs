@@ -1,5 +1,6 @@
-//! What the service needs of a machine and of a journey. The real ones are in [`super::real`]; tests bring their own.
+//! What the service needs of a machine and of a journey. The real ones are in [`super::kvm`]; tests bring their own.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ pub enum Exit {
     PowerOff,
     /// The guest asked for a reset.
     Reset,
+    /// Its user has left it by its console.
+    Quit,
     /// The guest cannot go on (triple fault, shutdown, a vCPU failed); the text says which vCPU and why.
     Crash(String),
 }
@@ -23,7 +26,7 @@ pub enum Exit {
 pub type GuestError = Box<dyn std::error::Error + Send + Sync>;
 
 /// A machine that the service holds. Dropping it ends it and gives its RAM back.
-pub trait Guest: Send {
+pub trait Guest: Any + Send {
     /// Its unchanging facts.
     fn hardware(&self) -> Hardware;
 
@@ -58,8 +61,13 @@ pub enum Sent {
     Gone,
     /// The VM is here, in the state it was in before; the journey's job says why.
     Kept(Box<dyn Guest>),
-    /// The VM is nowhere known to run and may not be run here.
-    Lost(String),
+    /// The VM cannot be run here any more.
+    Lost {
+        /// Why.
+        why: String,
+        /// Whether it may run at the other end.
+        in_doubt: bool,
+    },
 }
 
 /// How an incoming journey ended.
@@ -68,8 +76,13 @@ pub enum Received {
     Arrived(Box<dyn Guest>),
     /// It stayed where it was; the text says why. Nothing is left of it here.
     Refused(String),
-    /// The VM was ours and could not be run; the text says why.
-    Lost(String),
+    /// The VM was ours and could not be run.
+    Lost {
+        /// Why.
+        why: String,
+        /// Whether it may run at the other end.
+        in_doubt: bool,
+    },
 }
 
 /// An outgoing journey that is ready to begin.

@@ -1,6 +1,7 @@
 //! The service: the one place in a Wherry process that knows where its VM stands, and that every request goes through.
 //!
 //! - [`guest`]: what the service needs of a machine and of a journey.
+//! - [`kvm`]: the real ones.
 //! - [`Service`]: the states and the moves between them.
 //!
 //! ```text
@@ -18,6 +19,7 @@
 //! a journey works, so `info`, `job` and `cancel` answer at once whatever happens.
 
 pub mod guest;
+pub mod kvm;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,6 +39,9 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 const STOP_LIMIT: Duration = Duration::from_secs(15);
 /// How long the process stays after the VM has left, when nobody fetches the result.
 const RESULT_LIMIT: Duration = Duration::from_secs(10);
+
+/// The last word of a process whose user has ended it.
+const STOPPED: &str = "stopped by the user";
 
 /// A request that was not done, and why.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -167,8 +172,20 @@ impl Service {
     }
 
     /// The last journey as it stands; an empty job if there was none. Never waits for it.
+    ///
+    /// A journey is told to be over when its consequences are drawn: whoever hears that it failed finds the VM here
+    /// again, and whoever hears that it is done finds all figures of its end.
     pub fn job(&self) -> Job {
-        self.lock().journey.as_ref().map(|j| j.job()).unwrap_or_default()
+        let inner = self.lock();
+        let mut job = inner.journey.as_ref().map(|j| j.job()).unwrap_or_default();
+        if matches!(inner.state, VmState::Migrating | VmState::Receiving) {
+            job.phase = match job.phase {
+                Phase::Done => Phase::Switchover,
+                Phase::Cancelled | Phase::Failed => Phase::Precopy,
+                phase => phase,
+            };
+        }
+        job
     }
 
     /// Remembers that somebody has been told how the last journey ended.
@@ -277,7 +294,7 @@ impl Service {
                     self.end(&mut inner, VmState::Moved, 0, message);
                 }
             }
-            Sent::Lost(why) => self.end(&mut inner, VmState::Crashed, 1, format!("the VM is lost: {why}")),
+            Sent::Lost { why, in_doubt } => self.lose(&mut inner, &why, in_doubt),
         }
     }
 
@@ -294,8 +311,8 @@ impl Service {
         self.version.send_modify(|v| *v += 1);
     }
 
-    /// Takes what came of an arrival. Answers whether the process is to listen on.
-    pub fn arrival(self: &Arc<Self>, received: Received) -> bool {
+    /// Takes what came of an arrival; with `once` a failed one ends the process. Answers whether to listen on.
+    pub fn arrival(self: &Arc<Self>, received: Received, once: bool) -> bool {
         let mut inner = self.lock();
         match received {
             Received::Arrived(guest) => {
@@ -306,14 +323,17 @@ impl Service {
             Received::Refused(why) => {
                 warn!(why, "the VM did not arrive");
                 inner.hardware = None;
-                self.set(&mut inner, VmState::Listening, Some(format!("the last VM did not arrive: {why}")));
                 if inner.stop_wanted {
                     self.end(&mut inner, VmState::Stopped, 0, "stopped before a VM arrived".into());
+                } else if once {
+                    self.end(&mut inner, VmState::Stopped, 1, format!("the VM did not arrive: {why}"));
+                } else {
+                    self.set(&mut inner, VmState::Listening, Some(format!("the last VM did not arrive: {why}")));
                 }
                 inner.ending.is_none()
             }
-            Received::Lost(why) => {
-                self.end(&mut inner, VmState::Crashed, 1, format!("the VM is lost: {why}"));
+            Received::Lost { why, in_doubt } => {
+                self.lose(&mut inner, &why, in_doubt);
                 false
             }
         }
@@ -373,14 +393,15 @@ impl Service {
                 }
                 VmState::Running | VmState::Paused if inner.guest.is_some() => {
                     let guest = inner.guest.take();
-                    self.end(&mut inner, VmState::Stopped, 0, "stopped by the user".into());
+                    inner.busy = Some("stopping");
                     drop(inner);
                     drop(guest);
-                    return Ok(self.info());
+                    inner = self.lock();
+                    self.end(&mut inner, VmState::Stopped, 0, STOPPED.into());
                 }
                 VmState::Listening => self.end(&mut inner, VmState::Stopped, 0, "stopped before a VM arrived".into()),
-                VmState::Created => self.end(&mut inner, VmState::Stopped, 0, "stopped before the VM ran".into()),
-                VmState::Moved | VmState::Stopped | VmState::Crashed => {
+                VmState::Created if inner.busy.is_none() => self.end(&mut inner, VmState::Stopped, 0, "stopped before the VM ran".into()),
+                VmState::Moved | VmState::Stopped | VmState::Crashed if inner.busy.is_none() => {
                     let (state, message) = (inner.state, inner.reason.clone().unwrap_or_default());
                     self.end(&mut inner, state, u8::from(state == VmState::Crashed), message);
                 }
@@ -435,7 +456,7 @@ impl Service {
         self.end(&mut inner, VmState::Crashed, 1, message);
     }
 
-    // ---- below: with the lock held ----
+    // ---- below: with the lock held. A machine must never be dropped so: its end may call back. ----
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -510,10 +531,9 @@ impl Service {
         let reason = inner.reason.take();
         self.set(inner, state, reason);
         if inner.stop_wanted {
-            // `stop` is waiting for just this.
-            return;
-        }
-        if let Some(exit) = inner.exit.take() {
+            // Whoever asked for it may have gone at their deadline.
+            self.obey(inner, Exit::Quit);
+        } else if let Some(exit) = inner.exit.take() {
             self.obey(inner, exit);
         }
     }
@@ -553,38 +573,46 @@ impl Service {
         }
     }
 
+    /// Does what the end of the guest asks for. The machine is ended by a thread of its own: this one may belong to it.
     fn obey(self: &Arc<Self>, inner: &mut Inner, exit: Exit) {
-        // The notice may come from a thread of the machine itself, which must not be the one that ends it.
         let Some(guest) = inner.guest.take() else { return };
-        let bury = move || drop(guest);
-        match exit {
-            Exit::PowerOff => {
-                self.end(inner, VmState::Stopped, 0, "the guest has powered off".into());
-                aside("power-off", bury);
-            }
+        let (state, status, message) = match exit {
+            Exit::PowerOff => (VmState::Stopped, 0, "the guest has powered off".into()),
+            Exit::Quit => (VmState::Stopped, 0, STOPPED.into()),
             Exit::Crash(why) => {
                 error!(why, "the guest has crashed");
-                self.end(inner, VmState::Crashed, 1, format!("the guest has crashed: {why}"));
-                aside("crash", bury);
+                (VmState::Crashed, 1, format!("the guest has crashed: {why}"))
             }
             Exit::Reset if self.policy.reboot.is_some() => {
                 info!("the guest has asked for a reset");
                 inner.busy = Some("resetting");
-                inner.hardware = None;
                 self.set(inner, VmState::Created, None);
                 let service = self.clone();
                 aside("reset", move || {
-                    bury();
+                    drop(guest);
                     service.reboot();
                 });
+                return;
             }
             Exit::Reset => {
                 let message = "the guest has asked for a reset, and this process has no kernel to boot again: the VM \
                                came here by migration; start it anew with `wherry run`";
-                self.end(inner, VmState::Stopped, 0, message.into());
-                aside("reset", bury);
+                (VmState::Stopped, 0, message.into())
             }
-        }
+        };
+        inner.busy = Some("ending");
+        self.set(inner, state, Some(message.clone()));
+        let service = self.clone();
+        aside("end", move || {
+            drop(guest);
+            let mut inner = service.lock();
+            service.end(&mut inner, state, status, message);
+        });
+    }
+
+    fn lose(&self, inner: &mut Inner, why: &str, in_doubt: bool) {
+        let status = if in_doubt { 3 } else { 1 };
+        self.end(inner, VmState::Crashed, status, format!("the VM is lost here: {why}"));
     }
 }
 

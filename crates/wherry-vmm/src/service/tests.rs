@@ -319,7 +319,7 @@ fn a_receiver_listens_on_after_a_failed_arrival_and_keeps_the_vm_that_arrives() 
     let journey = Arc::new(FakeJourney::default());
     service.arriving(journey.clone());
     assert_eq!(service.info().state, VmState::Receiving);
-    assert!(service.arrival(Received::Refused("the source went away".into())));
+    assert!(service.arrival(Received::Refused("the source went away".into()), false));
     let info = service.info();
     assert!(info.state == VmState::Listening && info.reason.unwrap().contains("went away"));
     service.arriving(journey);
@@ -327,7 +327,7 @@ fn a_receiver_listens_on_after_a_failed_arrival_and_keeps_the_vm_that_arrives() 
         let (mut fake, ..) = Fake::new();
         fake.paused = false;
         Box::new(fake)
-    })));
+    }), false));
     assert_eq!(service.info().state, VmState::Running);
     service.stop().unwrap();
 }

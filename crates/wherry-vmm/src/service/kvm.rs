@@ -1,0 +1,254 @@
+//! The real machine and the real journey behind the service's traits.
+
+use std::any::Any;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use wherry_migration::machine::{Builder, Machine, MachineDescription, Refusal};
+use wherry_migration::progress::Job;
+use wherry_migration::{
+    DestinationOptions, Journey, JourneyError, MAX_CHANNELS, Side, SourceOptions, destination, source,
+};
+use wherry_stream::{Endpoint, Listener};
+
+use super::Service;
+use super::guest::{self, Departure, Engine, Exit, Guest, GuestError, Received, Sent};
+use crate::api::types::{Hardware, MigrationRequest, Mode, RamBlock};
+use crate::builder::{LocalConfig, VmBuilder};
+use crate::config::{MachineConfig, SerialTarget};
+use crate::vm::{DeviceConfig, ExitReason, Vm};
+
+/// Builds a machine and loads its kernel. It does not run yet.
+pub fn boot(config: &MachineConfig) -> Result<Box<dyn Guest>, GuestError> {
+    Ok(Box::new(KvmGuest::new(Vm::boot(config.clone())?)))
+}
+
+/// A KVM machine in the service's hands. Dropping it ends its threads.
+struct KvmGuest {
+    vm: Arc<Vm>,
+    /// Its end is our own doing and no news.
+    ours: Arc<AtomicBool>,
+}
+
+impl KvmGuest {
+    fn new(vm: Arc<Vm>) -> Self {
+        Self { vm, ours: Arc::default() }
+    }
+}
+
+impl Drop for KvmGuest {
+    fn drop(&mut self) {
+        self.ours.store(true, Ordering::SeqCst);
+        self.vm.shutdown();
+    }
+}
+
+impl Guest for KvmGuest {
+    fn hardware(&self) -> Hardware {
+        hardware(&self.vm)
+    }
+
+    fn pause(&mut self, limit: Duration) -> Result<(), GuestError> {
+        Ok(self.vm.pause_within(limit)?)
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        Ok(self.vm.resume()?)
+    }
+
+    fn is_paused(&self) -> bool {
+        self.vm.is_paused()
+    }
+
+    fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>) {
+        let ours = self.ours.clone();
+        self.vm.on_exit(move |reason| {
+            let exit = match reason {
+                _ if ours.load(Ordering::SeqCst) => return,
+                ExitReason::PowerOff => Exit::PowerOff,
+                ExitReason::Reset => Exit::Reset,
+                ExitReason::ApiStop => Exit::Quit,
+                ExitReason::Crash(crash) => Exit::Crash(crash.to_string()),
+                ExitReason::Error(error) => Exit::Crash(error.clone()),
+            };
+            notify(exit);
+        });
+    }
+}
+
+fn hardware(vm: &Vm) -> Hardware {
+    let blocks = vm.ram().blocks().iter().map(|block| {
+        let spec = block.spec();
+        RamBlock {
+            id: spec.id.0.into(),
+            guest_base: spec.guest_base,
+            size: spec.size,
+            page_size: spec.page_size.bytes(),
+            fd: block.fd().as_raw_fd(),
+        }
+    });
+    Hardware {
+        id: vm.identity().iter().map(|byte| format!("{byte:02x}")).collect(),
+        name: vm.name().to_owned(),
+        cpus: vm.cpus(),
+        cpu_model: vm.cpu_model().to_owned(),
+        memory: vm.ram().size(),
+        blocks: blocks.collect(),
+    }
+}
+
+/// The engine's handle as the service sees it.
+struct Handle(Journey);
+
+impl guest::Journey for Handle {
+    fn job(&self) -> Job {
+        self.0.job()
+    }
+
+    fn cancel(&self) -> Result<(), String> {
+        match self.0.cancel() {
+            true => Ok(()),
+            false => Err("it is too late: the VM has been given away, or the journey has ended".into()),
+        }
+    }
+
+    fn resolve(&self, side: Side) -> Result<(), String> {
+        match self.0.resolve(side) {
+            true => Ok(()),
+            false => Err("it is not in doubt (any more); look at its status".into()),
+        }
+    }
+}
+
+/// Starts outgoing journeys of KVM machines.
+#[derive(Debug)]
+pub struct KvmEngine;
+
+impl Engine for KvmEngine {
+    fn depart(&self, request: &MigrationRequest) -> Result<Box<dyn Departure>, String> {
+        let to: Endpoint = request.to.parse().map_err(|e| format!("migrating: {e}"))?;
+        let mut options = SourceOptions { verify: request.verify, ..SourceOptions::default() };
+        options.mode = match request.mode {
+            Mode::Precopy => wherry_migration::Mode::Precopy,
+        };
+        options.channels = match request.channels {
+            None => None,
+            Some(n @ 1..) if n <= u32::from(MAX_CHANNELS) => Some(n as u16),
+            Some(n) => return Err(format!("migrating: {n} data channels; there are 1 to {MAX_CHANNELS}")),
+        };
+        options.bandwidth = positive("bandwidth", request.bandwidth)?;
+        if let Some(ms) = positive("downtime_limit_ms", request.downtime_limit_ms)? {
+            options.downtime_limit = Duration::from_millis(ms);
+        }
+        if let Some(seconds) = positive("timeout_s", request.timeout_s)? {
+            options.deadline = Duration::from_secs(seconds);
+        }
+        Ok(Box::new(KvmDeparture { to, options, journey: Journey::new() }))
+    }
+}
+
+fn positive(name: &str, value: Option<u64>) -> Result<Option<u64>, String> {
+    match value {
+        Some(0) => Err(format!("migrating: {name} must be more than 0; leave it out for the default")),
+        value => Ok(value),
+    }
+}
+
+struct KvmDeparture {
+    to: Endpoint,
+    options: SourceOptions,
+    journey: Journey,
+}
+
+impl Departure for KvmDeparture {
+    fn journey(&self) -> Arc<dyn guest::Journey> {
+        Arc::new(Handle(self.journey.clone()))
+    }
+
+    fn run(self: Box<Self>, guest: Box<dyn Guest>) -> Sent {
+        let any: &dyn Any = &*guest;
+        let Some(machine) = any.downcast_ref::<KvmGuest>().map(|g| g.vm.clone()) else {
+            // Provably impossible: whoever starts a `KvmEngine` boots and receives with this module.
+            tracing::error!("this machine is not one of KVM; it stays here");
+            return Sent::Kept(guest);
+        };
+        match source::send(machine, &self.to, self.options, &self.journey) {
+            Ok(_) => {
+                // Giving back the RAM takes its time; nobody is to wait for it.
+                super::aside("free", move || drop(guest));
+                Sent::Gone
+            }
+            Err(JourneyError::RunsHere(_) | JourneyError::Cancelled | JourneyError::Refused(_)) => Sent::Kept(guest),
+            Err(error @ JourneyError::InDoubt(_)) => Sent::Lost { why: error.to_string(), in_doubt: true },
+            Err(error @ (JourneyError::Stuck { .. } | JourneyError::NotHere(_))) => {
+                Sent::Lost { why: error.to_string(), in_doubt: false }
+            }
+        }
+    }
+}
+
+/// A place where a VM arrives.
+#[derive(Debug)]
+pub struct Arrival {
+    listener: Listener,
+    local: LocalConfig,
+}
+
+impl Arrival {
+    /// Listens at an address; the VM that arrives there will have its serial port at `serial`.
+    pub fn listen(address: &str, serial: SerialTarget) -> Result<Self, GuestError> {
+        let endpoint: Endpoint = address.parse()?;
+        let listener = Listener::bind(&endpoint)?;
+        Ok(Self { listener, local: LocalConfig { devices: DeviceConfig { serial } } })
+    }
+
+    /// Where it listens, with the port that was chosen.
+    pub fn address(&self) -> String {
+        self.listener.local_endpoint().to_string()
+    }
+
+    /// Receives until a VM has arrived, or the process ends; with `once` the first attempt decides.
+    pub fn receive(self, service: &Arc<Service>, once: bool) {
+        loop {
+            let journey = Journey::new();
+            let builder = Announcing { builder: VmBuilder::new(self.local.clone()), service, journey: &journey };
+            let received = match destination::receive(&self.listener, &builder, DestinationOptions::default(), &journey) {
+                Ok((_, job)) => match builder.builder.take_built() {
+                    Some(vm) => {
+                        tracing::info!(from = job.peer, "a VM has arrived");
+                        Received::Arrived(Box::new(KvmGuest::new(vm)))
+                    }
+                    None => Received::Lost { why: "the machine that was built has vanished".into(), in_doubt: false },
+                },
+                Err(error @ JourneyError::InDoubt(_)) => {
+                    Received::Lost { why: error.to_string(), in_doubt: true }
+                }
+                Err(error) => {
+                    drop(builder.builder.take_built());
+                    Received::Refused(error.to_string())
+                }
+            };
+            if !service.arrival(received, once) {
+                return;
+            }
+        }
+    }
+}
+
+/// Tells the service of the machine as soon as it is built.
+struct Announcing<'a> {
+    builder: VmBuilder,
+    service: &'a Service,
+    journey: &'a Journey,
+}
+
+impl Builder for Announcing<'_> {
+    fn build(&self, description: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal> {
+        self.service.arriving(Arc::new(Handle(self.journey.clone())));
+        let vm = self.builder.build_vm(description)?;
+        self.service.built(hardware(&vm));
+        Ok(vm)
+    }
+}

@@ -1,0 +1,328 @@
+//! The command line as clap sees it: names, values and their checks. Nothing is done here.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Runs virtual machines and moves them, running, from process to process and from host to host.
+#[derive(Debug, Parser)]
+#[command(name = "wherry", version, max_term_width = 100, after_help = "\
+Exit status: 0 it happened; 1 it did not, and the VM runs on where it was; 2 bad arguments;
+3 in doubt or paused, recoverable.
+
+Try `wherry demo` first: everything in one command.")]
+pub struct Cli {
+    /// What to log to stderr: error, warn, info, debug, trace, or a filter such as `wherry_migration=debug`
+    #[arg(long, global = true, env = "WHERRY_LOG", default_value = "warn", value_name = "FILTER")]
+    pub log: String,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a VM in this process
+    Run(Box<Run>),
+    /// Wait for a VM to arrive, and run it in this process
+    Receive(Receive),
+    /// Move a running VM to another Wherry that waits with `receive`
+    Migrate(Migrate),
+    /// Cancel the migration under way; the VM stays where it is
+    Cancel(Control),
+    /// Stop the vCPUs until `resume`
+    Pause(Control),
+    /// Let a paused VM run
+    Resume(Control),
+    /// Decide who owns a VM that is in doubt, when the other end is known to be dead or fenced
+    Resolve(Resolve),
+    /// Show where a VM and its migration stand
+    Status(Control),
+    /// End a VM and its process
+    Stop(Control),
+    /// Show it all: the built-in probe guest, moved live several times and verified
+    Demo(Demo),
+}
+
+/// Options of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Linux bzImage, or any ELF with a PVH entry; without it the built-in probe guest runs
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line (of the probe guest: its parameters, such as `data=512M rate=50M`)
+    #[arg(long, value_name = "STRING", default_value = "", allow_hyphen_values = true)]
+    pub cmdline: String,
+    /// RAM, such as 512M or 4G
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Back RAM with 2 MiB huge pages
+    #[arg(long)]
+    pub hugepages: bool,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// What the guest's CPUs are: `host`, or a level that more hosts have, for migration between different ones:
+    /// x86-64-v2, x86-64-v3, x86-64-v4
+    #[arg(long, value_name = "MODEL", default_value = "host", value_parser = cpu_model)]
+    pub cpu: wherry_vmm::config::CpuModel,
+    /// Name of the VM
+    #[arg(long, value_name = "NAME", default_value = "vm")]
+    pub name: String,
+    /// Identity of the VM: 32 hexadecimal digits. Give the same at every start of the same VM, and Wherry refuses to
+    /// start it while it may run elsewhere [default: random]
+    #[arg(long, value_name = "ID", value_parser = identity)]
+    pub id: Option<[u8; 16]>,
+    /// Build the VM, but leave it paused until `wherry resume`
+    #[arg(long)]
+    pub paused: bool,
+    /// Where the API and the serial port are.
+    #[command(flatten)]
+    pub process: Process,
+}
+
+/// Options of every process that holds a VM.
+#[derive(Debug, Args)]
+pub struct Process {
+    /// UNIX socket to make for the API
+    #[arg(long, value_name = "SOCKET")]
+    pub api: PathBuf,
+    /// Where the serial port leads: stdio, file:PATH, socket:PATH or null
+    #[arg(long, value_name = "TARGET", default_value = "stdio", value_parser = serial)]
+    pub serial: wherry_vmm::config::SerialTarget,
+    /// After the VM has moved away, stay and answer `status` until `stop`
+    #[arg(long)]
+    pub linger: bool,
+    /// For programs that start this one: end when the process PID, the parent, ends.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub die_with: Option<i32>,
+}
+
+/// Options of `receive`.
+#[derive(Debug, Args)]
+pub struct Receive {
+    /// Where to wait: tcp:HOST:PORT (port 0: any free one, shown by `status`) or unix:PATH
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    pub listen: String,
+    /// Wait for one VM only: exit with status 1 if it does not arrive
+    #[arg(long)]
+    pub once: bool,
+    /// Where the API and the serial port are.
+    #[command(flatten)]
+    pub process: Process,
+}
+
+/// How memory is carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// All of it before the switchover
+    Precopy,
+}
+
+/// Options of `migrate`.
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Which VM, and how to report.
+    #[command(flatten)]
+    pub control: Control,
+    /// Where to: tcp:HOST:PORT or unix:PATH, where a `wherry receive` waits
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    pub to: String,
+    /// How memory is carried
+    #[arg(long, default_value = "precopy", value_parser = mode)]
+    pub mode: Mode,
+    /// Data channels [default: chosen from the cores of both hosts]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
+    pub channels: Option<u32>,
+    /// Blackout to stay below, in milliseconds [default: 5]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub downtime_limit: Option<u64>,
+    /// Most bytes per second on the wire while the guest runs, such as 100M [default: no limit]
+    #[arg(long, value_name = "BYTES", value_parser = size)]
+    pub bandwidth: Option<u64>,
+    /// Seconds after which a migration that does not converge is given up [default: 900]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub timeout: Option<u64>,
+    /// Hash all RAM and state at the stop and before the start, and refuse to run on a difference (lengthens the
+    /// blackout)
+    #[arg(long)]
+    pub verify: bool,
+}
+
+/// Options of every command to a process that is there.
+#[derive(Debug, Args)]
+pub struct Control {
+    /// UNIX socket of the API
+    #[arg(long, value_name = "SOCKET")]
+    pub api: PathBuf,
+    /// Answer in JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `resolve`.
+#[derive(Debug, Args)]
+pub struct Resolve {
+    /// Which VM, and how to report.
+    #[command(flatten)]
+    pub control: Control,
+    /// Who owns the VM from now on
+    #[arg(long = "as", value_name = "END", value_parser = side)]
+    pub side: wherry_migration::Side,
+}
+
+/// Options of `demo`.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Answer in JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+    /// RAM of the guest
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Data that the guest keeps in RAM
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
+    pub data: u64,
+    /// Bytes that the guest writes per second
+    #[arg(long, value_name = "BYTES", default_value = "50M", value_parser = size)]
+    pub rate: u64,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub cpus: u32,
+    /// How often the guest moves
+    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub legs: u32,
+    /// Ask every migration for `--verify`, not only the last: longer blackouts
+    #[arg(long)]
+    pub verify: bool,
+}
+
+/// The longest time a command waits for an answer that takes no work.
+pub const ANSWER: Duration = Duration::from_secs(10);
+
+/// Reads a size: digits, then K, M, G or T (powers of 1024), with an optional B or iB.
+pub fn size(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, suffix) = text.split_at(digits);
+    let suffix = suffix.to_ascii_uppercase();
+    let unit = suffix.strip_suffix("IB").or_else(|| suffix.strip_suffix('B')).unwrap_or(&suffix);
+    let shift = match unit {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err("use a number with K, M, G or T, such as 512M".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| "use a number with K, M, G or T, such as 512M".to_owned())?;
+    match number.checked_mul(1 << shift) {
+        Some(0) => Err("must be more than 0".into()),
+        Some(bytes) => Ok(bytes),
+        None => Err("is too large".into()),
+    }
+}
+
+/// Reads 32 hexadecimal digits; hyphens as in a UUID may stand between them.
+fn identity(text: &str) -> Result<[u8; 16], String> {
+    let digits = text.replace('-', "");
+    let complain = || "use 32 hexadecimal digits, or a UUID".to_owned();
+    if digits.len() != 32 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(complain());
+    }
+    u128::from_str_radix(&digits, 16).map(u128::to_be_bytes).map_err(|_| complain())
+}
+
+fn cpu_model(text: &str) -> Result<wherry_vmm::config::CpuModel, String> {
+    text.parse().map_err(|e: wherry_vmm::config::ConfigError| e.to_string())
+}
+
+fn serial(text: &str) -> Result<wherry_vmm::config::SerialTarget, String> {
+    use wherry_vmm::config::SerialTarget;
+    match text.split_once(':') {
+        None if text == "stdio" => Ok(SerialTarget::Stdio),
+        None if text == "null" => Ok(SerialTarget::Null),
+        Some(("file", path)) if !path.is_empty() => Ok(SerialTarget::File(path.into())),
+        Some(("socket", path)) if !path.is_empty() => Ok(SerialTarget::Socket(path.into())),
+        _ => Err("use stdio, file:PATH, socket:PATH or null".into()),
+    }
+}
+
+/// Checks the form of an address; whether somebody is there is found out later.
+fn address(text: &str) -> Result<String, String> {
+    text.parse::<wherry_stream::Endpoint>().map_err(|e| e.to_string())?;
+    Ok(text.to_owned())
+}
+
+fn mode(text: &str) -> Result<Mode, String> {
+    match text {
+        "precopy" => Ok(Mode::Precopy),
+        "postcopy" | "hybrid" => Err(format!("{text} is not in this version; use precopy")),
+        _ => Err("use precopy".into()),
+    }
+}
+
+fn side(text: &str) -> Result<wherry_migration::Side, String> {
+    match text {
+        "source" => Ok(wherry_migration::Side::Source),
+        "destination" => Ok(wherry_migration::Side::Destination),
+        _ => Err("use source or destination".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_have_suffixes_and_nonsense_is_refused() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("64k"), Ok(64 << 10));
+        assert_eq!(size("512M"), Ok(512 << 20));
+        assert_eq!(size("4GiB"), Ok(4 << 30));
+        assert_eq!(size("2TB"), Ok(2 << 40));
+        for bad in ["", "M", "1.5G", "-1", "0", "1X", "99999999999999999999", "99999999T", "1 G"] {
+            assert!(size(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn an_identity_is_32_digits_or_a_uuid() {
+        let id = identity("00112233445566778899aabbccddeeff").unwrap();
+        assert_eq!((id[0], id[15]), (0, 0xff));
+        assert_eq!(identity("00112233-4455-6677-8899-aabbccddeeff"), Ok(id));
+        assert!(identity("0011").is_err() && identity("g0112233445566778899aabbccddeeff").is_err());
+    }
+
+    #[test]
+    fn modes_of_later_versions_are_refused_by_name() {
+        let refused = |mode: &str| {
+            let args = ["wherry", "migrate", "--api", "s", "--to", "tcp:h:1", "--mode", mode];
+            Cli::try_parse_from(args).unwrap_err()
+        };
+        for mode in ["postcopy", "hybrid"] {
+            let error = refused(mode);
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(&format!("{mode} is not in this version")), "{error}");
+        }
+        assert_eq!(refused("teleport").exit_code(), 2);
+    }
+
+    #[test]
+    fn serial_targets_and_addresses_are_checked() {
+        assert!(serial("stdio").is_ok() && serial("file:/x").is_ok() && serial("socket:/x").is_ok());
+        assert!(serial("file:").is_err() && serial("tty").is_err());
+        assert!(address("tcp:localhost:4000").is_ok() && address("unix:/x").is_ok());
+        assert!(address("localhost:4000").is_err() && address("tcp:localhost").is_err() && address("unix:").is_err());
+    }
+}

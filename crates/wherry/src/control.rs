@@ -1,0 +1,175 @@
+//! Commands that one request does: pause, resume, cancel, resolve, status, stop.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use wherry_migration::Side;
+use wherry_migration::progress::{Job, Phase};
+use wherry_vmm::api::server::is_over;
+use wherry_vmm::api::types::{ErrorCode, ResolveRequest, VmInfo, VmState};
+
+use crate::args::{ANSWER, Control, Resolve};
+use crate::client::{Client, ClientError};
+use crate::{DID_NOT, HAPPENED, IN_DOUBT, report, runtime};
+
+/// How long a command waits to see what came of its request.
+const OUTCOME: Duration = Duration::from_secs(30);
+/// How long a stop may take: the server gives a journey 15 s to give the VM back.
+const STOP: Duration = Duration::from_secs(20);
+
+/// What `status --json` prints.
+#[derive(Serialize)]
+struct Status<'a> {
+    #[serde(flatten)]
+    info: &'a VmInfo,
+    /// The last journey; absent if there was none.
+    job: Option<&'a Job>,
+}
+
+/// Prints a value as JSON on stdout.
+pub fn print_json(value: &impl Serialize) -> Result<()> {
+    use std::io::Write;
+    let text = serde_json::to_string_pretty(value).context("writing JSON")?;
+    // Whoever reads may have gone; that is no error of ours.
+    let _ = writeln!(std::io::stdout(), "{text}");
+    Ok(())
+}
+
+/// Prints text on stdout.
+pub fn print(text: &str) {
+    use std::io::Write;
+    let _ = write!(std::io::stdout(), "{text}");
+}
+
+/// `wherry pause`
+pub fn pause(options: &Control) -> Result<u8> {
+    change(options, "/vm/pause", "pausing the VM")
+}
+
+/// `wherry resume`
+pub fn resume(options: &Control) -> Result<u8> {
+    change(options, "/vm/resume", "resuming the VM")
+}
+
+fn change(options: &Control, path: &str, doing: &'static str) -> Result<u8> {
+    let info: VmInfo =
+        runtime()?.block_on(Client::new(&options.api).put(path, ANSWER)).with_context(|| at(doing, &options.api))?;
+    if options.json {
+        print_json(&info)?;
+    } else {
+        print(&format!("the VM is {}\n", info.state));
+    }
+    Ok(HAPPENED)
+}
+
+fn at(doing: &str, api: &Path) -> String {
+    format!("{doing} behind {}", api.display())
+}
+
+/// `wherry status`
+pub fn status(options: &Control) -> Result<u8> {
+    let client = Client::new(&options.api);
+    let (info, job): (VmInfo, Job) = runtime()?
+        .block_on(async { Ok::<_, ClientError>((client.get("/vm", ANSWER).await?, client.get("/migration", ANSWER).await?)) })
+        .with_context(|| at("asking for the status of the VM", &options.api))?;
+    if options.json {
+        print_json(&Status { info: &info, job: (job.phase != Phase::None).then_some(&job) })?;
+    } else {
+        print(&report::status(&info, &job));
+    }
+    Ok(if info.state == VmState::InDoubt || job.phase == Phase::Paused { IN_DOUBT } else { HAPPENED })
+}
+
+/// `wherry cancel`: asks, and waits until it is known what came of it.
+pub fn cancel(options: &Control) -> Result<u8> {
+    let client = Client::new(&options.api);
+    let job = runtime()?.block_on(async {
+        client.put::<Job>("/migration/cancel", ANSWER).await.with_context(|| at("cancelling the migration", &options.api))?;
+        outcome(&client).await
+    })?;
+    finish(options, &job, job.phase == Phase::Cancelled)
+}
+
+/// `wherry resolve`: decides, and waits until it is known what came of it.
+pub fn resolve(options: &Resolve) -> Result<u8> {
+    let control = &options.control;
+    let client = Client::new(&control.api);
+    let job = runtime()?.block_on(async {
+        let request = ResolveRequest { side: options.side };
+        client
+            .put_json::<Job>("/migration/resolve", &request, ANSWER)
+            .await
+            .with_context(|| at("resolving the migration", &control.api))?;
+        outcome(&client).await
+    })?;
+    // As source: the migration ends without a move. As destination: it ends with one.
+    let wanted = match options.side {
+        Side::Source => matches!(job.phase, Phase::Failed | Phase::Cancelled),
+        Side::Destination => job.phase == Phase::Done,
+    };
+    finish(control, &job, wanted)
+}
+
+/// Waits until the journey is over, or the process gone with its last word unheard.
+async fn outcome(client: &Client) -> Result<Job> {
+    let deadline = tokio::time::Instant::now() + OUTCOME;
+    loop {
+        let job: Job = client.get("/migration", ANSWER).await.context("asking what came of it")?;
+        if is_over(job.phase) || tokio::time::Instant::now() >= deadline {
+            return Ok(job);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn finish(options: &Control, job: &Job, wanted: bool) -> Result<u8> {
+    if options.json {
+        print_json(job)?;
+    } else {
+        print(&report::journey(job));
+    }
+    Ok(match job.phase {
+        _ if wanted => HAPPENED,
+        Phase::InDoubt | Phase::Paused => IN_DOUBT,
+        _ => DID_NOT,
+    })
+}
+
+/// `wherry stop`: answers when the process is gone, so that its name can be used again.
+pub fn stop(options: &Control) -> Result<u8> {
+    let client = Client::new(&options.api);
+    let stopped: Result<VmInfo, String> = runtime()?.block_on(async {
+        let info = match client.put::<VmInfo>("/vm/stop", STOP).await {
+            // The only state in which a stop is refused.
+            Err(ClientError::Refused { code: ErrorCode::WrongState, message }) => return Ok(Err(message)),
+            info => info.with_context(|| at("stopping the VM", &options.api))?,
+        };
+        let deadline = tokio::time::Instant::now() + ANSWER;
+        while !matches!(client.get::<VmInfo>("/vm", ANSWER).await, Err(e) if e.is_gone()) {
+            if tokio::time::Instant::now() >= deadline {
+                anyhow::bail!(
+                    "the VM has ended, but its process {} is still there after {} s",
+                    info.pid,
+                    ANSWER.as_secs()
+                );
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        anyhow::Ok(Ok(info))
+    })?;
+    let info = match stopped {
+        Ok(info) => info,
+        Err(message) => {
+            eprintln!("error: {message}");
+            return Ok(IN_DOUBT);
+        }
+    };
+    if options.json {
+        print_json(&info)?;
+    } else {
+        print(&format!("the VM is {}\n", info.state));
+    }
+    Ok(HAPPENED)
+}

@@ -1,0 +1,256 @@
+//! `wherry demo`: starts the probe guest in a process of its own, moves it live from process to process over loopback
+//! TCP, measures from outside what the guest felt, and has the guest prove that nothing was lost.
+
+mod outcome;
+mod process;
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use tokio::time::Instant;
+use wherry_guest::report::Phase as GuestPhase;
+use wherry_guest::snapshot::Snapshot;
+use wherry_migration::progress::Phase;
+use wherry_vmm::api::types::{MigrationRequest, Mode, VmInfo, VmState};
+
+use crate::args::Demo;
+use crate::migrate::{End, Show, carry};
+use crate::probe::{ProbeRam, WHERRY_RAM, Watcher};
+use crate::{DID_NOT, HAPPENED, control, report, runtime};
+use outcome::{Leg, Outcome};
+use process::Process;
+
+/// How long a process may take to be there.
+const START: Duration = Duration::from_secs(20);
+/// How long the guest may take to fill its data, or to check all of it.
+const WORK: Duration = Duration::from_secs(120);
+/// How long the guest works undisturbed between two moves.
+const REST: Duration = Duration::from_millis(500);
+
+/// `wherry demo`
+pub fn demo(options: &Demo) -> Result<u8> {
+    check_kvm()?;
+    if options.data >= options.memory {
+        bail!("{} of data do not fit into {} of RAM: choose a smaller --data", options.data, options.memory);
+    }
+    let directory = tempfile::Builder::new().prefix("wherry-demo-").tempdir().context("making a directory for sockets")?;
+    let outcome = runtime()?.block_on(async {
+        tokio::select! {
+            outcome = play(options, directory.path()) => outcome.map(Some),
+            // Leaving ends all processes and removes the directory.
+            _ = interrupted() => Ok(None),
+        }
+    })?;
+    let Some(outcome) = outcome else {
+        eprintln!("interrupted; all processes of the demo have ended");
+        return Ok(DID_NOT);
+    };
+    if options.json {
+        control::print_json(&outcome)?;
+    } else {
+        control::print(&outcome.text());
+    }
+    Ok(if outcome.ok { HAPPENED } else { DID_NOT })
+}
+
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+}
+
+/// Says what to do when there is no usable KVM.
+pub fn check_kvm() -> Result<()> {
+    let advice = "Wherry needs KVM: load the module (modprobe kvm_intel or kvm_amd), in a VM switch on nested \
+                  virtualisation, in a container pass --device /dev/kvm, and be root or in the group kvm";
+    let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+    kvm.map(|_| ()).with_context(|| format!("opening /dev/kvm. {advice}"))
+}
+
+async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
+    let say = |text: &str| {
+        if !options.json {
+            eprintln!("{text}");
+        }
+    };
+    say(&format!(
+        "starting the probe guest: {} RAM, {} of data, {}/s of it rewritten",
+        report::bytes(options.memory),
+        report::bytes(options.data),
+        report::bytes(options.rate)
+    ));
+    let (memory, cpus) = (options.memory.to_string(), options.cpus.to_string());
+    let cmdline = format!("data={} rate={}", options.data, options.rate);
+    let arguments = ["run", "--name", "demo", "--memory", &memory, "--cpus", &cpus, "--cmdline", &cmdline];
+    let mut here = Process::start(directory, "0", &arguments)?;
+    let mut ram = ram_of(&here.wait_for(&[VmState::Running], START).await?)?;
+    let begun = Instant::now();
+    wait_for(&ram, "fill its data", |s| s.phase() >= GuestPhase::Running).await?;
+    say(&format!("the guest has filled its data in {:.1} s and works", begun.elapsed().as_secs_f32()));
+
+    let mut legs = Vec::new();
+    for number in 1..=options.legs {
+        tokio::time::sleep(REST).await;
+        let verify = options.verify || (number == options.legs && number > 1);
+        let mut there =
+            Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
+        let leg = travel(number, verify, &mut here, &mut there, &ram, options.json).await?;
+        ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
+        check(&ram, number)?;
+        let left = here.wait_for_end(START).await?;
+        if !left.success() {
+            bail!("the process the VM left ended with {left}: {}", here.log_text());
+        }
+        say(&format!(
+            "move {number} of {}: {} in {}, blackout {}",
+            options.legs,
+            report::bytes(leg.job.data_processed),
+            report::time(leg.total_us),
+            report::time(leg.blackout_us)
+        ));
+        legs.push(leg);
+        here = there;
+    }
+
+    say("the guest checks all of its data once more");
+    ram.ask_to_finish().context("asking the guest to finish")?;
+    let end = wait_for(&ram, "check its data", |s| s.phase() >= GuestPhase::Finished).await?;
+    let complaint = complaint(&end);
+    let mut outcome = Outcome {
+        memory: options.memory,
+        data: options.data,
+        rate: options.rate,
+        cpus: options.cpus,
+        legs,
+        blackout_median_us: 0,
+        blackout_max_us: 0,
+        total_median_us: 0,
+        pages_dirtied: end.pages_dirtied(),
+        pages_verified: end.pages_verified(),
+        data_pages: end.data_pages,
+        errors: end.verify_errors(),
+        clock_backwards: end.cpus.iter().map(|c| c.tsc_backwards).sum(),
+        ok: complaint.is_none(),
+        complaint,
+    };
+    outcome.sum_up();
+    Ok(outcome)
+}
+
+/// One move, watched from outside.
+async fn travel(
+    number: u32,
+    verify: bool,
+    here: &mut Process,
+    there: &mut Process,
+    ram: &ProbeRam,
+    json: bool,
+) -> Result<Leg> {
+    let (from_pid, to_pid) = (here.pid(), there.pid());
+    let doing = || format!("move {number}, from process {from_pid} to process {to_pid}");
+    let listen = there.wait_for(&[VmState::Listening], START).await?.listen.context("the receiver does not say where it listens")?;
+    let reset = ram.reset_gaps().context("asking the guest to measure its gaps anew")?;
+    wait_for(ram, "measure its gaps anew", |s| s.cpus.iter().all(|c| c.reset_seen == reset)).await?;
+
+    let size = ram.size();
+    let watcher = Watcher::start(ram.again()?, move || ProbeRam::find(to_pid, WHERRY_RAM, |r| r.size() == size))
+        .context("starting the watcher")?;
+    let request = MigrationRequest {
+        to: listen,
+        mode: Mode::Precopy,
+        channels: None,
+        downtime_limit_ms: None,
+        bandwidth: None,
+        timeout_s: None,
+        verify,
+    };
+    let begun = Instant::now();
+    let end = carry(&here.client, &request, Show::bar_only(json)).await.with_context(doing)?;
+    let job = match end {
+        End::Over(job) if job.phase == Phase::Done => job,
+        End::Over(job) => {
+            bail!("{}: {}: {}", doing(), report::phase(job.phase), job.error.unwrap_or_else(|| here.log_text()))
+        }
+        End::Vanished(_, error) => bail!("{}: {error}: {}", doing(), here.log_text()),
+    };
+    let gap = watcher.finish(START).with_context(doing)?;
+    let total = gap.at.saturating_duration_since(begun.into_std());
+    let info = there.wait_for(&[VmState::Running], START).await?;
+    // The largest gap may be the blackout itself, which the guest only knows once it works again.
+    let arrived = ram_of(&info)?;
+    let beat = arrived.heartbeat(0)?;
+    wait_for(&arrived, "go on", |s| s.cpus.first().is_some_and(|c| c.heartbeat > beat + 1)).await?;
+    let snapshot = arrived.snapshot()?.context("the guest's report has vanished on the way")?;
+    let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    Ok(Leg {
+        number,
+        from_pid,
+        to_pid,
+        verified: verify,
+        total_us: us(total),
+        blackout_us: us(gap.blackout),
+        blackout_uncertain_us: us(gap.uncertain),
+        guest_gap_us: snapshot.largest_gap_ns() / 1000,
+        job,
+    })
+}
+
+/// Opens the guest's lowest RAM block from outside.
+fn ram_of(info: &VmInfo) -> Result<ProbeRam> {
+    let vm = info.vm.as_ref().context("the process does not say which VM it has")?;
+    let block = vm.blocks.iter().find(|b| b.guest_base == 0).context("the VM has no RAM at address 0")?;
+    ProbeRam::open(info.pid, block.fd)
+        .with_context(|| format!("opening the guest's RAM, descriptor {} of process {}", block.fd, info.pid))
+}
+
+/// Waits until the guest reports something; ends at once when it reports a failure.
+async fn wait_for(ram: &ProbeRam, what: &str, done: impl Fn(&Snapshot) -> bool) -> Result<Snapshot> {
+    let deadline = Instant::now() + WORK;
+    loop {
+        if let Some(snapshot) = ram.snapshot()? {
+            if done(&snapshot) || snapshot.failure.is_some() {
+                return match &snapshot.failure {
+                    Some(_) if snapshot.verify_errors() == 0 => {
+                        bail!("the guest was to {what} and failed: {}", complaint(&snapshot).unwrap_or_default())
+                    }
+                    _ => Ok(snapshot),
+                };
+            }
+        }
+        if Instant::now() >= deadline {
+            bail!("the guest was to {what} and has not done so within {} s", WORK.as_secs());
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// What is wrong with the guest, if anything.
+fn complaint(snapshot: &Snapshot) -> Option<String> {
+    let mut text = Vec::new();
+    if let Some(failure) = &snapshot.failure {
+        text.push(format!("vCPU {}: {}", failure.cpu, failure.message));
+    }
+    if snapshot.verify_errors() > 0 {
+        text.push(format!("the guest has found {} wrong pages", snapshot.verify_errors()));
+    }
+    let backwards: u64 = snapshot.cpus.iter().map(|c| c.tsc_backwards).sum();
+    if backwards > 0 {
+        text.push(format!("the guest's clock went backwards {backwards} times"));
+    }
+    (!text.is_empty()).then(|| text.join("; "))
+}
+
+fn check(ram: &ProbeRam, number: u32) -> Result<()> {
+    let snapshot = ram.snapshot()?.with_context(|| format!("the guest's report has vanished in move {number}"))?;
+    match complaint(&snapshot) {
+        Some(complaint) => bail!("after move {number}: {complaint}"),
+        None => Ok(()),
+    }
+}

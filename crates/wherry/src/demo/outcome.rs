@@ -1,0 +1,192 @@
+//! What the demo has seen: as JSON, and as the table at its end.
+
+use serde::Serialize;
+use wherry_migration::progress::Job;
+
+use crate::report;
+
+/// One move.
+#[derive(Clone, Debug, Serialize)]
+pub struct Leg {
+    /// From 1.
+    pub number: u32,
+    /// Process it left.
+    pub from_pid: u32,
+    /// Process it went to.
+    pub to_pid: u32,
+    /// Whether all RAM and state were hashed at both ends.
+    pub verified: bool,
+    /// From the request to the news that it had moved, in microseconds.
+    pub total_us: u64,
+    /// Blackout, measured from outside, in microseconds.
+    pub blackout_us: u64,
+    /// How far the blackout may be off, in microseconds.
+    pub blackout_uncertain_us: u64,
+    /// Largest gap between two heartbeats in the guest's own time during this leg, in microseconds.
+    pub guest_gap_us: u64,
+    /// The journey as the engine saw it.
+    pub job: Job,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// RAM of the guest in bytes.
+    pub memory: u64,
+    /// Its data in bytes.
+    pub data: u64,
+    /// Bytes it writes per second.
+    pub rate: u64,
+    /// vCPUs.
+    pub cpus: u32,
+    /// The moves.
+    pub legs: Vec<Leg>,
+    /// Median of the blackouts of legs that were not hashed, in microseconds.
+    pub blackout_median_us: u64,
+    /// The longest of them.
+    pub blackout_max_us: u64,
+    /// Median of the times those legs took.
+    pub total_median_us: u64,
+    /// Pages the guest has written since its start, beyond the first fill.
+    pub pages_dirtied: u64,
+    /// Pages the guest has checked, all in all.
+    pub pages_verified: u64,
+    /// Pages of its data, all of which it has checked once more at the end.
+    pub data_pages: u64,
+    /// Wrong pages it has found.
+    pub errors: u64,
+    /// How often its clock went backwards.
+    pub clock_backwards: u64,
+    /// Whether every move succeeded and nothing was lost.
+    pub ok: bool,
+    /// What was wrong, if anything.
+    pub complaint: Option<String>,
+}
+
+/// The middle one; of two, the larger.
+pub fn median(values: impl IntoIterator<Item = u64>) -> u64 {
+    let mut values: Vec<_> = values.into_iter().collect();
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(0)
+}
+
+impl Outcome {
+    /// Fills in the figures over all legs.
+    pub fn sum_up(&mut self) {
+        let plain: Vec<_> = match self.legs.iter().filter(|l| !l.verified).collect::<Vec<_>>() {
+            none if none.is_empty() => self.legs.iter().collect(),
+            plain => plain,
+        };
+        self.blackout_median_us = median(plain.iter().map(|l| l.blackout_us));
+        self.blackout_max_us = plain.iter().map(|l| l.blackout_us).max().unwrap_or(0);
+        self.total_median_us = median(plain.iter().map(|l| l.total_us));
+    }
+
+    /// For a person.
+    pub fn text(&self) -> String {
+        let head = ["move", "process", "moved", "rounds", "took", "blackout", "largest gap in the guest"];
+        let mut rows = vec![head.map(String::from).to_vec()];
+        for leg in &self.legs {
+            rows.push(vec![
+                format!("{}{}", leg.number, if leg.verified { " (hashed)" } else { "" }),
+                format!("{} -> {}", leg.from_pid, leg.to_pid),
+                report::bytes(leg.job.data_processed),
+                leg.job.rounds.len().to_string(),
+                report::time(leg.total_us),
+                report::time(leg.blackout_us),
+                report::time(leg.guest_gap_us),
+            ]);
+        }
+        let mut text = format!("\n{}\n", report::table(&rows));
+        let page = wherry_memory::GRANULE;
+        let moves = self.legs.len();
+        let mut line = |name: &str, what: String| text.push_str(&format!("  {name:<14} {what}\n"));
+        line(
+            "What moved",
+            format!(
+                "a running VM: {} RAM, {} vCPU{}, {} of data, {}/s of it rewritten; {moves} time{} to a new process",
+                report::bytes(self.memory),
+                self.cpus,
+                if self.cpus == 1 { "" } else { "s" },
+                report::bytes(self.data),
+                report::bytes(self.rate),
+                if moves == 1 { "" } else { "s" },
+            ),
+        );
+        line("How long", format!("{} for a whole move (median)", report::time(self.total_median_us)));
+        line(
+            "Guest felt",
+            format!(
+                "it stood still for {} (median; longest {}), measured from outside",
+                report::time(self.blackout_median_us),
+                report::time(self.blackout_max_us)
+            ),
+        );
+        if self.legs.iter().any(|l| l.verified) {
+            line("Hashed", "all RAM and state at both ends of the moves marked so; they were equal".into());
+        }
+        line(
+            "Guest checked",
+            format!(
+                "{} pages while it moved, and all {} ({}) at the end; it rewrote {} meanwhile",
+                self.pages_verified,
+                self.data_pages,
+                report::bytes(self.data_pages.saturating_mul(page)),
+                report::bytes(self.pages_dirtied.saturating_mul(page)),
+            ),
+        );
+        match &self.complaint {
+            None => line("Lost", "nothing: 0 wrong pages, its clock never went backwards".into()),
+            Some(complaint) => line("NOT GOOD", complaint.clone()),
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leg(number: u32, blackout_us: u64, verified: bool) -> Leg {
+        Leg {
+            number,
+            from_pid: 1,
+            to_pid: 2,
+            verified,
+            total_us: 1,
+            blackout_us,
+            blackout_uncertain_us: 0,
+            guest_gap_us: 0,
+            job: Job::default(),
+        }
+    }
+
+    #[test]
+    fn hashed_legs_do_not_count_as_ordinary_blackouts_unless_there_are_no_others() {
+        let mut outcome = Outcome {
+            memory: 1,
+            data: 1,
+            rate: 1,
+            cpus: 1,
+            legs: vec![leg(1, 5, false), leg(2, 7, false), leg(3, 6, false), leg(4, 900, true)],
+            blackout_median_us: 0,
+            blackout_max_us: 0,
+            total_median_us: 0,
+            pages_dirtied: 0,
+            pages_verified: 0,
+            data_pages: 0,
+            errors: 0,
+            clock_backwards: 0,
+            ok: true,
+            complaint: None,
+        };
+        outcome.sum_up();
+        assert_eq!((outcome.blackout_median_us, outcome.blackout_max_us), (6, 7));
+        assert!(outcome.text().contains("nothing: 0 wrong pages"));
+        outcome.legs.retain(|l| l.verified);
+        outcome.complaint = Some("page 7 is wrong".into());
+        outcome.sum_up();
+        assert_eq!(outcome.blackout_median_us, 900);
+        assert!(outcome.text().contains("NOT GOOD"));
+    }
+}

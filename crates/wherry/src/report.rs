@@ -1,0 +1,213 @@
+//! Figures as people read them.
+
+use std::fmt::Write;
+
+use wherry_migration::progress::{Job, Phase};
+use wherry_vmm::api::types::VmInfo;
+
+/// Bytes with a binary unit.
+pub fn bytes(n: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    match unit {
+        0 => format!("{n} B"),
+        _ if value < 10.0 => format!("{value:.2} {}", UNITS[unit]),
+        _ if value < 100.0 => format!("{value:.1} {}", UNITS[unit]),
+        _ => format!("{value:.0} {}", UNITS[unit]),
+    }
+}
+
+/// A time in the unit that suits it.
+pub fn time(us: u64) -> String {
+    match us {
+        0..1000 => format!("{us} us"),
+        1000..1_000_000 => format!("{:.2} ms", us as f64 / 1e3),
+        _ => format!("{:.2} s", us as f64 / 1e6),
+    }
+}
+
+/// Bytes per second.
+pub fn rate(bytes_moved: u64, us: u64) -> String {
+    match us {
+        0 => "-".into(),
+        _ => format!("{}/s", bytes((bytes_moved as f64 * 1e6 / us as f64) as u64)),
+    }
+}
+
+/// The word of a phase, as in JSON.
+pub fn phase(phase: Phase) -> &'static str {
+    match phase {
+        Phase::None => "none",
+        Phase::Setup => "setup",
+        Phase::Precopy => "precopy",
+        Phase::Switchover => "switchover",
+        Phase::Postcopy => "postcopy",
+        Phase::Paused => "paused",
+        Phase::InDoubt => "in doubt",
+        Phase::Done => "done",
+        Phase::Cancelled => "cancelled",
+        Phase::Failed => "failed",
+    }
+}
+
+/// Columns of text, each as wide as it must be; the first is flush left, the others right.
+pub fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns)
+        .map(|c| rows.iter().filter_map(|r| r.get(c)).map(|cell| cell.chars().count()).max().unwrap_or(0))
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::from(" ");
+        for (c, cell) in row.iter().enumerate() {
+            let _ = match c {
+                0 => write!(line, " {cell:<width$}", width = widths[c]),
+                _ => write!(line, "   {cell:>width$}", width = widths[c]),
+            };
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// The rounds of a journey, for a table.
+fn rounds(job: &Job) -> Vec<Vec<String>> {
+    let head = ["round", "pages", "zero", "on the wire", "time", "rate", "dirtied", "throttle"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    for round in &job.rounds {
+        rows.push(vec![
+            round.number.to_string(),
+            round.pages.to_string(),
+            round.zero_pages.to_string(),
+            bytes(round.bytes),
+            time(round.duration_us),
+            rate(round.bytes, round.duration_us),
+            format!("{}/s", bytes(round.dirty_rate.saturating_mul(job.memory_page_size))),
+            match round.throttle {
+                0 => "-".into(),
+                percent => format!("{percent} %"),
+            },
+        ]);
+    }
+    rows
+}
+
+/// The end of a journey.
+pub fn journey(job: &Job) -> String {
+    let mut text = String::new();
+    let _ = match job.phase {
+        Phase::Done => writeln!(
+            text,
+            "The VM has moved to {} in {}; the guest stood still for {}.",
+            job.peer,
+            time(job.time_elapsed_us),
+            time(job.downtime_us)
+        ),
+        Phase::Cancelled => writeln!(text, "The migration was cancelled; the VM runs on where it was."),
+        Phase::Failed => writeln!(text, "The migration failed; the VM runs on where it was."),
+        Phase::InDoubt => writeln!(text, "The VM is in doubt: it was given away, and nobody knows whether it was taken."),
+        other => writeln!(text, "The migration is in phase {}.", phase(other)),
+    };
+    if let Some(error) = &job.error {
+        let _ = writeln!(text, "  reason: {error}");
+    }
+    if job.rounds.is_empty() {
+        return text;
+    }
+    text.push('\n');
+    text.push_str(&table(&rounds(job)));
+    let _ = writeln!(
+        text,
+        "\n  moved {} in all: {} pages with content ({}), {} zero pages, over {} data channel{}",
+        bytes(job.data_processed),
+        job.memory_normal,
+        bytes(job.memory_normal_bytes),
+        job.memory_constant,
+        job.channels,
+        if job.channels == 1 { "" } else { "s" },
+    );
+    if let Some(b) = &job.blackout {
+        let _ = writeln!(
+            text,
+            "  blackout {} us: stop {}, last pages {}, state {}, network {}, load {}, start {}",
+            b.total_us, b.stop_us, b.last_pages_us, b.state_us, b.network_us, b.load_us, b.start_us
+        );
+    }
+    if job.io_stall_us > 0 {
+        let _ = writeln!(text, "  devices waited {} before the blackout", time(job.io_stall_us));
+    }
+    text
+}
+
+/// A VM as `status` shows it.
+pub fn status(info: &VmInfo, job: &Job) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "state      {}", info.state);
+    if let Some(reason) = &info.reason {
+        let _ = writeln!(text, "reason     {reason}");
+    }
+    if let Some(listen) = &info.listen {
+        let _ = writeln!(text, "listening  {listen}");
+    }
+    if let Some(vm) = &info.vm {
+        let _ = writeln!(text, "name       {}", vm.name);
+        let _ = writeln!(text, "id         {}", vm.id);
+        let _ = writeln!(text, "vCPUs      {} ({})", vm.cpus, vm.cpu_model);
+        let _ = writeln!(text, "memory     {}", bytes(vm.memory));
+    }
+    let _ = writeln!(text, "process    {} (wherry {})", info.pid, info.version);
+    if job.phase != Phase::None {
+        let _ = writeln!(text, "migration  {} as {}, peer {}", phase(job.phase), job.role, job.peer);
+        let _ = writeln!(
+            text,
+            "           {} of {} moved, {} left, {} a second, round {}, {} since it began",
+            bytes(job.data_processed),
+            bytes(job.data_total),
+            bytes(job.data_remaining),
+            bytes(job.memory_bps),
+            job.memory_iteration,
+            time(job.time_elapsed_us)
+        );
+        if let Some(error) = &job.error {
+            let _ = writeln!(text, "           {error}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wherry_migration::progress::{Blackout, Round};
+
+    #[test]
+    fn figures_have_the_unit_that_suits_them() {
+        assert_eq!(bytes(512), "512 B");
+        assert_eq!(bytes(1536), "1.50 KiB");
+        assert_eq!(bytes(512 << 20), "512 MiB");
+        assert_eq!(bytes(u64::MAX), "16384 PiB");
+        assert_eq!((time(999), time(1500), time(2_000_000)), ("999 us".into(), "1.50 ms".into(), "2.00 s".into()));
+        assert_eq!((rate(1 << 20, 0), rate(1 << 20, 500_000)), ("-".into(), "2.00 MiB/s".into()));
+    }
+
+    #[test]
+    fn the_report_of_a_journey_names_rounds_blackout_and_reason() {
+        let job = Job {
+            phase: Phase::Done,
+            peer: "tcp:h:1".into(),
+            rounds: vec![Round { number: 1, pages: 262_144, zero_pages: 100_000, ..Round::default() }],
+            blackout: Some(Blackout { total_us: 1234, ..Blackout::default() }),
+            ..Job::default()
+        };
+        let text = journey(&job);
+        assert!(text.contains("tcp:h:1") && text.contains("262144") && text.contains("blackout 1234 us"), "{text}");
+        let failed = journey(&Job { phase: Phase::Failed, error: Some("no route".into()), ..Job::default() });
+        assert!(failed.contains("runs on where it was") && failed.contains("no route"), "{failed}");
+    }
+}

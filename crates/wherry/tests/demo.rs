@@ -1,0 +1,69 @@
+//! `wherry demo`, as a person or a program would run it.
+
+mod support;
+
+use std::process::Stdio;
+
+use support::{Place, kvm, stderr, wait_for};
+
+/// Processes whose command line names this demo's parent.
+fn children_of(pid: u32) -> Vec<u32> {
+    let mut children = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(child) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        let line = std::fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
+        if line.contains(&format!("--die-with\0{pid}\0")) {
+            children.push(child);
+        }
+    }
+    children
+}
+
+#[test]
+fn the_demo_moves_a_guest_and_proves_that_nothing_was_lost() {
+    if !kvm("the_demo_moves_a_guest_and_proves_that_nothing_was_lost") {
+        return;
+    }
+    let place = Place::new();
+    let arguments = ["demo", "--json", "--memory", "128M", "--data", "64M", "--rate", "10M", "--legs", "2"];
+    let output = place.command(&arguments).env("TMPDIR", place.path("")).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let outcome: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(outcome["ok"], true, "{outcome:#}");
+    assert_eq!(outcome["errors"], 0);
+    assert_eq!(outcome["data_pages"], (64 << 20) / 4096);
+    assert!(outcome["pages_verified"].as_u64() >= outcome["data_pages"].as_u64(), "{outcome:#}");
+    let legs = outcome["legs"].as_array().unwrap();
+    assert_eq!(legs.len(), 2);
+    assert_eq!(legs[1]["verified"], true);
+    for leg in legs {
+        assert!(leg["blackout_us"].as_u64().is_some_and(|us| us > 0), "{leg:#}");
+        assert!(leg["guest_gap_us"].as_u64().is_some_and(|us| us > 0), "{leg:#}");
+    }
+    let left: Vec<_> = std::fs::read_dir(place.path("")).unwrap().flatten().map(|e| e.file_name()).collect();
+    let left: Vec<_> = left.iter().filter(|n| n.to_string_lossy().starts_with("wherry-demo-")).collect();
+    assert!(left.is_empty(), "left behind: {left:?}");
+}
+
+#[test]
+fn an_interrupted_demo_leaves_no_process_behind() {
+    if !kvm("an_interrupted_demo_leaves_no_process_behind") {
+        return;
+    }
+    let place = Place::new();
+    for signal in [rustix::process::Signal::INT, rustix::process::Signal::KILL] {
+        let mut demo = place
+            .command(&["demo", "--memory", "128M", "--data", "64M", "--legs", "1000"])
+            .env("TMPDIR", place.path(""))
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = demo.id();
+        wait_for("a process of the demo", || (!children_of(pid).is_empty()).then_some(()));
+        rustix::process::kill_process(rustix::process::Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+        let status = demo.wait().unwrap();
+        assert!(!status.success());
+        wait_for("the processes of the demo to end", || children_of(pid).is_empty().then_some(()));
+    }
+}

@@ -1,0 +1,319 @@
+//! `receive`, `migrate`, `cancel` between real processes.
+
+mod support;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use support::{Place, Vm, kvm, stderr, wait_for};
+
+/// The heartbeat of vCPU 0, read from the RAM of the process as its status names it.
+fn heartbeat(status: &Value) -> u64 {
+    use std::os::unix::fs::FileExt;
+    let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
+    let ram = std::fs::File::open(format!("/proc/{}/fd/{}", status["pid"], block["fd"])).unwrap();
+    let mut word = [0; 8];
+    ram.read_exact_at(&mut word, wherry_guest::report::heartbeat_gpa(0)).unwrap();
+    u64::from_le_bytes(word)
+}
+
+fn assert_alive(place: &Place, api: &str) {
+    let status = place.wait_for_state(api, "running");
+    let before = heartbeat(&status);
+    wait_for("the guest's heart to beat", || (heartbeat(&status) > before).then_some(()));
+}
+
+fn migrate(place: &Place, api: &str, to: &str, more: &[&str]) -> std::process::Output {
+    let mut arguments = vec!["migrate", "--to", to];
+    arguments.extend(more);
+    place.control(api, &arguments)
+}
+
+#[test]
+fn a_vm_moves_and_comes_back_and_each_process_it_leaves_ends_with_0() {
+    if !kvm("a_vm_moves_and_comes_back_and_each_process_it_leaves_ends_with_0") {
+        return;
+    }
+    let place = Place::new();
+    let mut here = place.run("0");
+    let id = place.status("0").unwrap()["vm"]["id"].clone();
+    for leg in 1..=2 {
+        let (from, to) = ((leg - 1).to_string(), leg.to_string());
+        let (there, address) = place.receive(&to, &[]);
+        let output = migrate(&place, &from, &address, &["--json", "--verify"]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(job["phase"], "done");
+        assert_eq!(job["role"], "source");
+        assert!(job["rounds"].as_array().is_some_and(|r| !r.is_empty()), "{job:#}");
+        assert!(job["blackout"]["total_us"].as_u64().is_some_and(|us| us > 0), "{job:#}");
+        assert!(job["memory_normal_bytes"].as_u64().is_some_and(|n| n >= 16 << 20), "{job:#}");
+        assert_eq!(here.end().code(), Some(0), "{}", here.log());
+        assert!(!here.api().exists());
+        assert_alive(&place, &to);
+        let status = place.status(&to).unwrap();
+        assert_eq!(status["vm"]["id"], id);
+        assert_eq!((&status["job"]["phase"], &status["job"]["role"]), (&"done".into(), &"destination".into()));
+        here = there;
+    }
+    let output = place.control("2", &["stop"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(here.end().code(), Some(0));
+}
+
+#[test]
+fn it_moves_over_a_unix_socket_too_and_the_report_is_for_people() {
+    if !kvm("it_moves_over_a_unix_socket_too_and_the_report_is_for_people") {
+        return;
+    }
+    let place = Place::new();
+    let _here = place.run("0");
+    let address = format!("unix:{}", place.path("data").display());
+    let _there = place.start("1", &["receive", "--listen", &address]);
+    place.wait_for_state("1", "listening");
+    let output = migrate(&place, "0", &address, &["--channels", "2"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let report = String::from_utf8_lossy(&output.stdout).into_owned();
+    for word in ["The VM has moved to unix:", "round", "zero pages", "2 data channels", "blackout"] {
+        assert!(report.contains(word), "{word} is missing in {report}");
+    }
+    assert!(stderr(&output).contains("phase precopy"), "{}", stderr(&output));
+    assert_alive(&place, "1");
+}
+
+#[test]
+fn a_paused_vm_moves_paused() {
+    if !kvm("a_paused_vm_moves_paused") {
+        return;
+    }
+    let place = Place::new();
+    let _here = place.run("0");
+    assert_eq!(place.control("0", &["pause"]).status.code(), Some(0));
+    let (_there, address) = place.receive("1", &[]);
+    let output = migrate(&place, "0", &address, &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    place.wait_for_state("1", "paused");
+    assert_eq!(place.control("1", &["resume"]).status.code(), Some(0));
+    assert_alive(&place, "1");
+}
+
+#[test]
+fn a_missing_destination_leaves_the_vm_running_and_is_named() {
+    if !kvm("a_missing_destination_leaves_the_vm_running_and_is_named") {
+        return;
+    }
+    let place = Place::new();
+    let _here = place.run("0");
+    let nobody = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        format!("tcp:127.0.0.1:{}", listener.local_addr().unwrap().port())
+    };
+    let output = migrate(&place, "0", &nobody, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains(&nobody), "{}", stderr(&output));
+    assert_alive(&place, "0");
+    let status = place.status("0").unwrap();
+    assert_eq!(status["job"]["phase"], "failed");
+    assert!(status["reason"].as_str().is_some_and(|r| r.contains("migration")), "{status:#}");
+}
+
+#[test]
+fn a_port_in_use_is_refused_by_name() {
+    if !kvm("a_port_in_use_is_refused_by_name") {
+        return;
+    }
+    let place = Place::new();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    let mut receiver = place.start("0", &["receive", "--listen", &address]);
+    assert_eq!(receiver.end().code(), Some(1));
+    assert!(receiver.log().contains(&address), "{}", receiver.log());
+    assert!(!receiver.api().exists());
+}
+
+/// A migration that is held in its first round at the source.
+struct Held {
+    place: Place,
+    here: Vm,
+    there: Vm,
+    address: String,
+}
+
+impl Held {
+    fn new() -> Self {
+        let place = Place::new();
+        let points = place.path("points");
+        std::fs::create_dir(&points).unwrap();
+        let arguments = ["run", "--memory", "64M", "--cmdline", "data=16M rate=4M"];
+        let environment =
+            [("WHERRY_TEST_PAUSE_AT", "source-round"), ("WHERRY_TEST_PAUSE_DIR", points.to_str().unwrap())];
+        let here = place.start_with("0", &arguments, &environment);
+        place.wait_for_state("0", "running");
+        let (there, address) = place.receive("1", &[]);
+        Self { place, here, there, address }
+    }
+
+    /// Starts `migrate` and waits until the first round is held.
+    fn migrate(&self) -> std::process::Child {
+        let api = self.place.path("0");
+        let child = self
+            .place
+            .command(&["migrate", "--to", &self.address, "--api", api.to_str().unwrap()])
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        wait_for("the first round", || self.place.path("points/source-round").exists().then_some(()));
+        child
+    }
+
+    fn let_go(&self) {
+        std::fs::write(self.place.path("points/source-round.go"), "").unwrap();
+    }
+}
+
+#[test]
+fn a_second_migration_a_pause_and_a_foreign_cancel_are_told_no_while_one_is_under_way() {
+    if !kvm("a_second_migration_a_pause_and_a_foreign_cancel_are_told_no_while_one_is_under_way") {
+        return;
+    }
+    let held = Held::new();
+    let first = held.migrate();
+    let second = migrate(&held.place, "0", "tcp:127.0.0.1:1", &[]);
+    assert_eq!(second.status.code(), Some(1));
+    assert!(stderr(&second).contains("is migrating to"), "{}", stderr(&second));
+    let pause = held.place.control("0", &["pause"]);
+    assert_eq!(pause.status.code(), Some(1));
+    assert!(stderr(&pause).contains("is migrating to"), "{}", stderr(&pause));
+    let resolve = held.place.control("0", &["resolve", "--as", "source"]);
+    assert_eq!(resolve.status.code(), Some(1));
+    assert!(stderr(&resolve).contains("nothing is in doubt"), "{}", stderr(&resolve));
+    assert_eq!(held.place.status("0").unwrap()["state"], "migrating");
+    assert_eq!(held.place.status("1").unwrap()["state"], "receiving");
+    held.let_go();
+    let first = first.wait_with_output().unwrap();
+    assert_eq!(first.status.code(), Some(0), "{}", stderr(&first));
+    assert_alive(&held.place, "1");
+}
+
+#[test]
+fn a_cancelled_migration_leaves_the_vm_here_and_the_receiver_ready_for_the_next() {
+    if !kvm("a_cancelled_migration_leaves_the_vm_here_and_the_receiver_ready_for_the_next") {
+        return;
+    }
+    let mut held = Held::new();
+    let first = held.migrate();
+    let cancel = {
+        let api = held.place.path("0");
+        held.place.command(&["cancel", "--api", api.to_str().unwrap()]).spawn().unwrap()
+    };
+    held.let_go();
+    let cancel = cancel.wait_with_output().unwrap();
+    let first = first.wait_with_output().unwrap();
+    assert_eq!((cancel.status.code(), first.status.code()), (Some(0), Some(1)), "{}", stderr(&first));
+    assert!(stderr(&first).contains("cancelled"), "{}", stderr(&first));
+    assert_alive(&held.place, "0");
+    held.place.wait_for_state("1", "listening");
+
+    let output = migrate(&held.place, "0", &held.address, &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(held.here.end().code(), Some(0));
+    assert_alive(&held.place, "1");
+}
+
+#[test]
+fn ctrl_c_cancels_the_migration_that_migrate_waits_for() {
+    if !kvm("ctrl_c_cancels_the_migration_that_migrate_waits_for") {
+        return;
+    }
+    let held = Held::new();
+    let first = held.migrate();
+    let pid = rustix::process::Pid::from_raw(first.id() as i32).unwrap();
+    rustix::process::kill_process(pid, Signal::INT).unwrap();
+    held.let_go();
+    let first = first.wait_with_output().unwrap();
+    assert_eq!(first.status.code(), Some(1), "{}", stderr(&first));
+    assert_alive(&held.place, "0");
+}
+
+#[test]
+fn a_destination_that_dies_on_the_way_leaves_the_vm_here() {
+    if !kvm("a_destination_that_dies_on_the_way_leaves_the_vm_here") {
+        return;
+    }
+    let mut held = Held::new();
+    let first = held.migrate();
+    held.there.kill();
+    held.let_go();
+    let first = first.wait_with_output().unwrap();
+    assert_eq!(first.status.code(), Some(1), "{}", stderr(&first));
+    assert_alive(&held.place, "0");
+}
+
+#[test]
+fn a_source_that_dies_on_the_way_is_told_as_such_and_the_receiver_listens_on() {
+    if !kvm("a_source_that_dies_on_the_way_is_told_as_such_and_the_receiver_listens_on") {
+        return;
+    }
+    let mut held = Held::new();
+    let first = held.migrate();
+    held.here.kill();
+    let first = first.wait_with_output().unwrap();
+    assert_eq!(first.status.code(), Some(3), "{}", stderr(&first));
+    assert!(stderr(&first).contains("has gone in phase"), "{}", stderr(&first));
+    held.place.wait_for_state("1", "listening");
+    let other = held.place.run("2");
+    let output = migrate(&held.place, "2", &held.address, &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_alive(&held.place, "1");
+    drop(other);
+}
+
+#[test]
+fn a_receiver_for_one_vm_only_ends_with_1_when_it_does_not_arrive() {
+    if !kvm("a_receiver_for_one_vm_only_ends_with_1_when_it_does_not_arrive") {
+        return;
+    }
+    let place = Place::new();
+    let (mut there, address) = place.receive("0", &["--once"]);
+    let port = address.rsplit_once(':').unwrap().1;
+    // Somebody who is no Wherry connects and goes away again.
+    {
+        use std::io::Write;
+        let mut stream = std::net::TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
+        let _ = stream.write_all(b"GET / HTTP/1.1\r\n\r\n");
+    }
+    assert_eq!(there.end().code(), Some(1), "{}", there.log());
+    assert!(!there.api().exists());
+}
+
+#[test]
+fn a_lingering_source_tells_where_its_vm_went_until_it_is_stopped() {
+    if !kvm("a_lingering_source_tells_where_its_vm_went_until_it_is_stopped") {
+        return;
+    }
+    let place = Place::new();
+    let mut here = place.start("0", &["run", "--memory", "64M", "--cmdline", "data=4M", "--linger"]);
+    place.wait_for_state("0", "running");
+    let (_there, address) = place.receive("1", &[]);
+    let output = migrate(&place, "0", &address, &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let status = place.wait_for_state("0", "moved");
+    assert_eq!(status["job"]["peer"], address.as_str());
+    let again = migrate(&place, "0", &address, &[]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(stderr(&again).contains("moved"), "{}", stderr(&again));
+    assert_eq!(place.control("0", &["stop"]).status.code(), Some(0));
+    assert_eq!(here.end().code(), Some(0));
+}
+
+#[test]
+fn a_receiver_is_stopped_while_it_listens() {
+    if !kvm("a_receiver_is_stopped_while_it_listens") {
+        return;
+    }
+    let place = Place::new();
+    let (mut there, _) = place.receive("0", &[]);
+    let output = place.control("0", &["stop"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(there.end().code(), Some(0), "{}", there.log());
+}

@@ -1,0 +1,191 @@
+//! What the black-box tests share: real processes of the real program, which end with the test whatever happens.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// The longest wait of any test.
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// Whether there is a usable KVM; says that the test is skipped if not.
+pub fn kvm(test: &str) -> bool {
+    let there = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        println!("SKIPPED {test}: no usable /dev/kvm");
+    }
+    there
+}
+
+/// Waits until `done` gives something, and says what it waited for if it never does.
+pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited {} s for {what}", LIMIT.as_secs());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A directory for sockets and records of one test.
+pub struct Place {
+    dir: tempfile::TempDir,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        Self { dir: tempfile::Builder::new().prefix("wherry-test-").tempdir().unwrap() }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The program, with records of its own.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wherry"));
+        command.args(arguments).env("WHERRY_RECORDS", self.path("records")).env_remove("WHERRY_LOG").stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub fn wherry(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// Runs a command on the process with that API socket.
+    pub fn control(&self, api: &str, arguments: &[&str]) -> Output {
+        let api = self.path(api);
+        let mut all = arguments.to_vec();
+        all.extend(["--api", api.to_str().unwrap()]);
+        self.wherry(&all)
+    }
+
+    /// `status --json`, if somebody answers.
+    pub fn status(&self, api: &str) -> Option<Value> {
+        serde_json::from_slice(&self.control(api, &["status", "--json"]).stdout).ok()
+    }
+
+    /// Waits for a state.
+    pub fn wait_for_state(&self, api: &str, state: &str) -> Value {
+        let mut last = Value::Null;
+        let deadline = Instant::now() + LIMIT;
+        while Instant::now() < deadline {
+            if let Some(status) = self.status(api) {
+                if status["state"] == state {
+                    return status;
+                }
+                last = status;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("{api} did not become {state}; it is {last:#}");
+    }
+
+    /// Starts a process that holds a VM.
+    pub fn start(&self, api: &str, arguments: &[&str]) -> Vm {
+        self.start_with(api, arguments, &[])
+    }
+
+    /// Starts one with more in its environment.
+    pub fn start_with(&self, api: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Vm {
+        let path = self.path(api);
+        let log = self.path(&format!("{api}.log"));
+        let child = self
+            .command(arguments)
+            .args(["--serial", "null", "--api"])
+            .arg(&path)
+            .args(["--die-with", &std::process::id().to_string()])
+            .envs(environment.iter().copied())
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        Vm { child, api: path, log }
+    }
+
+    /// Starts a small probe guest and waits until it runs.
+    pub fn run(&self, api: &str) -> Vm {
+        let arguments = ["run", "--memory", "64M", "--cmdline", "data=16M rate=4M", "--name", "t"];
+        let vm = self.start(api, &arguments);
+        self.wait_for_state(api, "running");
+        vm
+    }
+
+    /// Starts a receiver on a free port and gives its address.
+    pub fn receive(&self, api: &str, more: &[&str]) -> (Vm, String) {
+        self.receive_with(api, more, &[])
+    }
+
+    /// Starts one with more in its environment.
+    pub fn receive_with(&self, api: &str, more: &[&str], environment: &[(&str, &str)]) -> (Vm, String) {
+        let mut arguments = vec!["receive", "--listen", "tcp:127.0.0.1:0"];
+        arguments.extend(more);
+        let vm = self.start_with(api, &arguments, environment);
+        let status = self.wait_for_state(api, "listening");
+        (vm, status["listen"].as_str().unwrap().to_owned())
+    }
+}
+
+/// A process that holds a VM.
+pub struct Vm {
+    child: Child,
+    api: PathBuf,
+    log: PathBuf,
+}
+
+impl Vm {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn api(&self) -> &Path {
+        &self.api
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).unwrap();
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Waits for its end.
+    pub fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "waited for the end of process {}: {}", self.pid(), self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of {} ---\n{}", self.api.display(), self.log());
+        }
+    }
+}
+
+/// What a command said on stderr.
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
