@@ -16,6 +16,7 @@ const WAIT: u64 = 7;
 const OUTS: u64 = 8;
 const OUTW: u64 = 9;
 const HALT: u64 = 10;
+const XSAVE: u64 = 11;
 
 /// Vector of the gate: #UD.
 pub const GATE_VECTOR: u8 = 6;
@@ -97,6 +98,12 @@ pub unsafe fn wrmsr(msr: u32, value: u64) {
 pub fn wait(count: u32) {
     // SAFETY: writes the timer's register only.
     unsafe { call(WAIT, 0, count.into(), 0) };
+}
+
+/// Switches XSAVE on, for the state components in `xcr0`. CPUID must offer them.
+pub fn enable_xsave(xcr0: u32) {
+    // SAFETY: allows instructions, touches no memory.
+    unsafe { call(XSAVE, 0, xcr0.into(), 0) };
 }
 
 /// Stops this vCPU for good.

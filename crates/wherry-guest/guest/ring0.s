@@ -275,7 +275,7 @@ gate_entry:
     cmp qword ptr [rsp], offset gate_call
     jne 8f
     add qword ptr [rsp], 2
-    cmp eax, 10
+    cmp eax, 11
     ja 9f
     jmp [gate_table + rax * 8]
 8:
@@ -336,6 +336,15 @@ gate_outw:
     mov eax, ecx
     out dx, ax
     iretq
+gate_xsave:                     # CR4.OSXSAVE, and ECX into XCR0
+    mov rax, cr4
+    or eax, 0x40000
+    mov cr4, rax
+    mov eax, ecx
+    xor ecx, ecx
+    xor edx, edx
+    xsetbv
+    iretq
 gate_halt:
 halt:
     cli
@@ -345,4 +354,4 @@ halt:
     .section .rodata.gate, "a", @progbits
     .balign 8
 gate_table:
-    .quad gate_outb, gate_inb, gate_outl, gate_inl, gate_cpuid, gate_rdmsr, gate_wrmsr, gate_wait, gate_outs, gate_outw, gate_halt
+    .quad gate_outb, gate_inb, gate_outl, gate_inl, gate_cpuid, gate_rdmsr, gate_wrmsr, gate_wait, gate_outs, gate_outw, gate_halt, gate_xsave

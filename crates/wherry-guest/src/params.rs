@@ -87,7 +87,7 @@ pub struct Params {
     pub tsc_khz: Option<u64>,
     /// `run=`: finish by itself after this many milliseconds of work. `None` (default): never.
     pub run_ms: Option<u64>,
-    /// `fault=`: on purpose, for tests of the failure path: `page`, `gp` or `panic`, after the fill.
+    /// `fault=`: on purpose, for tests of the failure path: `page`, `gp`, `panic` or `registers`, after the fill.
     pub fault: Option<InjectedFault>,
 }
 
@@ -100,6 +100,8 @@ pub enum InjectedFault {
     Gp,
     /// Panics.
     Panic,
+    /// Puts a register back to its reset value.
+    Registers,
 }
 
 impl Default for Params {
@@ -218,7 +220,8 @@ impl Params {
                     "page" => InjectedFault::Page,
                     "gp" => InjectedFault::Gp,
                     "panic" => InjectedFault::Panic,
-                    _ => return Err("page, gp or panic"),
+                    "registers" => InjectedFault::Registers,
+                    _ => return Err("page, gp, panic or registers"),
                 })
             }
             _ => return Err(NAMES),

@@ -141,6 +141,8 @@ pub enum FailureKind {
     Panic = 6,
     /// No way to learn the TSC frequency.
     Clock = 7,
+    /// A register of a vCPU did not keep its value.
+    Registers = 8,
 }
 
 impl FailureKind {
@@ -155,6 +157,7 @@ impl FailureKind {
             5 => Self::Fault,
             6 => Self::Panic,
             7 => Self::Clock,
+            8 => Self::Registers,
             _ => return None,
         })
     }
@@ -381,6 +384,10 @@ pub struct CpuPage {
     pub errors_kept: AtomicU32,
     /// Interrupts of the local APIC's timer taken (with `idle=halt`).
     pub timer_interrupts: AtomicU64,
+    /// How often the registers were compared with what they should hold.
+    pub register_checks: AtomicU64,
+    /// How often they did not.
+    pub register_errors: AtomicU64,
 
     /// Heartbeats in the histogram.
     pub gap_count: AtomicU64,
@@ -411,10 +418,10 @@ const _: () = {
     assert!(size_of::<VerifyError>() == 56);
     assert!(size_of::<Fault>() == 48);
     assert!(offset_of!(CpuPage, phase) == 64);
-    assert!(offset_of!(CpuPage, gap_count) == 184);
-    assert!(offset_of!(CpuPage, gaps) == 216);
-    assert!(offset_of!(CpuPage, fault) == 536);
-    assert!(offset_of!(CpuPage, errors) == 584);
+    assert!(offset_of!(CpuPage, gap_count) == 200);
+    assert!(offset_of!(CpuPage, gaps) == 232);
+    assert!(offset_of!(CpuPage, fault) == 552);
+    assert!(offset_of!(CpuPage, errors) == 600);
     assert!(size_of::<CpuPage>() <= PAGE_SIZE as usize);
 };
 

@@ -131,6 +131,8 @@ pub struct CpuSnapshot {
     pub control_seen: u64,
     pub reset_seen: u32,
     pub timer_interrupts: u64,
+    pub register_checks: u64,
+    pub register_errors: u64,
     pub gaps: Gaps,
     /// The first exception, if there was one.
     pub exception: Option<Exception>,
@@ -305,6 +307,8 @@ impl CpuSnapshot {
             control_seen: page.u64(offset_of!(CpuPage, control_seen)),
             reset_seen: page.u32(offset_of!(CpuPage, reset_seen)),
             timer_interrupts: page.u64(offset_of!(CpuPage, timer_interrupts)),
+            register_checks: page.u64(offset_of!(CpuPage, register_checks)),
+            register_errors: page.u64(offset_of!(CpuPage, register_errors)),
             gaps: Gaps {
                 count: page.u64(offset_of!(CpuPage, gap_count)),
                 max_ns: page.u64(offset_of!(CpuPage, gap_max_ns)),

@@ -13,6 +13,7 @@ use wherry_guest_kernel::report::{
 };
 use wherry_guest_kernel::{gate, interrupt, port, serial, time};
 
+use crate::canary::{self, Canary, Lost};
 use crate::setup::Setup;
 
 type Page = [u64; PAGE_WORDS];
@@ -44,6 +45,9 @@ pub struct Worker {
     /// TSC at which the run time is over.
     deadline: Option<u64>,
     timer_ticks: u32,
+    canary: Canary,
+    /// TSC at which the canary is looked at even though there is no idle time.
+    next_canary: u64,
 }
 
 /// The load in force, from the control words.
@@ -111,6 +115,8 @@ impl Worker {
             },
             deadline: None,
             timer_ticks: 0,
+            canary: Canary::set(cpu),
+            next_canary: 0,
         };
         if setup.params.idle == Idle::Halt {
             worker.timer_ticks = (interrupt::measure_timer(setup.tsc_hz) / 10_000).min(u32::MAX.into()) as u32;
@@ -150,7 +156,9 @@ impl Worker {
             }
             let dirty_due = now >= self.load.next_dirty && self.load.dirty_interval != u64::MAX;
             let verify_due = now >= self.load.next_verify && self.load.verify_permille != 0;
-            if self.pages != 0 && dirty_due && (verified_last || !verify_due) {
+            if now >= self.next_canary {
+                self.check_registers(now);
+            } else if self.pages != 0 && dirty_due && (verified_last || !verify_due) {
                 self.dirty(now);
                 verified_last = false;
             } else if self.pages != 0 && verify_due {
@@ -165,8 +173,26 @@ impl Worker {
                 let taken = interrupt::count(self.cpu, interrupt::TIMER_VECTOR);
                 self.out.timer_interrupts.store(taken.into(), Relaxed);
             } else {
-                core::hint::spin_loop();
+                self.check_registers(now);
             }
+        }
+    }
+
+    /// Spins for a moment with known values in the registers.
+    fn check_registers(&mut self, now: u64) {
+        self.next_canary = now + self.setup.tsc_hz / 1000;
+        add(&self.out.register_checks, 1);
+        if let Err(lost) = self.canary.spin() {
+            self.registers_lost(lost);
+        }
+    }
+
+    #[cold]
+    fn registers_lost(&mut self, lost: Lost) {
+        add(&self.out.register_errors, 1);
+        // Printing is slow.
+        if self.out.register_errors.load(Relaxed) <= MAX_ERRORS as u64 {
+            fault::report(self.cpu, FailureKind::Registers, format_args!("{lost}"));
         }
     }
 
@@ -188,6 +214,7 @@ impl Worker {
             // Whatever was planned in the old count is due now or moves along.
             self.load.next_dirty = self.load.next_dirty.min(now);
             self.load.next_verify = self.load.next_verify.min(now);
+            self.next_canary = self.next_canary.min(now);
             self.deadline = self.deadline.map(|deadline| deadline.saturating_sub(step));
         } else {
             let gap = now - self.last_tsc;
@@ -461,7 +488,11 @@ impl Worker {
             self.verify();
             self.tick();
         }
-        let errors = self.out.verify_errors.load(Relaxed);
+        add(&self.out.register_checks, 1);
+        if let Err(lost) = self.canary.compare_msrs() {
+            self.registers_lost(lost);
+        }
+        let errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed);
         serial::line(format_args!(
             "vCPU {} finished: {} pages dirtied, {} verified, {errors} errors, largest gap {} us",
             self.cpu,
@@ -488,6 +519,7 @@ impl Worker {
             },
             // SAFETY: as above.
             Some(InjectedFault::Gp) => unsafe { core::arch::asm!("hlt") },
+            Some(InjectedFault::Registers) => canary::forget(),
             Some(InjectedFault::Panic) => panic!("asked for by fault=panic"),
         }
     }

@@ -287,6 +287,17 @@ fn a_panic_is_reported_with_its_words() {
 }
 
 #[test]
+fn a_register_that_lost_its_value_is_reported_once_and_the_guest_goes_on() {
+    let machine = machine!(1, 128, "data=1M fault=registers");
+    let failed = machine.wait("the loss to be noticed", |s| s.failure.is_some());
+    let failure = failed.failure.unwrap();
+    assert_eq!(failure.kind, Some(FailureKind::Registers));
+    assert!(failure.message.contains("MXCSR is 0x1f80"), "{failure:?}");
+    let later = machine.wait("more checks", |s| s.cpus[0].register_checks > failed.cpus[0].register_checks + 100);
+    assert_eq!((later.cpus[0].register_errors, later.verify_errors()), (1, 0));
+}
+
+#[test]
 fn data_reaches_beyond_4_gib_where_ram_does() {
     let machine = machine!(2, 256, 128, "data=160M rate=20M verify=30%");
     let running = machine.wait("the guest to run", |s| s.phase() == Phase::Running);

@@ -66,7 +66,7 @@ fn words_that_are_not_parameters_are_named_with_what_would_be_right() {
         ("shadow=none", "table or full"),
         ("seed=0x+1", "number"),
         ("run=forever", "milliseconds"),
-        ("fault=all", "page, gp or panic"),
+        ("fault=all", "page, gp, panic or registers"),
     ] {
         let line = format!("seed=1 {word} cpus=1");
         let error = Params::parse(&line).unwrap_err();
