@@ -231,8 +231,8 @@ impl From<&kvm_vcpu_events> for Events {
 
 impl From<&Events> for kvm_vcpu_events {
     fn from(e: &Events) -> Self {
-        let mut k = kvm_vcpu_events::default();
-        k.flags = e.flags | KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+        let flags = e.flags | KVM_VCPUEVENT_VALID_SIPI_VECTOR;
+        let mut k = kvm_vcpu_events { flags, sipi_vector: e.sipi_vector, ..Default::default() };
         k.exception.injected = e.exception_injected.into();
         k.exception.nr = e.exception_number as u8;
         k.exception.has_error_code = e.exception_has_error_code.into();
@@ -247,7 +247,6 @@ impl From<&Events> for kvm_vcpu_events {
         k.nmi.injected = e.nmi_injected.into();
         k.nmi.pending = e.nmi_pending as u8;
         k.nmi.masked = e.nmi_masked.into();
-        k.sipi_vector = e.sipi_vector;
         k.smi.smm = e.smm.into();
         k.smi.pending = e.smi_pending.into();
         k.smi.smm_inside_nmi = e.smm_inside_nmi.into();
