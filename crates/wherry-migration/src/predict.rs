@@ -1,26 +1,55 @@
 //! When to stop the guest: what the blackout would be now, whether precopy converges, and how hard to throttle.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::VecDeque;
+use std::sync::Mutex;
 use std::time::Duration;
 
-/// What stop, save, load and start cost in the last journey of this process, in microseconds; 0: none yet. State can
-/// be saved only at rest, so before the first stop there is only a guess.
-static LAST_SOURCE_US: AtomicU64 = AtomicU64::new(0);
-static LAST_DESTINATION_US: AtomicU64 = AtomicU64::new(0);
+use crate::journey::lock;
+
+/// What something cost in the last journeys of this process, in microseconds. State can be saved only at rest, so
+/// before the first stop there is only a guess. A journey on a busy machine says little about the next one: the median of
+/// the last few counts.
+struct History(Mutex<VecDeque<u64>>);
+
+const HISTORY: usize = 7;
+
+impl History {
+    const fn new() -> Self {
+        Self(Mutex::new(VecDeque::new()))
+    }
+
+    fn add(&self, cost: Duration) {
+        let mut all = lock(&self.0);
+        if all.len() == HISTORY {
+            all.pop_front();
+        }
+        all.push_back(us(cost));
+    }
+
+    /// 0 if there is none.
+    fn median(&self) -> u64 {
+        let mut all: Vec<u64> = lock(&self.0).iter().copied().collect();
+        all.sort_unstable();
+        all.get(all.len().saturating_sub(1) / 2).copied().unwrap_or(0)
+    }
+}
+
+static SOURCE: History = History::new();
+static DESTINATION: History = History::new();
 
 /// Remembers what stop and save took at this source.
 pub(crate) fn remember_source(cost: Duration) {
-    LAST_SOURCE_US.store(us(cost).max(1), Ordering::Relaxed);
+    SOURCE.add(cost);
 }
 
 /// Remembers what load and start took at this destination.
 pub(crate) fn remember_destination(cost: Duration) {
-    LAST_DESTINATION_US.store(us(cost).max(1), Ordering::Relaxed);
+    DESTINATION.add(cost);
 }
 
-/// What load and start took here the last time, in microseconds; 0 if never.
-pub(crate) fn last_destination_us() -> u64 {
-    LAST_DESTINATION_US.load(Ordering::Relaxed)
+/// What load and start usually take here, in microseconds; 0 if not known.
+pub(crate) fn usual_destination_us() -> u64 {
+    DESTINATION.median()
 }
 
 pub(crate) fn us(d: Duration) -> u64 {
@@ -52,7 +81,7 @@ impl Predictor {
         Self {
             bandwidth: 0.0,
             round_trip: Duration::from_millis(1),
-            source_cost: measured(LAST_SOURCE_US.load(Ordering::Relaxed)),
+            source_cost: measured(SOURCE.median()),
             destination_cost: measured(load_us.min(10_000_000)),
         }
     }
@@ -132,10 +161,13 @@ impl Convergence {
         may_throttle: bool,
     ) -> Verdict {
         let blackout = predictor.blackout(dirty);
+        let pages_part = predictor.transfer(dirty);
+        // What the stop costs besides the pages no round makes shorter. Where that alone exceeds the limit, the guest is
+        // stopped as soon as the pages hardly matter: waiting would not help.
+        let limit = limit.max(predictor.fixed() + predictor.fixed() / 4);
         // Less than half of what was sent was dirtied again: the next round will be half as long.
         let shrinking = dirty < sent / 2;
         if blackout <= limit {
-            let pages_part = predictor.transfer(dirty);
             if shrinking && self.polished < POLISH && pages_part * 4 > predictor.fixed() {
                 self.polished += 1;
                 return Verdict::Round;
@@ -144,7 +176,7 @@ impl Convergence {
         }
         self.stuck = if shrinking { 0 } else { self.stuck + 1 };
         // Slowing the guest down shortens the page part only; where that is small it cannot help.
-        let helps = predictor.transfer(dirty) * 4 > blackout;
+        let helps = pages_part * 4 > blackout;
         if may_throttle && helps && self.stuck >= PATIENCE {
             self.stuck = 0;
             self.throttle = match self.throttle {
@@ -194,11 +226,23 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_below_the_fixed_cost_is_not_blamed_on_the_guest() {
+    fn a_limit_below_the_fixed_cost_ends_when_the_pages_hardly_matter_and_is_not_blamed_on_the_guest() {
         let mut c = Convergence::default();
+        let limit = Duration::from_micros(100);
         for _ in 0..10 {
-            c.judge(MIB / 64, MIB / 64, &predictor(), Duration::from_micros(100), true);
+            assert_eq!(c.judge(MIB, MIB / 3, &predictor(), limit, true), Verdict::Round);
         }
+        assert_eq!(c.judge(MIB / 64, MIB / 64, &predictor(), limit, true), Verdict::Stop);
         assert_eq!(c.throttle(), 0);
+    }
+
+    #[test]
+    fn one_slow_journey_does_not_spoil_the_next_prediction() {
+        let history = History::new();
+        assert_eq!(history.median(), 0);
+        for ms in [1, 1, 900, 1, 1] {
+            history.add(Duration::from_millis(ms));
+        }
+        assert_eq!(history.median(), 1000);
     }
 }

@@ -11,7 +11,7 @@
 //!     | Ping / Pong at any time, either way         |
 //!     | Poise (the switchover comes)             -> |
 //!     | <- Poised                                   |
-//!     | Continue (it did not: another round)     -> |   or:
+//!     | Continue (it did not: another round), Ping-> |   Pong, and back to the rounds; or:
 //!     | last pages on data channels, Hashes,        |
 //!     | StatePiece, Offer                        -> |   checks, loads
 //!     | <- Ready, or Abort with the reason          |

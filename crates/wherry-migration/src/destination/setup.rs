@@ -14,7 +14,7 @@ use crate::journey::{Journey, Side};
 use crate::link::{Control, TICK, hex, printable};
 use crate::machine::{Machine, MachineDescription};
 use crate::options::{MAX_CHANNELS, Mode};
-use crate::predict::last_destination_us;
+use crate::predict::usual_destination_us;
 use crate::testpoint::{Point, reach};
 
 /// No machine has more blocks, units or larger parts than this; a description that claims so is refused.
@@ -67,7 +67,7 @@ impl Destination<'_> {
         self.host.machine = Some(machine);
         self.begin_ownership()?;
         let features = features::accepted(&begin.features);
-        self.host.control()?.send(Body::Accept(Accept { features, load_us: last_destination_us() }))?;
+        self.host.control()?.send(Body::Accept(Accept { features, load_us: usual_destination_us() }))?;
 
         let data = self.take_channels(attempt, begin.channels as u16)?;
         reach(&self.journey, Point::DestinationReceiving);

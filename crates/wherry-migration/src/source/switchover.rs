@@ -176,7 +176,10 @@ impl Source {
         self.host.drained = false;
         self.stopped_at = None;
         self.feed(SourceInput::AnotherRound);
-        self.host.control()?.send(Body::Continue(Empty {}))?;
+        let control = self.host.control()?;
+        control.send(Body::Continue(Empty {}))?;
+        // Pages of the next round must not overtake this on their own channel and be taken for the last ones.
+        control.round_trip()?;
         Ok(Phase::Precopy)
     }
 

@@ -1,0 +1,660 @@
+//! A machine without KVM: guests are threads that write to RAM, the dirty log is a bitmap with write protection as KVM
+//! has it, and units fail when they are told to.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![expect(unsafe_code, reason = "the fake guest writes to RAM by raw pointer, as a guest does")]
+
+pub mod proxy;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use wherry_memory::{Block, BlockId, BlockSpec, DirtyError, DirtySource, GRANULE, PageSet, PageSize, Ram, VmmWrites};
+use wherry_migration::machine::{Builder, Machine, MachineDescription, MachineError, Refusal};
+use wherry_migration::progress::Job;
+use wherry_migration::testpoint::Point;
+use wherry_migration::{DestinationOptions, Journey, JourneyError, SourceOptions, Timeouts};
+use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId, Units};
+use wherry_stream::{Endpoint, Listener};
+
+/// A small random number generator.
+#[derive(Clone, Debug)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+/// A dirty log with manual protect: bits stay until they are re-armed.
+pub struct FakeLog {
+    blocks: Vec<(BlockId, Vec<AtomicU64>)>,
+    on: AtomicBool,
+    pub fail_collects: AtomicU8,
+}
+
+impl FakeLog {
+    fn new(ram: &Ram) -> Self {
+        let words = |b: &Arc<Block>| (0..b.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        Self {
+            blocks: ram.blocks().iter().map(|b| (b.spec().id, words(b))).collect(),
+            on: AtomicBool::new(false),
+            fail_collects: AtomicU8::new(0),
+        }
+    }
+
+    fn words(&self, id: BlockId) -> &[AtomicU64] {
+        &self.blocks.iter().find(|(b, _)| *b == id).unwrap().1
+    }
+
+    /// After the write: a write that a reader did not see has its bit set after the reader re-armed it.
+    fn mark(&self, id: BlockId, page: u64) {
+        if self.on.load(Ordering::SeqCst) {
+            self.words(id)[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
+        }
+    }
+
+    pub fn is_on(&self) -> bool {
+        self.on.load(Ordering::SeqCst)
+    }
+}
+
+impl DirtySource for FakeLog {
+    fn name(&self) -> &str {
+        "fake"
+    }
+    fn start(&self) -> Result<(), DirtyError> {
+        for (_, words) in &self.blocks {
+            words.iter().for_each(|w| w.store(0, Ordering::SeqCst));
+        }
+        self.on.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+    fn stop(&self) -> Result<(), DirtyError> {
+        self.on.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+    fn collect(&self, block: &Block, into: &mut PageSet) -> Result<(), DirtyError> {
+        assert!(self.is_on(), "collected before it was started");
+        let failing = self.fail_collects.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok();
+        if failing {
+            return Err(DirtyError {
+                dirty_source: "fake".into(),
+                what: "reading the log",
+                block: block.spec().id,
+                cause: std::io::Error::other("as told"),
+            });
+        }
+        let words: Vec<u64> = self.words(block.spec().id).iter().map(|w| w.load(Ordering::SeqCst)).collect();
+        into.union_words(&words);
+        Ok(())
+    }
+    fn rearm(&self, block: &Block, range: Range<u64>, taken: &PageSet) -> Result<(), DirtyError> {
+        assert!(range.start.is_multiple_of(64));
+        assert!(range.end.is_multiple_of(64) || range.end == block.pages());
+        for n in range.start / 64..range.end.div_ceil(64) {
+            self.words(block.spec().id)[n as usize].fetch_and(!taken.words()[n as usize], Ordering::SeqCst);
+        }
+        Ok(())
+    }
+}
+
+/// How the guest writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// Writes a second; 0: none.
+    pub rate: u64,
+    /// Only the first so many pages of block 0.
+    pub pages: u64,
+    /// One write in so many makes its page zero again; 0: none.
+    pub zero_one_in: u64,
+}
+
+impl Load {
+    pub const NONE: Load = Load { rate: 0, pages: 1, zero_one_in: 0 };
+}
+
+struct Gate {
+    running: bool,
+    /// Guests that are in the middle of a write or before the gate.
+    active: bool,
+    quit: bool,
+}
+
+/// What units are told to fail at, and what they were asked.
+#[derive(Default)]
+pub struct Script {
+    pub fail: Mutex<BTreeSet<&'static str>>,
+    pub log: Mutex<Vec<String>>,
+}
+
+impl Script {
+    pub fn fail(&self, step: &'static str) {
+        self.fail.lock().unwrap().insert(step);
+    }
+
+    fn step(&self, step: &'static str) -> Result<(), UnitError> {
+        self.log.lock().unwrap().push(step.into());
+        if self.fail.lock().unwrap().contains(step) { Err(UnitError::failed(format!("{step} fails as told"))) } else { Ok(()) }
+    }
+
+    pub fn count(&self, step: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|l| *l == step).count()
+    }
+}
+
+/// The fake guest's registers: how often it wrote, and its random seed.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CpuState {
+    #[prost(uint64, tag = "1")]
+    pub writes: u64,
+    #[prost(uint64, tag = "2")]
+    pub seed: u64,
+    #[prost(bytes = "vec", tag = "3")]
+    pub bulk: Vec<u8>,
+}
+
+impl SavedState for CpuState {
+    const SCHEMA: u32 = 1;
+}
+
+pub struct Cpu {
+    ram: Arc<Ram>,
+    log: Arc<FakeLog>,
+    gate: Mutex<Gate>,
+    changed: Condvar,
+    state: Mutex<CpuState>,
+    load: Mutex<Load>,
+    throttle: AtomicU8,
+    pub script: Arc<Script>,
+}
+
+impl Cpu {
+    /// Writes pages until it is told to quit; never with the gate closed.
+    fn run(&self) {
+        loop {
+            let load = *self.load.lock().unwrap();
+            {
+                let mut gate = self.gate.lock().unwrap();
+                gate.active = false;
+                self.changed.notify_all();
+                while !gate.running && !gate.quit {
+                    gate = self.changed.wait(gate).unwrap();
+                }
+                if gate.quit {
+                    return;
+                }
+                gate.active = true;
+            }
+            let begun = Instant::now();
+            let throttle = u64::from(self.throttle.load(Ordering::Relaxed));
+            let rate = load.rate * (100 - throttle) / 100;
+            for _ in 0..(rate / 1000).max(u64::from(rate > 0)) {
+                self.write(load);
+            }
+            std::thread::sleep(Duration::from_millis(1).saturating_sub(begun.elapsed()));
+        }
+    }
+
+    fn write(&self, load: Load) {
+        let block = &self.ram.blocks()[0];
+        let mut state = self.state.lock().unwrap();
+        let mut random = Random(state.seed);
+        let page = random.below(load.pages);
+        let zero = load.zero_one_in > 0 && random.below(load.zero_one_in) == 0;
+        state.writes += 1;
+        state.seed = random.0;
+        let value = if zero { 0 } else { state.writes };
+        drop(state);
+        let at = block.guest_map().wrapping_add((page * GRANULE) as usize).cast::<u64>();
+        for n in 0..(GRANULE / 8) as usize {
+            // SAFETY: inside the guest map.
+            unsafe { at.add(n).write_volatile(if zero { 0 } else { value ^ n as u64 }) };
+        }
+        self.log.mark(block.spec().id, page);
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.gate.lock().unwrap().running
+    }
+
+    pub fn writes(&self) -> u64 {
+        self.state.lock().unwrap().writes
+    }
+}
+
+struct CpuUnit(Arc<Cpu>);
+
+impl StateUnit for CpuUnit {
+    fn id(&self) -> UnitId {
+        UnitId::new("vcpu", 0)
+    }
+    fn depends_on(&self) -> &[&str] {
+        &["board"]
+    }
+    fn schema(&self) -> u32 {
+        CpuState::SCHEMA
+    }
+    fn drain(&self, _: Instant) -> Result<(), UnitError> {
+        self.0.script.step("drain")
+    }
+    fn undrain(&self) -> Result<(), UnitError> {
+        self.0.script.step("undrain")
+    }
+    fn begin_stop(&self) -> Result<(), UnitError> {
+        self.0.script.step("begin-stop")?;
+        self.0.gate.lock().unwrap().running = false;
+        Ok(())
+    }
+    fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.0.script.step("finish-stop")?;
+        let gate = self.0.gate.lock().unwrap();
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (gate, late) = self.0.changed.wait_timeout_while(gate, left, |g| g.active && !g.quit).unwrap();
+        drop(gate);
+        if late.timed_out() { Err(UnitError::Deadline("the fake guest".into())) } else { Ok(()) }
+    }
+    fn save(&self) -> Result<Saved, UnitError> {
+        self.0.script.step("save")?;
+        assert!(!self.0.is_running(), "saved while it runs");
+        Ok(Saved::Section(self.0.state.lock().unwrap().to_section(&self.id())))
+    }
+    fn restore(&self, section: &Section) -> Result<(), UnitError> {
+        self.0.script.step("restore")?;
+        *self.0.state.lock().unwrap() = CpuState::from_section(section)?;
+        Ok(())
+    }
+    fn start(&self) -> Result<(), UnitError> {
+        self.0.script.step("start")?;
+        self.0.gate.lock().unwrap().running = true;
+        self.0.changed.notify_all();
+        Ok(())
+    }
+}
+
+/// A unit that the CPU needs and that has no state.
+struct Board(Arc<Script>);
+
+impl StateUnit for Board {
+    fn id(&self) -> UnitId {
+        UnitId::new("board", 0)
+    }
+    fn depends_on(&self) -> &[&str] {
+        &[]
+    }
+    fn schema(&self) -> u32 {
+        0
+    }
+    fn drain(&self, _: Instant) -> Result<(), UnitError> {
+        Ok(())
+    }
+    fn undrain(&self) -> Result<(), UnitError> {
+        Ok(())
+    }
+    fn begin_stop(&self) -> Result<(), UnitError> {
+        Ok(())
+    }
+    fn finish_stop(&self, _: Instant) -> Result<(), UnitError> {
+        Ok(())
+    }
+    fn save(&self) -> Result<Saved, UnitError> {
+        Ok(Saved::Nothing)
+    }
+    fn restore(&self, _: &Section) -> Result<(), UnitError> {
+        Ok(())
+    }
+    fn start(&self) -> Result<(), UnitError> {
+        self.0.step("start-board")
+    }
+}
+
+/// The machine.
+pub struct FakeMachine {
+    description: MachineDescription,
+    ram: Arc<Ram>,
+    units: Units,
+    sources: Vec<Arc<dyn DirtySource>>,
+    pub log: Arc<FakeLog>,
+    pub cpu: Arc<Cpu>,
+    pub script: Arc<Script>,
+    pub locked: AtomicBool,
+    guest: Mutex<Option<JoinHandle<()>>>,
+}
+
+pub fn block(id: u16, guest_base: u64, size: u64) -> BlockSpec {
+    BlockSpec { id: BlockId(id), guest_base, size, page_size: PageSize::Base }
+}
+
+impl FakeMachine {
+    pub fn new(vm: [u8; 16], blocks: &[BlockSpec], script: Arc<Script>) -> Arc<Self> {
+        let ram = Arc::new(Ram::create(blocks).unwrap());
+        let log = Arc::new(FakeLog::new(&ram));
+        let cpu = Arc::new(Cpu {
+            ram: ram.clone(),
+            log: log.clone(),
+            gate: Mutex::new(Gate { running: false, active: false, quit: false }),
+            changed: Condvar::new(),
+            state: Mutex::new(CpuState { writes: 0, seed: 0x9e37_79b9_7f4a_7c15, bulk: vec![] }),
+            load: Mutex::new(Load::NONE),
+            throttle: AtomicU8::new(0),
+            script: script.clone(),
+        });
+        let units: Vec<Arc<dyn StateUnit>> =
+            vec![Arc::new(CpuUnit(cpu.clone())), Arc::new(Board(script.clone()))];
+        let units = Units::new(units).unwrap();
+        let mut description = MachineDescription::of(&ram, &units);
+        description.vm = vm.to_vec();
+        description.name = "fake".into();
+        let sources: Vec<Arc<dyn DirtySource>> = vec![log.clone(), Arc::new(VmmWrites::new(ram.clone()))];
+        let runner = cpu.clone();
+        let guest = std::thread::Builder::new().name("fake-guest".into()).spawn(move || runner.run()).unwrap();
+        Arc::new(Self {
+            description,
+            ram,
+            units,
+            sources,
+            log,
+            cpu,
+            script,
+            locked: AtomicBool::new(false),
+            guest: Mutex::new(Some(guest)),
+        })
+    }
+
+    /// Starts it, as a VMM does.
+    pub fn power_on(&self, load: Load) {
+        *self.cpu.load.lock().unwrap() = load;
+        self.locked.store(true, Ordering::SeqCst);
+        self.units.start().unwrap();
+        self.script.log.lock().unwrap().clear();
+    }
+
+    pub fn set_load(&self, load: Load) {
+        *self.cpu.load.lock().unwrap() = load;
+    }
+
+    pub fn set_bulk_state(&self, bytes: usize) {
+        self.cpu.state.lock().unwrap().bulk = vec![0x5a; bytes];
+    }
+
+    /// Fills pages of a block with random content, before it is powered on.
+    pub fn fill(&self, block: usize, pages: Range<u64>, seed: u64) {
+        let mut random = Random(seed | 1);
+        let block = &self.ram.blocks()[block];
+        for page in pages {
+            let at = block.engine_range(page * GRANULE, GRANULE).unwrap().cast::<u64>();
+            for n in 0..512 {
+                // SAFETY: inside the engine map.
+                unsafe { at.add(n).write_volatile(random.next()) };
+            }
+        }
+    }
+
+    /// Makes pages of a block allocated and zero.
+    pub fn zero(&self, block: usize, pages: Range<u64>) {
+        let block = &self.ram.blocks()[block];
+        for page in pages {
+            let at = block.engine_range(page * GRANULE, GRANULE).unwrap();
+            // SAFETY: inside the engine map.
+            unsafe { at.write_bytes(0, GRANULE as usize) };
+        }
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.cpu.is_running()
+    }
+
+    pub fn throttle_percent(&self) -> u8 {
+        self.cpu.throttle.load(Ordering::SeqCst)
+    }
+
+    pub fn allocated_pages(&self) -> u64 {
+        self.ram
+            .blocks()
+            .iter()
+            .flat_map(|b| b.data_runs(0..b.spec().size).collect::<Vec<_>>())
+            .map(|run| run.map(|r| (r.end - r.start) / GRANULE).unwrap())
+            .sum()
+    }
+}
+
+impl Drop for FakeMachine {
+    fn drop(&mut self) {
+        self.cpu.gate.lock().unwrap().quit = true;
+        self.cpu.changed.notify_all();
+        if let Some(guest) = self.guest.lock().unwrap().take() {
+            let _ = guest.join();
+        }
+    }
+}
+
+impl Machine for FakeMachine {
+    fn description(&self) -> MachineDescription {
+        self.description.clone()
+    }
+    fn ram(&self) -> &Arc<Ram> {
+        &self.ram
+    }
+    fn units(&self) -> &Units {
+        &self.units
+    }
+    fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
+        &self.sources
+    }
+    fn throttle(&self, percent: u8) {
+        assert!(percent <= 99);
+        self.cpu.throttle.store(percent, Ordering::SeqCst);
+    }
+    fn take_locks(&self) -> Result<(), MachineError> {
+        self.script.step("take-locks")?;
+        self.locked.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+    fn release_locks(&self) -> Result<(), MachineError> {
+        self.script.step("release-locks")?;
+        self.locked.store(false, Ordering::SeqCst);
+        Ok(())
+    }
+    fn runs_after_start(&self) -> bool {
+        true
+    }
+}
+
+/// Builds fake machines with a given script.
+pub struct FakeBuilder {
+    pub script: Arc<Script>,
+    pub built: Mutex<Option<Arc<FakeMachine>>>,
+    pub refuse: Vec<String>,
+}
+
+impl FakeBuilder {
+    pub fn new() -> Self {
+        Self { script: Arc::default(), built: Mutex::new(None), refuse: vec![] }
+    }
+}
+
+impl Builder for FakeBuilder {
+    fn build(&self, d: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal> {
+        if !self.refuse.is_empty() {
+            return Err(Refusal(self.refuse.clone()));
+        }
+        let specs: Vec<_> = d.blocks.iter().map(|b| block(b.id as u16, b.guest_base, b.size)).collect();
+        let machine = FakeMachine::new(d.vm.clone().try_into().unwrap(), &specs, self.script.clone());
+        *self.built.lock().unwrap() = Some(machine.clone());
+        Ok(machine)
+    }
+}
+
+pub fn random_vm() -> [u8; 16] {
+    use std::io::Read;
+    let mut id = [0; 16];
+    std::fs::File::open("/dev/urandom").unwrap().read_exact(&mut id).unwrap();
+    id
+}
+
+/// Waits that would otherwise last minutes.
+pub fn short() -> Timeouts {
+    Timeouts {
+        connect: Duration::from_secs(5),
+        build: Duration::from_secs(5),
+        silent: Duration::from_secs(2),
+        drain: Duration::from_secs(2),
+        stop: Duration::from_secs(2),
+        load: Duration::from_secs(3),
+        running: Duration::from_secs(2),
+    }
+}
+
+/// How the two ends are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    Unix,
+    Tcp,
+}
+
+pub type Sent = Result<Job, JourneyError>;
+pub type Received = Result<(Arc<dyn Machine>, Job), JourneyError>;
+
+/// Two hosts.
+pub struct World {
+    pub source_records: TempDir,
+    pub destination_records: TempDir,
+    sockets: TempDir,
+    pub listener: Listener,
+    pub source_journey: Journey,
+    pub destination_journey: Journey,
+    pub builder: FakeBuilder,
+    pub source_options: SourceOptions,
+    pub destination_options: DestinationOptions,
+}
+
+fn on_tmpfs() -> TempDir {
+    tempfile::Builder::new().prefix("wherry-test-").tempdir_in("/dev/shm").unwrap()
+}
+
+impl World {
+    pub fn new(wire: Wire) -> Self {
+        let (source_records, destination_records) = (on_tmpfs(), on_tmpfs());
+        let sockets = tempfile::tempdir().unwrap();
+        let endpoint = match wire {
+            Wire::Unix => Endpoint::Unix(sockets.path().join("listen")),
+            Wire::Tcp => Endpoint::Tcp { host: "127.0.0.1".into(), port: 0 },
+        };
+        Self {
+            listener: Listener::bind(&endpoint).unwrap(),
+            source_journey: Journey::new(),
+            destination_journey: Journey::new(),
+            builder: FakeBuilder::new(),
+            source_options: SourceOptions {
+                records: source_records.path().into(),
+                timeouts: short(),
+                doubt: Some(Duration::from_secs(5)),
+                deadline: Duration::from_secs(30),
+                ..SourceOptions::default()
+            },
+            destination_options: DestinationOptions {
+                records: destination_records.path().into(),
+                timeouts: short(),
+                wait_for_source: Some(Duration::from_secs(10)),
+                doubt: Some(Duration::from_secs(5)),
+                ..DestinationOptions::default()
+            },
+            source_records,
+            destination_records,
+            sockets,
+        }
+    }
+
+    /// Runs both ends to their end; `to` is where the source connects, if not directly.
+    pub fn journey(&self, machine: &Arc<FakeMachine>, to: Option<&Endpoint>) -> (Sent, Received) {
+        std::thread::scope(|scope| {
+            let receiver = std::thread::Builder::new()
+                .name("fake-receive".into())
+                .spawn_scoped(scope, || {
+                    wherry_migration::destination::receive(
+                        &self.listener,
+                        &self.builder,
+                        self.destination_options.clone(),
+                        &self.destination_journey,
+                    )
+                })
+                .unwrap();
+            let to = to.unwrap_or(self.listener.local_endpoint());
+            let sent = wherry_migration::source::send(
+                machine.clone(),
+                to,
+                self.source_options.clone(),
+                &self.source_journey,
+            );
+            if sent.is_err() {
+                // A destination that the source never reached would wait on.
+                let in_doubt = matches!(sent, Err(JourneyError::InDoubt(_)));
+                if !in_doubt {
+                    wait_or(Duration::from_secs(4), || receiver.is_finished(), || {
+                        self.destination_journey.cancel();
+                    });
+                }
+            }
+            (sent, receiver.join().unwrap())
+        })
+    }
+
+    pub fn built(&self) -> Arc<FakeMachine> {
+        self.builder.built.lock().unwrap().clone().expect("the destination never built a machine")
+    }
+}
+
+pub fn wait_or(limit: Duration, done: impl Fn() -> bool, otherwise: impl FnOnce()) {
+    let begun = Instant::now();
+    while !done() {
+        if begun.elapsed() > limit {
+            return otherwise();
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits for a condition that must come true.
+pub fn await_that(what: &str, done: impl Fn() -> bool) {
+    wait_or(Duration::from_secs(20), done, || panic!("waited in vain for: {what}"));
+}
+
+/// The contents of two machines, page by page; panics at the first difference.
+pub fn assert_same_memory(a: &dyn Machine, b: &dyn Machine) {
+    for (x, y) in a.ram().blocks().iter().zip(b.ram().blocks()) {
+        assert_eq!(x.spec(), y.spec());
+        let (mut p, mut q) = ([0; 4096], [0; 4096]);
+        let mut runs = BTreeSet::new();
+        for run in x.data_runs(0..x.spec().size).chain(y.data_runs(0..y.spec().size)) {
+            let run = run.unwrap();
+            runs.extend(run.start / GRANULE..run.end / GRANULE);
+        }
+        for page in runs {
+            x.read_at(page * GRANULE, &mut p).unwrap();
+            y.read_at(page * GRANULE, &mut q).unwrap();
+            assert!(p == q, "block {} page {page:#x} differs", x.spec().id);
+        }
+    }
+}
+
+/// Calls `act` once, when the journey reaches `point`.
+pub fn at(journey: &Journey, point: Point, act: impl Fn() + Send + Sync + 'static) {
+    let done = AtomicBool::new(false);
+    journey.set_test_hook(move |reached| {
+        if reached == point && !done.swap(true, Ordering::SeqCst) {
+            act();
+        }
+    });
+}
