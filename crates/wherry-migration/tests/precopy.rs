@@ -59,7 +59,7 @@ fn no_write_is_lost_while_the_guest_dirties_memory_heavily() {
         // The destination's guest has no load, so nothing has changed there since.
         assert_same_memory(&*machine, &*there);
         assert_eq!(machine.cpu.writes(), world.built().cpu.writes());
-        assert!(sent.rounds.len() > 1, "seed {seed}: {:?}", sent.rounds);
+        assert!(machine.cpu.writes() > 0, "seed {seed}: the guest never wrote; {:?}", sent.rounds);
     }
 }
 
@@ -157,11 +157,7 @@ fn the_report_adds_up() {
     assert_eq!(sent.memory_normal, arrived.memory_normal);
     assert_eq!(sent.memory_constant, arrived.memory_constant);
     let b = sent.blackout.unwrap();
-    assert_eq!(
-        b.total_us,
-        b.stop_us + b.last_pages_us + b.state_us + b.load_us + b.start_us + b.network_us,
-        "{b:?}"
-    );
+    assert_eq!(b.total_us, b.stop_us + b.last_pages_us + b.state_us + b.load_us + b.start_us + b.network_us, "{b:?}");
     assert!(sent.rounds.iter().enumerate().all(|(n, r)| r.number == n as u32 + 1));
     assert!(sent.data_processed >= sent.memory_normal_bytes);
     assert!(sent.error.is_none() && arrived.error.is_none());
@@ -187,4 +183,50 @@ fn a_guest_that_writes_much_more_at_the_stop_than_predicted_is_resumed_for_anoth
     assert_same_memory(&*machine, &*received.unwrap().0);
     assert_eq!(machine.script.count("start"), 2, "resumed once for each surprise");
     assert!(sent.rounds.iter().filter(|r| r.pages == 7680).count() == 2, "{:?}", sent.rounds);
+}
+
+#[test]
+fn an_older_copy_of_a_page_never_lands_after_a_newer_one() {
+    // One page is written again and again while rounds go over many channels: what arrives is the last value.
+    for seed in 0..4 {
+        let mut world = World::new(Wire::Tcp);
+        world.source_options.channels = Some(8);
+        world.source_options.bandwidth = Some(400 * MIB);
+        world.source_options.downtime_limit = Duration::from_millis(3);
+        let machine = guest(&[block(0, 0, 48 * MIB)]);
+        machine.fill(0, 0..12_288, seed + 1);
+        machine.power_on(Load { rate: 30_000, pages: 3 + seed, zero_one_in: 2 });
+        let (sent, received) = world.journey(&machine, None);
+        let sent = sent.unwrap();
+        assert_same_memory(&*machine, &*received.unwrap().0);
+        assert!(machine.cpu.writes() > 0, "{:?}", sent.rounds);
+    }
+}
+
+#[test]
+fn a_large_sparse_vm_moves_without_its_holes_and_with_little_memory() {
+    let resident = || {
+        let statm = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = statm.lines().find(|l| l.starts_with("RssAnon:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
+    };
+    let mut world = World::new(Wire::Tcp);
+    // The fake log walks all of its words one by one, twice a round; that takes time in a debug build.
+    world.source_options.timeouts.silent = Duration::from_secs(10);
+    world.destination_options.timeouts.silent = Duration::from_secs(10);
+    let size = 256 << 30;
+    let machine = guest(&[block(0, 0, size)]);
+    for n in 0..64 {
+        machine.fill(0, n * 1_048_576..n * 1_048_576 + 256, n + 1);
+    }
+    machine.power_on(Load { rate: 1000, pages: 200, zero_one_in: 0 });
+    let before = resident();
+    let (sent, received) = world.journey(&machine, None);
+    let (sent, there) = (sent.unwrap(), received.unwrap().0);
+    let grown = resident().saturating_sub(before);
+    assert_same_memory(&*machine, &*there);
+    assert_eq!(machine.allocated_pages(), 64 * 256);
+    assert_eq!(world.built().allocated_pages(), 64 * 256);
+    // Both ends, and two fake logs and two `vm-memory` bitmaps of 8 MiB each, are in this process.
+    assert!(grown < 200, "{grown} MiB; {sent:?}");
 }

@@ -7,7 +7,7 @@ use wherry_stream::message::{Body, Ready, Running};
 
 use super::{Destination, no_setup, since};
 use crate::error::Cause;
-use crate::journey::Side;
+use crate::journey::{Journey, Side};
 use crate::link::Control;
 use crate::machine::{Machine, MachineError};
 use crate::ownership::{
@@ -15,10 +15,12 @@ use crate::ownership::{
     Word,
 };
 use crate::records::{RecordError, Records};
+use crate::testpoint::{Point, reach};
 
 /// The destination's side of the effects.
 #[derive(Default)]
 pub(super) struct Host {
+    pub(super) journey: Option<Journey>,
     pub(super) control: Option<Control>,
     pub(super) machine: Option<Arc<dyn Machine>>,
     /// Why the journey is given up, for the peer.
@@ -36,6 +38,10 @@ pub(super) struct Host {
 }
 
 impl Host {
+    pub(super) fn new(journey: Journey) -> Self {
+        Self { journey: Some(journey), ..Self::default() }
+    }
+
     pub(super) fn control(&mut self) -> Result<&mut Control, Cause> {
         self.control.as_mut().ok_or_else(no_setup)
     }
@@ -48,6 +54,11 @@ impl Host {
 
 impl DestinationHost for Host {
     fn send(&mut self, message: Message) {
+        if message.word == Word::Running
+            && let Some(journey) = &self.journey
+        {
+            reach(journey, Point::DestinationStarted);
+        }
         let body = match message.word {
             Word::Ready if !self.said_ready => {
                 self.said_ready = true;

@@ -8,15 +8,17 @@ use wherry_stream::message::{About, Body, Offer};
 use super::Source;
 use super::precopy::no_setup;
 use crate::error::Cause;
-use crate::journey::Side;
+use crate::journey::{Journey, Side};
 use crate::link::Control;
 use crate::machine::{Machine, MachineError};
 use crate::ownership::{Attempt, Message, Notice, SourceDriver, SourceHost, SourceInput, SourceState, VmId, Word};
 use crate::records::{RecordError, Records};
+use crate::testpoint::{Point, reach};
 
 /// The source's side of the effects.
 pub(super) struct Host {
     machine: Arc<dyn Machine>,
+    journey: Journey,
     pub(super) control: Option<Control>,
     /// I/O may have been drained.
     pub(super) drained: bool,
@@ -35,9 +37,10 @@ pub(super) struct Host {
 }
 
 impl Host {
-    pub(super) fn new(machine: Arc<dyn Machine>) -> Self {
+    pub(super) fn new(machine: Arc<dyn Machine>, journey: Journey) -> Self {
         Self {
             machine,
+            journey,
             control: None,
             drained: false,
             stopped: false,
@@ -73,6 +76,9 @@ impl Host {
 
 impl SourceHost for Host {
     fn send(&mut self, message: Message) {
+        if message.word == Word::Run {
+            reach(&self.journey, Point::SourceRecorded);
+        }
         let body = match message.word {
             Word::Offer(_) => self.offer.take().map(Body::Offer),
             word => word.to_body(&self.why),

@@ -113,7 +113,7 @@ impl Source {
             }
         });
         Self {
-            host: Host::new(machine.clone()),
+            host: Host::new(machine.clone(), journey.clone()),
             machine,
             to,
             options,
@@ -134,6 +134,7 @@ impl Source {
         self.journey.tell(EventKind::Phase, |job| {
             job.blackout = Some(blackout);
             job.downtime_us = blackout.total_us;
+            job.error = None;
             job.memory_remaining = 0;
             job.data_remaining = 0;
         });

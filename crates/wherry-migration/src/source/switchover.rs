@@ -63,9 +63,11 @@ impl Source {
         let stop = Instant::now();
         self.stopped_at = Some(stop);
         self.host.stopped = true;
-        machine.units().stop(timeouts.stop)?;
+        let stopped = machine.units().stop(timeouts.stop);
         self.blackout.stop_us = us(stop.elapsed());
+        // Also when a unit failed: others have stopped, and have to be started again.
         self.feed(SourceInput::Stopped);
+        stopped?;
         reach(&self.journey, Point::SourceStopped);
 
         // Devices may have written while they came to rest, so every source is asked once more.
@@ -122,6 +124,13 @@ impl Source {
         let ready = self.await_ready(load)?;
         self.blackout.load_us = ready.load_us;
         reach(&self.journey, Point::SourceReady);
+        // A link that is known to be gone need not become a doubt.
+        let control = self.host.control()?;
+        if control.wait(&[], Instant::now(), Duration::ZERO)?.control
+            && let Some(other) = control.read()?
+        {
+            return Err(control.protocol(format!("{} after Ready", other.kind())));
+        }
         if !self.journey.close_to_cancel() {
             return Err(Cause::Cancelled);
         }

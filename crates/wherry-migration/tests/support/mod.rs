@@ -147,7 +147,11 @@ impl Script {
 
     fn step(&self, step: &'static str) -> Result<(), UnitError> {
         self.log.lock().unwrap().push(step.into());
-        if self.fail.lock().unwrap().contains(step) { Err(UnitError::failed(format!("{step} fails as told"))) } else { Ok(()) }
+        if self.fail.lock().unwrap().contains(step) {
+            Err(UnitError::failed(format!("{step} fails as told")))
+        } else {
+            Ok(())
+        }
     }
 
     pub fn count(&self, step: &str) -> usize {
@@ -351,8 +355,7 @@ impl FakeMachine {
             throttle: AtomicU8::new(0),
             script: script.clone(),
         });
-        let units: Vec<Arc<dyn StateUnit>> =
-            vec![Arc::new(CpuUnit(cpu.clone())), Arc::new(Board(script.clone()))];
+        let units: Vec<Arc<dyn StateUnit>> = vec![Arc::new(CpuUnit(cpu.clone())), Arc::new(Board(script.clone()))];
         let units = Units::new(units).unwrap();
         let mut description = MachineDescription::of(&ram, &units);
         description.vm = vm.to_vec();
@@ -592,19 +595,19 @@ impl World {
                 })
                 .unwrap();
             let to = to.unwrap_or(self.listener.local_endpoint());
-            let sent = wherry_migration::source::send(
-                machine.clone(),
-                to,
-                self.source_options.clone(),
-                &self.source_journey,
-            );
+            let sent =
+                wherry_migration::source::send(machine.clone(), to, self.source_options.clone(), &self.source_journey);
             if sent.is_err() {
                 // A destination that the source never reached would wait on.
                 let in_doubt = matches!(sent, Err(JourneyError::InDoubt(_)));
                 if !in_doubt {
-                    wait_or(Duration::from_secs(4), || receiver.is_finished(), || {
-                        self.destination_journey.cancel();
-                    });
+                    wait_or(
+                        Duration::from_secs(4),
+                        || receiver.is_finished(),
+                        || {
+                            self.destination_journey.cancel();
+                        },
+                    );
                 }
             }
             (sent, receiver.join().unwrap())
