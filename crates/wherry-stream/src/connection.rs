@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use crate::io_range::{FileRange, IoRange, Pending};
 use crate::socket::{Flags, Socket};
-use crate::{Endpoint, StreamError};
+use crate::tls_session::Session;
+use crate::{Endpoint, StreamError, Tls};
 
 /// Nothing moved for that long: the peer is taken for dead, unless told otherwise by [`Connection::set_idle_limit`].
 pub(crate) const DEFAULT_IDLE_LIMIT: Duration = Duration::from_secs(30);
@@ -24,6 +25,9 @@ pub(crate) const DEFAULT_IDLE_LIMIT: Duration = Duration::from_secs(30);
 pub struct Connection {
     pub(crate) reader: ReadHalf,
     pub(crate) writer: WriteHalf,
+    pub(crate) tls: Option<Tls>,
+    /// What was connected to, to be found in the peer's certificate.
+    pub(crate) host: Option<String>,
     peer: String,
 }
 
@@ -154,7 +158,7 @@ impl Connection {
             pending: Pending::default(),
         };
         let writer = WriteHalf { half: Half::new(socket, name), pending: Pending::default() };
-        Ok(Self { reader, writer, peer })
+        Ok(Self { reader, writer, tls: None, host: None, peer })
     }
 
     /// Takes over a connected TCP socket. `peer` is its name in messages.
@@ -230,7 +234,11 @@ impl Connection {
         Ok(())
     }
 
-    /// Separates the halves for two threads.
+    pub(crate) fn set_session(&mut self, session: Session) {
+        self.reader.half.socket.set_session(session);
+    }
+
+    /// Separates the halves for two threads. TLS that is required must have been made: by a hello.
     pub fn split(self) -> (ReadHalf, WriteHalf) {
         (self.reader, self.writer)
     }
@@ -418,6 +426,21 @@ impl WriteHalf {
                 },
             }
         }
+        self.flush(moved, doing)
+    }
+
+    /// Sends what a TLS session has taken and not yet sent.
+    fn flush(&mut self, mut moved: Instant, doing: &'static str) -> Result<(), StreamError> {
+        while self.half.socket.must_flush() {
+            self.arm(doing)?;
+            match self.half.socket.flush() {
+                Ok(()) => moved = Instant::now(),
+                Err(e) => match self.half.judge(e, doing, moved) {
+                    Trouble::Again => {}
+                    Trouble::Fatal(e) => return Err(e),
+                },
+            }
+        }
         Ok(())
     }
 
@@ -443,7 +466,7 @@ impl WriteHalf {
                 },
             }
         }
-        Ok(())
+        self.flush(moved, doing)
     }
 
     fn arm(&mut self, doing: &'static str) -> Result<(), StreamError> {

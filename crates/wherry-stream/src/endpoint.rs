@@ -133,7 +133,11 @@ impl Endpoint {
             }
             Self::Unix(_) => (self.connect_unix(deadline, cancelled)?, false),
         };
-        Connection::new(Socket::new(fd, tcp), self.to_string())
+        let mut connection = Connection::new(Socket::new(fd, tcp), self.to_string())?;
+        if let Self::Tcp { host, .. } = self {
+            connection.host = Some(host.clone());
+        }
+        Ok(connection)
     }
 
     fn refused(&self, reason: impl Into<String>, source: Option<io::Error>) -> StreamError {

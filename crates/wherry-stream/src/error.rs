@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use crate::{FrameError, HelloError};
+use crate::{FrameError, HelloError, TlsError};
 
 /// A channel cannot be used any more. Each variant names the channel and says what was being done.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +79,14 @@ pub enum StreamError {
     Cancelled {
         /// The channel.
         channel: String,
+    },
+    /// The peer has not proved itself, or this side cannot.
+    #[error("{channel}: {source}")]
+    Tls {
+        /// The channel.
+        channel: String,
+        /// What was wrong.
+        source: TlsError,
     },
     /// The peer is not one to talk to.
     #[error("{channel}: {source}")]

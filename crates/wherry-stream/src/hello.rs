@@ -108,6 +108,9 @@ pub enum HelloError {
         /// What came.
         found: [u8; 8],
     },
+    /// TLS where none is configured.
+    #[error("the peer speaks TLS and this side does not: give both ends certificates, or neither")]
+    Tls,
     /// No common version.
     #[error("the peer speaks protocol versions {min} to {max}, this Wherry {VERSION_MIN} to {VERSION_MAX}")]
     Version {
@@ -222,10 +225,7 @@ impl RawHello {
     /// From bytes. What a later version may define otherwise (kind, status) is left as it is; the frame around it
     /// (magic, versions, role, checksum) is the same for ever.
     pub fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Self, HelloError> {
-        let magic = bytes[0..8].first_chunk().copied().unwrap_or_default();
-        if magic != HELLO_MAGIC {
-            return Err(HelloError::Magic { found: magic });
-        }
+        check_magic(&bytes[..HELLO_MAGIC.len()])?;
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let found = u32::from_le_bytes([bytes[60], bytes[61], bytes[62], bytes[63]]);
         let expected = crc32c::crc32c(&bytes[..60]);
@@ -286,14 +286,28 @@ fn wrong(connection: &Connection, source: HelloError) -> StreamError {
     StreamError::Hello { channel: connection.name().to_owned(), source }
 }
 
+fn check_magic(found: &[u8]) -> Result<(), HelloError> {
+    if found == HELLO_MAGIC {
+        return Ok(());
+    }
+    if crate::tls::looks_like_tls(found) {
+        return Err(HelloError::Tls);
+    }
+    Err(HelloError::Magic { found: found.first_chunk().copied().unwrap_or_default() })
+}
+
 fn read(connection: &mut Connection, doing: &'static str) -> Result<RawHello, StreamError> {
     let mut bytes = [0; HELLO_BYTES];
     // The magic alone first: a peer that is something else may never send as much as 64 bytes.
     let (magic, rest) = bytes.split_at_mut(HELLO_MAGIC.len());
-    connection.reader.read_exact(magic, doing)?;
-    if *magic != HELLO_MAGIC {
-        return Err(wrong(connection, HelloError::Magic { found: magic.first_chunk().copied().unwrap_or_default() }));
+    // Of those, two say that it is TLS: a TLS peer that gives up sends seven.
+    let (first, others) = magic.split_at_mut(2);
+    connection.reader.read_exact(first, doing)?;
+    if crate::tls::looks_like_tls(first) {
+        return Err(wrong(connection, HelloError::Tls));
     }
+    connection.reader.read_exact(others, doing)?;
+    check_magic(magic).map_err(|e| wrong(connection, e))?;
     connection.reader.read_exact(rest, doing)?;
     RawHello::decode(&bytes).map_err(|e| wrong(connection, e))
 }
@@ -301,6 +315,7 @@ fn read(connection: &mut Connection, doing: &'static str) -> Result<RawHello, St
 impl Hello {
     /// Declares the channel on a fresh connection and waits until the peer has accepted it.
     pub fn open(self, mut connection: Connection, deadline: Instant) -> Result<Channel, StreamError> {
+        connection.secure(Role::Opener, deadline)?;
         connection.set_deadline(Some(deadline));
         let sent = RawHello {
             role: Role::Opener,
@@ -350,6 +365,7 @@ pub struct Greeting {
 impl Greeting {
     /// Reads the hello of an accepted connection. A peer that cannot be served is told so.
     pub fn read(mut connection: Connection, deadline: Instant) -> Result<Self, StreamError> {
+        connection.secure(Role::Acceptor, deadline)?;
         connection.set_deadline(Some(deadline));
         let raw = read(&mut connection, "waiting for the peer's hello")?;
         if raw.role != Role::Opener {

@@ -36,6 +36,29 @@ mod promise {
         }
     }
 
+    /// Copies for the layers that cannot work in place (TLS).
+    impl IoRange {
+        /// Appends a copy of its bytes. Where others write meanwhile, the copy holds some mixture of old and new.
+        pub(crate) fn append_to(&self, buffer: &mut Vec<u8>) {
+            buffer.reserve(self.len);
+            let at = buffer.len();
+            // SAFETY: the range is readable by the promise of `new`, the reservation has room behind `at`, and the two do
+            // not overlap because the buffer is ours alone.
+            unsafe {
+                std::ptr::copy_nonoverlapping(self.ptr, buffer.as_mut_ptr().add(at), self.len);
+                buffer.set_len(at + self.len);
+            }
+        }
+
+        /// Copies the first bytes of `bytes` into it, as many as fit; returns how many.
+        pub(crate) fn copy_from(&self, bytes: &[u8]) -> usize {
+            let n = self.len.min(bytes.len());
+            // SAFETY: the range is writable by the promise of `new`, and no slice of ours overlaps it.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.ptr, n) };
+            n
+        }
+    }
+
     // SAFETY: the promise of `new` holds in any thread, and the value itself gives no access.
     unsafe impl Send for IoRange {}
     // SAFETY: as above.
@@ -66,6 +89,11 @@ impl IoRange {
     /// A range over a mutable slice, for a call that ends before the slice does.
     pub(crate) fn of_mut(bytes: &mut [u8]) -> Self {
         Self { ptr: bytes.as_mut_ptr(), len: bytes.len() }
+    }
+
+    /// Only its first `n` bytes.
+    pub(crate) fn first(self, n: usize) -> Self {
+        Self { ptr: self.ptr, len: self.len.min(n) }
     }
 
     /// Without its first `n` bytes, at most `len`.

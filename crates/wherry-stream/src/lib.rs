@@ -5,6 +5,7 @@
 //! - [`Endpoint`], [`Listener`]: where the peer is, `tcp:HOST:PORT` or `unix:PATH`.
 //! - [`Connection`]: a stream socket whose every read and write has an idle limit or a deadline, and which a [`Closer`]
 //!   ends from another thread. It moves guest memory ([`IoRange`]) with vectored calls.
+//! - [`Tls`]: what a connection or listener may require, so that both ends prove themselves first.
 //! - [`Hello`]: the first bytes in both directions of a connection. They declare protocol version, kind and index of the
 //!   channel and the attempt it belongs to, and turn the connection into a [`Channel`].
 //! - [`FrameWriter`], [`FrameReader`]: typed, bounded, checksummed, numbered frames on a channel, and the running
@@ -25,6 +26,8 @@ mod listener;
 pub mod message;
 mod pages;
 mod socket;
+mod tls;
+mod tls_session;
 
 pub use channel::{Channel, ChannelStats, Frame, FrameReader, FrameWriter, Meter};
 pub use connection::{Closer, Connection, ReadHalf, WriteHalf};
@@ -41,3 +44,4 @@ pub use hello::{
 pub use io_range::{FileRange, IoRange};
 pub use listener::Listener;
 pub use pages::{EXTENT_BYTES, Extent, ExtentKind, GRANULE, MAX_BULK_BYTES, MAX_EXTENTS, decode_table};
+pub use tls::{Tls, TlsError, TlsFiles};

@@ -14,7 +14,7 @@ use rustix::net::SocketAddrAny;
 
 use crate::endpoint::poll;
 use crate::socket::Socket;
-use crate::{Closer, Connection, Endpoint, StreamError};
+use crate::{Closer, Connection, Endpoint, StreamError, Tls};
 
 /// A listening socket; clones share it. A UNIX socket's file is removed with the last.
 #[derive(Clone, Debug)]
@@ -22,6 +22,7 @@ pub struct Listener {
     socket: Arc<Socket>,
     local: Endpoint,
     file: Option<Arc<SocketFile>>,
+    tls: Option<Tls>,
 }
 
 /// The file of a UNIX socket, removed on drop if it still is the one that was made.
@@ -85,7 +86,7 @@ impl Listener {
             }
         };
         let tcp = file.is_none();
-        Ok(Self { socket: Arc::new(Socket::new(fd, tcp)), local, file })
+        Ok(Self { socket: Arc::new(Socket::new(fd, tcp)), local, file, tls: None })
     }
 
     /// Removes a socket file that nobody listens on.
@@ -110,6 +111,11 @@ impl Listener {
             }
             _ => Err(("another process listens on that socket; choose another path".into(), None)),
         }
+    }
+
+    /// Requires TLS of everybody who connects from now on. See [`Connection::require_tls`].
+    pub fn require_tls(&mut self, tls: &Tls) {
+        self.tls = Some(tls.clone());
     }
 
     /// Where it listens, with the port that was chosen.
@@ -154,6 +160,8 @@ impl Listener {
             .filter(|_| self.file.is_none())
             .and_then(|address| std::net::SocketAddr::try_from(address).ok())
             .map_or_else(|| format!("a client of {}", self.local), |address| Endpoint::from(address).to_string());
-        Connection::new(Socket::new(fd, self.file.is_none()), peer)
+        let mut connection = Connection::new(Socket::new(fd, self.file.is_none()), peer)?;
+        connection.tls = self.tls.clone();
+        Ok(connection)
     }
 }

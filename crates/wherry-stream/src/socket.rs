@@ -3,10 +3,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::io_range::{FileRange, IOV_MAX, IoRange};
+use crate::tls_session::Session;
 
 /// A connected stream socket, shared by the halves of a connection and by those who may close it.
 #[derive(Debug)]
@@ -14,6 +16,7 @@ pub(crate) struct Socket {
     fd: OwnedFd,
     tcp: bool,
     closed: AtomicBool,
+    tls: OnceLock<Session>,
 }
 
 /// How a call behaves.
@@ -33,7 +36,7 @@ fn result(n: isize) -> io::Result<usize> {
 
 impl Socket {
     pub(crate) fn new(fd: OwnedFd, tcp: bool) -> Self {
-        Self { fd, tcp, closed: AtomicBool::new(false) }
+        Self { fd, tcp, closed: AtomicBool::new(false), tls: OnceLock::new() }
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -64,8 +67,48 @@ impl Socket {
         message
     }
 
-    /// Sends from the first `IOV_MAX` ranges; may send less than all.
+    /// From now on everything goes through the session. It can be given once.
+    pub(crate) fn set_session(&self, session: Session) {
+        // Connections make one handshake, before anybody else can have this socket.
+        let _ = self.tls.set(session);
+    }
+
+    /// Sends from the first `IOV_MAX` ranges; may send less than all, and nothing although something moved (TLS).
     pub(crate) fn send(&self, ranges: &[IoRange], flags: Flags) -> io::Result<usize> {
+        match self.tls.get() {
+            None => self.send_raw(ranges, flags),
+            Some(tls) => tls.send(self, ranges, flags),
+        }
+    }
+
+    /// Receives into the first `IOV_MAX` ranges; may receive less than all. 0 is the end of the stream.
+    pub(crate) fn receive(&self, ranges: &[IoRange], flags: Flags) -> io::Result<usize> {
+        match self.tls.get() {
+            None => self.receive_raw(ranges, flags),
+            Some(tls) => tls.receive(self, ranges, flags),
+        }
+    }
+
+    /// Sends from a file; may send less than all. 0 means that the file ends there.
+    pub(crate) fn send_file(&self, range: FileRange<'_>) -> io::Result<usize> {
+        match self.tls.get() {
+            None => self.send_file_raw(range),
+            Some(tls) => tls.send_file(self, range),
+        }
+    }
+
+    /// Whether something that was taken for sending waits in this process.
+    pub(crate) fn must_flush(&self) -> bool {
+        self.tls.get().is_some_and(|tls| tls.unsent() > 0)
+    }
+
+    /// Sends what waits in this process; may send less than all.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        self.tls.get().map_or(Ok(()), |tls| tls.flush(self))
+    }
+
+    /// [`Self::send`] of the socket itself.
+    pub(crate) fn send_raw(&self, ranges: &[IoRange], flags: Flags) -> io::Result<usize> {
         let mut bits = libc::MSG_NOSIGNAL;
         if flags.nonblocking {
             bits |= libc::MSG_DONTWAIT;
@@ -79,8 +122,8 @@ impl Socket {
         result(unsafe { libc::sendmsg(self.fd.as_raw_fd(), &message, bits) })
     }
 
-    /// Receives into the first `IOV_MAX` ranges; may receive less than all. 0 is the end of the stream.
-    pub(crate) fn receive(&self, ranges: &[IoRange], flags: Flags) -> io::Result<usize> {
+    /// [`Self::receive`] of the socket itself.
+    pub(crate) fn receive_raw(&self, ranges: &[IoRange], flags: Flags) -> io::Result<usize> {
         let bits = match flags {
             Flags { nonblocking: true, .. } => libc::MSG_DONTWAIT,
             Flags { all: true, .. } => libc::MSG_WAITALL,
@@ -91,8 +134,7 @@ impl Socket {
         result(unsafe { libc::recvmsg(self.fd.as_raw_fd(), &mut message, bits) })
     }
 
-    /// Sends from a file; may send less than all. 0 means that the file ends there.
-    pub(crate) fn send_file(&self, range: FileRange<'_>) -> io::Result<usize> {
+    fn send_file_raw(&self, range: FileRange<'_>) -> io::Result<usize> {
         let mut offset = libc::off64_t::try_from(range.offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         let len = usize::try_from(range.len).unwrap_or(usize::MAX);
         // SAFETY: both descriptors are open for the length of the call and `offset` is a local variable.
@@ -106,7 +148,8 @@ impl Socket {
         // SAFETY: TIOCOUTQ (SIOCOUTQ) writes one int, for which there is room.
         let r = unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TIOCOUTQ, &mut bytes) };
         result(r as isize)?;
-        Ok(u64::try_from(bytes).unwrap_or(0))
+        let waiting = self.tls.get().map_or(0, Session::unsent);
+        Ok(u64::try_from(bytes).unwrap_or(0) + waiting as u64)
     }
 
     /// Bounds what may lie unsent in the kernel before the socket counts as not writable (`TCP_NOTSENT_LOWAT`).

@@ -16,3 +16,5 @@ mod hello;
 mod hostile;
 #[cfg(test)]
 mod seeds;
+#[cfg(test)]
+mod tls;
