@@ -3,7 +3,7 @@
 //! Everything is compared before anything is made, and all reasons are given at once, by name. What is made is ready
 //! to the last step before the state: slots, vCPUs and their threads, devices. RAM is not touched.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
 use wherry_migration::machine::{BlockDescription, Builder, Machine, MachineDescription, Refusal, UnitDescription};
@@ -24,18 +24,19 @@ pub struct LocalConfig {
 #[derive(Debug)]
 pub struct VmBuilder {
     local: LocalConfig,
-    built: Mutex<Option<Arc<Vm>>>,
+    /// Weak: a machine whose journey fails must go when the engine lets go of it.
+    built: Mutex<Weak<Vm>>,
 }
 
 impl VmBuilder {
     /// A builder for this host.
     pub fn new(local: LocalConfig) -> Self {
-        Self { local, built: Mutex::new(None) }
+        Self { local, built: Mutex::default() }
     }
 
-    /// The machine built last: the same one the engine was given. Taking it leaves none.
+    /// The machine built last, the same one the engine was given, as long as the engine or its caller holds it.
     pub fn take_built(&self) -> Option<Arc<Vm>> {
-        self.built.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.built.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 
     /// Builds the machine.
@@ -74,7 +75,7 @@ impl VmBuilder {
             return Err(Refusal(reasons));
         }
         let vm = Arc::new(vm);
-        *self.built.lock().unwrap_or_else(PoisonError::into_inner) = Some(vm.clone());
+        *self.built.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&vm);
         Ok(vm)
     }
 }

@@ -15,6 +15,8 @@ pub mod config;
 pub mod cpu_model;
 pub mod description;
 mod dirty_log;
+#[cfg(test)]
+mod golden;
 pub mod layout;
 pub mod line;
 pub mod pci;

@@ -260,20 +260,7 @@ impl StateUnit for VcpuUnit {
     }
 
     fn depends_on(&self) -> &[&str] {
-        &[
-            "clock",
-            "irqchip",
-            "pit",
-            "serial",
-            "rtc",
-            "pci-host",
-            "pci",
-            "acpi",
-            "power",
-            "keyboard",
-            "probe-port",
-            "debug-exit",
-        ]
+        &["clock", "irqchip", "pit", "serial", "rtc", "pci-host", "acpi"]
     }
 
     fn schema(&self) -> u32 {
