@@ -103,7 +103,8 @@ fn boot(size: Size, kernel: &str) -> Result<Guest> {
     let (started, uptime) = (Instant::now(), uptime(&mut serial)?);
     let clocksource = clocksource(&mut serial)?;
     println!("lab: clock source {clocksource}, {uptime} s since boot");
-    let boot_lines = serial.ask("dmesg", COMMAND)?.lines().count();
+    let boot_lines = serial.ask("dmesg | wc -l", COMMAND)?;
+    let boot_lines: usize = boot_lines.trim().parse().with_context(|| format!("a count of lines: {boot_lines:?}"))?;
     ensure!(boot_lines > 50, "the kernel log has {boot_lines} lines, too few to be one");
     Ok(Guest { vmm, serial, ticks: 0, started, uptime, clocksource, boot_lines })
 }
@@ -171,7 +172,9 @@ fn migrate(guest: Guest, round: u32) -> Result<Guest> {
     }
     let report =
         wherry::run(&arguments, MIGRATION).with_context(|| format!("the target says {:?}", target.status()))?;
-    println!("lab: migration {round} took {:.1} s: {report}", start.elapsed().as_secs_f64());
+    let report: serde_json::Value = serde_json::from_str(&report).with_context(|| format!("no report: {report}"))?;
+    let blackout = report["blackout"]["total_us"].as_u64().context("the report has no blackout.total_us")?;
+    println!("lab: migration {round} took {:.1} s, blackout {blackout} us", start.elapsed().as_secs_f64());
     drop(old_serial);
     let status = source.wait(COMMAND).context("the source of a finished migration must go away")?;
     ensure!(status.success(), "the source ended with {status} after its guest had moved");
