@@ -267,6 +267,23 @@ fn prepare(dir: &Path) -> Result<(), RecordError> {
 }
 
 fn read_file(path: &Path, vm: VmId, side: Side) -> Result<Option<Entry>, RecordError> {
+    let bad = |why| RecordError::Bad { path: path.to_owned(), why };
+    let mut tries = 0;
+    loop {
+        let Some(bytes) = read_bytes(path)? else { return Ok(None) };
+        match decode(&bytes) {
+            Ok(entry) if entry.stored.side() != side || entry.stored.attempt().vm != vm => {
+                return Err(bad(BadRecord::Misfiled));
+            }
+            Ok(entry) => return Ok(Some(entry)),
+            // What we opened may have become the spare meanwhile, and be written over. Then there is a newer one.
+            Err(_) if tries < 10 => tries += 1,
+            Err(why) => return Err(bad(why)),
+        }
+    }
+}
+
+fn read_bytes(path: &Path) -> Result<Option<Vec<u8>>, RecordError> {
     let file = OpenOptions::new().read(true).custom_flags(OFlags::NOFOLLOW.bits() as i32).open(path);
     let file = match file {
         Ok(file) => file,
@@ -277,12 +294,7 @@ fn read_file(path: &Path, vm: VmId, side: Side) -> Result<Option<Entry>, RecordE
     // One byte more than there may be, so that a longer file is noticed and a huge one not read.
     let most = RECORD_BYTES as u64 + 1;
     file.take(most).read_to_end(&mut bytes).map_err(io_error("reading the ownership record", path))?;
-    let bad = |why| RecordError::Bad { path: path.to_owned(), why };
-    let entry = decode(&bytes).map_err(bad)?;
-    if entry.stored.side() != side || entry.stored.attempt().vm != vm {
-        return Err(bad(BadRecord::Misfiled));
-    }
-    Ok(Some(entry))
+    Ok(Some(bytes))
 }
 
 fn take_lock(path: &Path, side: Side) -> Result<File, RecordError> {
