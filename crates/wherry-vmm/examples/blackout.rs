@@ -30,52 +30,70 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     vm.resume()?;
     std::thread::sleep(Duration::from_millis(500));
     let builder = VmBuilder::new(LocalConfig { devices: DeviceConfig { serial: SerialTarget::Null } });
-    let mut times: Vec<(&str, Vec<u128>)> = Vec::new();
-    let mut note = |what: &'static str, since: Instant| {
-        let us = since.elapsed().as_micros();
-        match times.iter_mut().find(|(name, _)| *name == what) {
-            Some((_, list)) => list.push(us),
-            None => times.push((what, vec![us])),
-        }
-    };
+    let (mut times, mut units) = (Times::default(), Times::default());
     let log = &vm.dirty_sources()[0];
     let now = Instant::now();
     log.start()?;
-    note("log start", now);
+    times.note("log start", now);
     let mut set = PageSet::new(vm.ram().blocks().iter().map(|b| b.pages()).max().unwrap_or(0));
     for _ in 0..rounds {
         let now = Instant::now();
         let there = builder.build_vm(&vm.description())?;
-        note("build", now);
+        times.note("build", now);
         for block in vm.ram().blocks() {
             set.clear();
             let now = Instant::now();
             log.collect(block, &mut set)?;
-            note("log collect", now);
+            times.note("log collect", now);
             let now = Instant::now();
             log.rearm(block, 0..block.pages(), &set)?;
-            note("log rearm", now);
+            times.note("log rearm", now);
         }
         let now = Instant::now();
         vm.units().stop(Duration::from_secs(5))?;
-        note("stop", now);
+        times.note("stop", now);
         let now = Instant::now();
         let state = vm.units().save()?;
-        note("save", now);
+        times.note("save", now);
+        for unit in vm.units().iter().filter(|u| u.id().instance == 0) {
+            let now = Instant::now();
+            unit.save()?;
+            units.note(&unit.id().name, now);
+        }
         let now = Instant::now();
         there.units().restore(&state)?;
-        note("restore", now);
+        times.note("restore", now);
         let now = Instant::now();
         vm.units().start()?;
-        note("start", now);
+        times.note("start", now);
         std::thread::sleep(Duration::from_millis(20));
     }
     let now = Instant::now();
     log.stop()?;
-    note("log stop", now);
-    for (what, list) in &mut times {
-        list.sort_unstable();
-        println!("{what:12} median {:6} us  worst {:6} us", list[list.len() / 2], list[list.len() - 1]);
-    }
+    times.note("log stop", now);
+    times.print();
+    println!("save, unit by unit:");
+    units.print();
     Ok(())
+}
+
+/// Times of several steps.
+#[derive(Default)]
+struct Times(Vec<(String, Vec<u128>)>);
+
+impl Times {
+    fn note(&mut self, what: &str, since: Instant) {
+        let us = since.elapsed().as_micros();
+        match self.0.iter_mut().find(|(name, _)| name == what) {
+            Some((_, list)) => list.push(us),
+            None => self.0.push((what.into(), vec![us])),
+        }
+    }
+
+    fn print(&mut self) {
+        for (what, list) in &mut self.0 {
+            list.sort_unstable();
+            println!("{what:12} median {:6} us  worst {:6} us", list[list.len() / 2], list[list.len() - 1]);
+        }
+    }
 }

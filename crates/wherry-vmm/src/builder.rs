@@ -60,6 +60,9 @@ impl VmBuilder {
                 vmm.tsc_khz, host.tsc_khz
             ));
         }
+        if !host.tsc_movable && (host.boot_id.is_empty() || vmm.boot_id != host.boot_id) {
+            reasons.push("a guest TSC that can be moved against the host's (this host's KVM cannot)".into());
+        }
         let specs = blocks(&description.blocks, &mut reasons);
         if let Some(specs) = &specs {
             reasons.extend(lacking_huge_pages(specs));

@@ -31,6 +31,9 @@ pub struct VmDescription {
     /// The guest's TSC frequency in kHz.
     #[prost(uint32, tag = "6")]
     pub tsc_khz: u32,
+    /// The writer's boot id: on another host, or after another boot, the guest's TSC has to be moved.
+    #[prost(string, tag = "7")]
+    pub boot_id: String,
 }
 
 /// An MSR that tells features.

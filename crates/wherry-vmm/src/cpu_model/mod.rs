@@ -204,9 +204,9 @@ fn lacking_in(table: &[CpuidEntry], here: &[CpuidEntry]) -> Vec<String> {
         lacking
             .extend((0..32).filter(|bit| missing >> bit & 1 != 0).map(|bit| format!("CPU feature {}", word.name(bit))));
     }
-    let bits = |t: &[CpuidEntry]| value(t, 0x8000_0008, 0, Register::Eax) & 0xff;
-    if bits(table) > bits(here) {
-        lacking.push(format!("{} physical address bits (this host has {})", bits(table), bits(here)));
+    let (wanted, had) = (address_bits(table), address_bits(here));
+    if wanted > had {
+        lacking.push(format!("{wanted} physical address bits (this host has {had})"));
     }
     let (wanted, had) = (xsave_bytes(table), xsave_bytes(here));
     if wanted > had {
@@ -218,6 +218,11 @@ fn lacking_in(table: &[CpuidEntry], here: &[CpuidEntry]) -> Vec<String> {
 /// Bytes of the largest XSAVE area in the standard format that a guest with this table can use.
 pub(crate) fn xsave_bytes(table: &[CpuidEntry]) -> u32 {
     value(table, 0xd, 0, Register::Ecx)
+}
+
+/// Physical address bits of the guest's CPUs.
+pub(crate) fn address_bits(table: &[CpuidEntry]) -> u32 {
+    value(table, 0x8000_0008, 0, Register::Eax) & 0xff
 }
 
 /// Whether the table offers VMX or SVM.

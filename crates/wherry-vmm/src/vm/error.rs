@@ -13,8 +13,8 @@ pub enum VmError {
     /// `/dev/kvm` cannot be used.
     #[error("cannot use /dev/kvm: {0}; is KVM enabled, and may this user open it?")]
     NoKvm(#[source] std::io::Error),
-    /// KVM is too old or lacks something this VMM needs.
-    #[error("this host's KVM lacks {}", .0.join(", "))]
+    /// KVM is too old or the host lacks something this machine needs.
+    #[error("this host lacks {}", .0.join(", "))]
     Lacks(Vec<String>),
     /// KVM refused a call.
     #[error("KVM, {what}: {source}")]

@@ -7,9 +7,10 @@ use kvm_bindings::{
     KVM_CAP_XSAVE2, KVM_CLOCK_REALTIME, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MAX_CPUID_ENTRIES, Msrs,
     kvm_cpuid_entry2, kvm_msr_entry, kvm_xsave,
 };
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
-use super::VmError;
+use super::{VmError, ioctl};
+use crate::units::vcpu::msrs;
 
 /// MSRs that KVM reports as features and that a guest can read: `IA32_ARCH_CAPABILITIES`, `IA32_CORE_CAPABILITIES` and
 /// `IA32_PERF_CAPABILITIES`. A destination must have at least their bits.
@@ -44,8 +45,12 @@ pub struct Host {
     pub(crate) max_vcpus: u32,
     /// Frequency of a guest's TSC that is not scaled, in kHz.
     pub(crate) tsc_khz: u32,
+    /// The guest's TSC can be moved against the host's. Back ends that let the guest read the host's cannot.
+    pub(crate) tsc_movable: bool,
     /// Bytes of a vCPU's XSAVE area, at least 4096.
     pub(crate) xsave_bytes: usize,
+    /// The host's boot id; empty if it cannot be read, and then every host counts as another one.
+    pub(crate) boot_id: String,
 }
 
 impl Host {
@@ -96,6 +101,8 @@ impl Host {
         let vcpu = vm.create_vcpu(0).map_err(VmError::kvm("making a vCPU to ask"))?;
         let tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("reading the TSC frequency"))?;
         let xsave_bytes = vm.check_extension_int(Cap::Xsave2).max(0) as usize;
+        let tsc_movable = tsc_movable(&vcpu);
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let has = |cap: u32| kvm.check_extension_raw(cap.into());
         Ok(Self {
             supported: supported.as_slice().to_vec(),
@@ -110,6 +117,8 @@ impl Host {
             nested: has(KVM_CAP_NESTED_STATE) > 0,
             max_vcpus: kvm.get_max_vcpus().try_into().unwrap_or(u32::MAX),
             tsc_khz,
+            tsc_movable,
+            boot_id: boot_id.trim().into(),
             xsave_bytes: xsave_bytes.max(size_of::<kvm_xsave>()),
             kvm,
         })
@@ -134,6 +143,18 @@ impl Host {
     pub(crate) fn feature_msr(&self, index: u32) -> Option<u64> {
         self.features.get(&index).copied()
     }
+}
+
+/// Whether a TSC offset that is set takes effect. Without the attribute, whether the TSC itself can be written.
+fn tsc_movable(vcpu: &VcpuFd) -> bool {
+    const FAR: u64 = 1 << 50;
+    if ioctl::has_tsc_offset(vcpu) {
+        return ioctl::set_tsc_offset(vcpu, FAR).is_ok() && ioctl::get_tsc_offset(vcpu).is_ok_and(|now| now == FAR);
+    }
+    let far = msrs::get(vcpu, msrs::TSC).map(|now| now.wrapping_add(FAR));
+    far.is_some_and(|far| {
+        msrs::set(vcpu, &[msrs::TSC], &[far]).is_ok() && msrs::get(vcpu, msrs::TSC).is_some_and(|now| now >= far)
+    })
 }
 
 /// The name of one of [`FEATURE_MSRS`], or its number.

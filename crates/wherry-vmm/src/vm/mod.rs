@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
 use prost::Message;
-use wherry_memory::{DirtySource, Ram, VmmWrites};
+use wherry_memory::{DirtySource, PageSize, Ram, VmmWrites};
 use wherry_migration::machine::{Machine, MachineDescription, MachineError};
 use wherry_state::{StateUnit, Units};
 
@@ -79,6 +79,7 @@ pub struct Vm {
     identity: [u8; 16],
     name: String,
     description: VmDescription,
+    boot_id: String,
     /// The units were started, here or by the engine.
     started: AtomicBool,
     /// Serialises `pause`, `resume` and `shutdown`. Nothing else is locked inside but what those take.
@@ -94,9 +95,26 @@ impl std::fmt::Debug for Vm {
 impl Vm {
     /// Makes a new machine and loads its kernel. It does not run yet: see [`resume`](Self::resume).
     pub fn boot(config: MachineConfig) -> Result<Arc<Self>, VmError> {
+        Self::boot_on(Arc::new(Host::open()?), config)
+    }
+
+    fn boot_on(host: Arc<Host>, config: MachineConfig) -> Result<Arc<Self>, VmError> {
         config.check()?;
-        let host = Arc::new(Host::open()?);
+        let pages = config.memory / PageSize::Huge2M.bytes();
+        if config.hugepages && pages > free_huge_pages() {
+            return Err(VmError::Lacks(vec![format!(
+                "{pages} free huge pages of 2 MiB (this host has {}; see /proc/sys/vm/nr_hugepages)",
+                free_huge_pages()
+            )]));
+        }
         let cpuid = cpu_model::table(&host, config.cpu, host.tsc_khz)?;
+        let address_bits = cpu_model::address_bits(&cpuid);
+        if layout::mmio64(config.memory).end > 1 << address_bits.clamp(36, 52) {
+            return Err(VmError::Lacks(vec![format!(
+                "addresses for {} bytes of RAM and the PCI window above it (its CPUs have {address_bits} address bits)",
+                config.memory
+            )]));
+        }
         let features = cpu_model::shown_feature_msrs(&cpuid).filter_map(|index| {
             let value = host.feature_msr(index)?;
             Some(FeatureMsr { index, value })
@@ -108,6 +126,7 @@ impl Vm {
             feature_msrs: features.collect(),
             cpuid,
             tsc_khz: host.tsc_khz,
+            boot_id: host.boot_id.clone(),
         };
         let ram = Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?;
         let devices = DeviceConfig { serial: config.serial.clone() };
@@ -160,6 +179,7 @@ impl Vm {
             identity,
             name,
             description,
+            boot_id: host.boot_id.clone(),
             started: AtomicBool::new(false),
             user: Mutex::new(()),
             vcpus: parts.vcpus,
@@ -290,7 +310,8 @@ impl Machine for Vm {
         MachineDescription {
             vm: self.identity.to_vec(),
             name: self.name.clone(),
-            vmm: self.description.encode_to_vec(),
+            // The boot id is that of where it is now, not of where it was first started.
+            vmm: VmDescription { boot_id: self.boot_id.clone(), ..self.description.clone() }.encode_to_vec(),
             ..MachineDescription::of(&self.ram, &self.units)
         }
     }
@@ -334,3 +355,6 @@ fn set_entry(vcpu: &Vcpu, entry: &Entry) -> Result<(), VmError> {
     fd.set_sregs(&sregs).map_err(VmError::kvm("setting special registers"))?;
     fd.set_regs(&regs).map_err(VmError::kvm("setting registers"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -72,15 +72,12 @@ pub(crate) struct ClockUnit {
     host: Arc<Host>,
     base: Arc<TimeBase>,
     vcpus: Arc<VcpuSet>,
-    boot_id: String,
     once: Once,
 }
 
 impl ClockUnit {
     pub(crate) fn new(vm: Arc<VmFd>, host: Arc<Host>, base: Arc<TimeBase>, vcpus: Arc<VcpuSet>) -> Self {
-        // Without it (no /proc), every host counts as another one.
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        Self { vm, host, base, vcpus, boot_id: boot_id.trim().into(), once: Once::default() }
+        Self { vm, host, base, vcpus, once: Once::default() }
     }
 
     fn now(&self) -> Result<Moment, UnitError> {
@@ -140,7 +137,7 @@ impl StateUnit for ClockUnit {
             kvmclock_ns: moment.kvmclock_ns,
             realtime_ns: moment.realtime_ns,
             host_tsc: moment.host_tsc,
-            boot_id: self.boot_id.clone(),
+            boot_id: self.host.boot_id.clone(),
             paused_by_user: self.vcpus.is_held(Hold::User),
         };
         Ok(Saved::Section(state.to_section(&self.id())))
@@ -157,7 +154,7 @@ impl StateUnit for ClockUnit {
         let data = kvm_clock_data { clock, flags, realtime: state.realtime_ns, ..Default::default() };
         self.vm.set_clock(&data).map_err(kvm("setting the clock"))?;
         let now = self.now()?;
-        let same = !state.boot_id.is_empty() && state.boot_id == self.boot_id && now.host_tsc >= state.host_tsc;
+        let same = !state.boot_id.is_empty() && state.boot_id == self.host.boot_id && now.host_tsc >= state.host_tsc;
         let carry = match same {
             true => Carry::SameHost { saved_tsc: state.host_tsc },
             false => Carry::OtherHost { now, passed_ns: now.kvmclock_ns.saturating_sub(state.kvmclock_ns) },

@@ -130,22 +130,20 @@ impl VcpuUnit {
     fn load_tsc(&self, fd: &VcpuFd, tsc: &Tsc) -> Result<(), UnitError> {
         let carry =
             self.common.time.carry().ok_or_else(|| UnitError::failed("the clock was not restored before it"))?;
-        let (value, at) = match (carry, tsc.offset) {
-            (Carry::SameHost { .. }, Some(offset)) if self.common.tsc_offset => {
-                return ioctl::set_tsc_offset(fd, offset).map_err(kvm("setting the TSC offset"));
-            }
-            // On the same host the TSC itself tells how much time has passed.
-            (Carry::SameHost { saved_tsc }, _) => (tsc.value, saved_tsc),
-            (Carry::OtherHost { now, passed_ns }, _) => {
-                let ticks = u128::from(passed_ns) * u128::from(self.common.tsc_khz) / 1_000_000;
-                (tsc.value.wrapping_add(ticks as u64), now.host_tsc)
-            }
-        };
         if self.common.tsc_offset {
-            let offset = value.wrapping_sub(at);
-            return ioctl::set_tsc_offset(fd, offset).map_err(kvm("setting the TSC offset"));
+            let offset = match (carry, tsc.offset) {
+                (Carry::SameHost { .. }, Some(offset)) => offset,
+                _ => offset(carry, tsc.value, self.common.tsc_khz),
+            };
+            ioctl::set_tsc_offset(fd, offset).map_err(kvm("setting the TSC offset"))?;
+            let here = ioctl::get_tsc_offset(fd).map_err(kvm("reading the TSC offset"))?;
+            if here != offset {
+                let reason = "this host's KVM does not move the guest's TSC, which would go wrong by";
+                return Err(UnitError::failed(format!("{reason} {} ticks", offset.wrapping_sub(here) as i64)));
+            }
+            return Ok(());
         }
-        let value = value.wrapping_add(ioctl::host_tsc().wrapping_sub(at));
+        let value = offset(carry, tsc.value, self.common.tsc_khz).wrapping_add(ioctl::host_tsc());
         msrs::set(fd, &[msrs::TSC], &[value])
     }
 
@@ -254,6 +252,17 @@ impl VcpuUnit {
     }
 }
 
+/// What has to be added to this host's TSC to make a guest's, if its TSC was `value` at the moment of the save.
+fn offset(carry: Carry, value: u64, tsc_khz: u32) -> u64 {
+    match carry {
+        Carry::SameHost { saved_tsc } => value.wrapping_sub(saved_tsc),
+        Carry::OtherHost { now, passed_ns } => {
+            let ticks = u128::from(passed_ns) * u128::from(tsc_khz) / 1_000_000;
+            value.wrapping_add(ticks as u64).wrapping_sub(now.host_tsc)
+        }
+    }
+}
+
 impl StateUnit for VcpuUnit {
     fn id(&self) -> UnitId {
         UnitId::new("vcpu", self.vcpu.index())
@@ -315,5 +324,23 @@ impl StateUnit for VcpuUnit {
         }
         self.vcpu.release(Hold::Unit);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::clock::Moment;
+    use super::*;
+
+    #[test]
+    fn a_tsc_goes_on_by_what_the_clock_says_has_passed() {
+        let now = Moment { kvmclock_ns: 0, realtime_ns: 0, host_tsc: 1_000 };
+        let guest = |carry, host_tsc: u64| host_tsc.wrapping_add(offset(carry, 5_000_000, 3_000_000));
+        // 10 us at 3 GHz, and 7 ticks since the clock was restored.
+        assert_eq!(guest(Carry::OtherHost { now, passed_ns: 10_000 }, 1_007), 5_030_007);
+        // A host whose TSC is far ahead of the guest's.
+        let now = Moment { host_tsc: 1 << 60, ..now };
+        assert_eq!(guest(Carry::OtherHost { now, passed_ns: 0 }, 1 << 60), 5_000_000);
+        assert_eq!(guest(Carry::SameHost { saved_tsc: 400 }, 410), 5_000_010);
     }
 }
