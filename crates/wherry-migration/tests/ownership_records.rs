@@ -16,7 +16,9 @@ use wherry_migration::ownership::{
     DestinationStage, DestinationState, Incarnation, Message, Notice, SourceDriver, SourceHost, SourceInput,
     SourceRecord, SourceStage, SourceState, StartError, VmId, Word,
 };
-use wherry_migration::records::{BadRecord, Entry, RECORD_BYTES, RecordError, Records, Stored, decode, encode};
+use wherry_migration::records::{
+    BadRecord, Entry, RECORD_BYTES, RECORD_VERSION, RecordError, Records, Stored, decode, encode,
+};
 
 const VM: VmId = VmId([0xab; 16]);
 
@@ -111,6 +113,37 @@ fn a_peer_with_an_endless_name_still_fits_the_record() {
     let back = decode(&encode(&long)).unwrap();
     assert_eq!(back.stored, long.stored);
     assert!(long.peer.starts_with(&back.peer) && back.peer.len() > 500);
+}
+
+#[test]
+fn the_document_has_every_word_and_state_and_the_format() {
+    let document = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/ownership.md")).unwrap();
+    let code = |file: &str| fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(file)).unwrap();
+    let mut names = Vec::new();
+    for (file, item) in [
+        ("ownership/word.rs", "pub enum Word {"),
+        ("ownership/source.rs", "pub enum SourceState {"),
+        ("ownership/source.rs", "pub enum SourceStage {"),
+        ("ownership/destination.rs", "pub enum DestinationState {"),
+        ("ownership/destination.rs", "pub enum DestinationStage {"),
+        ("records/format.rs", "struct Saved {"),
+    ] {
+        let text = code(file);
+        let body = text.split_once(item).unwrap().1.split_once("\n}").unwrap().0;
+        // Variants and fields: what stands four blanks in and is no attribute, comment or closing brace.
+        let of = body.lines().filter_map(|line| line.strip_prefix("    "));
+        let of = of.filter(|line| line.starts_with(|c: char| c.is_ascii_alphabetic()));
+        names.extend(of.map(|line| line.split([',', '(', ' ', ':']).next().unwrap().to_owned()));
+    }
+    assert!(names.len() > 50, "{names:?}");
+    for name in names {
+        assert!(document.contains(&format!("`{name}`")), "docs/ownership.md does not explain {name}");
+    }
+    let record = encode(&entry(source(SourceStage::Run, 3)));
+    assert!(document.contains(&format!("magic `{}`", std::str::from_utf8(&record[..8]).unwrap())));
+    assert!(
+        document.contains(&format!("### Format, version {RECORD_VERSION}\n\nA file of exactly {RECORD_BYTES} bytes"))
+    );
 }
 
 // The directory.
