@@ -56,13 +56,29 @@ fn every_schema_of_every_unit_has_its_golden_file_and_no_file_is_left_over() {
     assert_eq!(found, wanted);
 }
 
+#[test]
+fn no_saved_type_of_this_crate_is_without_an_entry() {
+    fn count(dir: &Path) -> usize {
+        let of = |path: PathBuf| match path.is_dir() {
+            true => count(&path),
+            false => {
+                let text = std::fs::read_to_string(&path).unwrap();
+                text.lines().filter(|line| line.starts_with("impl SavedState for ")).count()
+            }
+        };
+        std::fs::read_dir(dir).unwrap().map(|entry| of(entry.unwrap().path())).sum()
+    }
+    let implemented = count(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"));
+    assert_eq!(implemented, UNITS.len(), "types that implement SavedState, and entries of UNITS");
+}
+
 /// Different numbers in all fields, so that no two of them can be mixed up.
 fn vcpu_1() -> VcpuState {
     let segments = (1..=8).map(|i| Segment {
         base: 0x1000_0000_0000 + i,
         limit: 0xf000_0000 + i as u32,
         selector: 8 * i as u32,
-        access: 0x0a09b + 0x100_00 * (i as u32 & 1),
+        access: 0xa09b + 0x1_0000 * (i as u32 & 1),
     });
     VcpuState {
         registers: Some(Registers {

@@ -1,5 +1,7 @@
 //! What a destination refuses, by name, before a byte of memory moves.
 
+#![allow(clippy::unwrap_used, reason = "a failure is a panic here")]
+
 mod common;
 
 use common::config;

@@ -1,6 +1,8 @@
 //! KVM's dirty log with a real guest: what it writes is reported, exactly, and nothing is lost between reading the log
 //! and clearing it.
 
+#![allow(clippy::unwrap_used, reason = "a failure is a panic here")]
+
 mod common;
 
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! A machine leaves nothing behind. One test, alone in its process, because it counts what the whole process has.
 
+#![allow(clippy::unwrap_used, reason = "a failure is a panic here")]
+
 mod common;
 
 use common::{arrive, config, heartbeat, move_by_copy, until};

@@ -30,4 +30,5 @@ pub use config::{BarKind, ConfigError, ConfigSpace, Identity, Written};
 pub use function::{FunctionAddress, PciFunction};
 pub use host_bridge::HostBridge;
 pub use root::{PciError, PciRoot, PciWindows};
+#[cfg(test)]
 pub(crate) use saved::{SavedFunction, SavedPciHost};

@@ -1,5 +1,5 @@
 //! What the tests of whole machines share.
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, clippy::unwrap_used, reason = "each test binary uses its part; a failure is a panic here")]
 
 use std::mem::offset_of;
 use std::sync::Arc;
