@@ -53,8 +53,10 @@ pub(crate) struct Session {
 #[derive(Debug)]
 struct State {
     side: Side,
-    /// Records that are not yet whole.
+    /// Records that are not yet understood; between calls, at most one that is not whole.
     received: Vec<u8>,
+    /// Bytes of `received` that are done with.
+    done: usize,
     plain: Vec<u8>,
     taken: usize,
     /// Records that answer the peer (new keys); they leave before whatever is sent next.
@@ -156,6 +158,14 @@ impl State {
         if self.failed {
             return Err(failed("the session has failed before"));
         }
+        let found = self.advance_to_rest(records, send);
+        // Once per call, not once per record: what remains is moved to the front.
+        self.received.drain(..self.done);
+        self.done = 0;
+        found
+    }
+
+    fn advance_to_rest(&mut self, records: &mut Vec<u8>, send: &[u8]) -> io::Result<Found> {
         loop {
             let found = self.step(records, send);
             if found.is_err() {
@@ -175,12 +185,12 @@ impl State {
     }
 
     fn step(&mut self, records: &mut Vec<u8>, send: &[u8]) -> io::Result<Found> {
-        let (plain, received) = (&mut self.plain, &mut self.received);
+        let (plain, received) = (&mut self.plain, &mut self.received[self.done..]);
         let (discard, found) = match &mut self.side {
             Side::Client(side) => step(side.process_tls_records(received), plain, records, send),
             Side::Server(side) => step(side.process_tls_records(received), plain, records, send),
         };
-        self.received.drain(..discard);
+        self.done += discard;
         found
     }
 
@@ -220,6 +230,7 @@ impl Session {
         let state = State {
             side,
             received: Vec::new(),
+            done: 0,
             plain: Vec::new(),
             taken: 0,
             answers: Vec::new(),
