@@ -108,7 +108,8 @@ impl Client {
         body: &impl Serialize,
         limit: Duration,
     ) -> Result<T, ClientError> {
-        let body = serde_json::to_vec(body).map_err(|e| ClientError::Broken { path: self.path.clone(), what: e.to_string() })?;
+        let body = serde_json::to_vec(body)
+            .map_err(|e| ClientError::Broken { path: self.path.clone(), what: e.to_string() })?;
         self.call("PUT", path, body.into(), limit).await
     }
 
@@ -135,7 +136,8 @@ impl Client {
     }
 
     fn read<T: DeserializeOwned>(&self, status: StatusCode, bytes: &[u8]) -> Result<T, ClientError> {
-        let foreign = |e: serde_json::Error| ClientError::Foreign { path: self.path.clone(), what: format!("{status}, {e}") };
+        let foreign =
+            |e: serde_json::Error| ClientError::Foreign { path: self.path.clone(), what: format!("{status}, {e}") };
         if status.is_success() {
             return serde_json::from_slice(bytes).map_err(foreign);
         }
@@ -180,7 +182,10 @@ impl Client {
             .await
             .unwrap_or_else(|_| Err(ClientError::Deadline { path: self.path.clone(), limit }))?;
         if !response.status().is_success() {
-            return Err(ClientError::Foreign { path: self.path.clone(), what: format!("{} for its events", response.status()) });
+            return Err(ClientError::Foreign {
+                path: self.path.clone(),
+                what: format!("{} for its events", response.status()),
+            });
         }
         Ok(Events { body: response.into_body(), text: Vec::new() })
     }

@@ -7,15 +7,13 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use wherry_migration::Side;
 use wherry_migration::progress::{Job, Phase};
-use wherry_vmm::api::server::is_over;
 use wherry_vmm::api::types::{ErrorCode, ResolveRequest, VmInfo, VmState};
 
 use crate::args::{ANSWER, Control, Resolve};
 use crate::client::{Client, ClientError};
+use crate::migrate::{End, intervene};
 use crate::{DID_NOT, HAPPENED, IN_DOUBT, report, runtime};
 
-/// How long a command waits to see what came of its request.
-const OUTCOME: Duration = Duration::from_secs(30);
 /// How long a stop may take: the server gives a journey 15 s to give the VM back.
 const STOP: Duration = Duration::from_secs(20);
 
@@ -72,7 +70,9 @@ fn at(doing: &str, api: &Path) -> String {
 pub fn status(options: &Control) -> Result<u8> {
     let client = Client::new(&options.api);
     let (info, job): (VmInfo, Job) = runtime()?
-        .block_on(async { Ok::<_, ClientError>((client.get("/vm", ANSWER).await?, client.get("/migration", ANSWER).await?)) })
+        .block_on(async {
+            Ok::<_, ClientError>((client.get("/vm", ANSWER).await?, client.get("/migration", ANSWER).await?))
+        })
         .with_context(|| at("asking for the status of the VM", &options.api))?;
     if options.json {
         print_json(&Status { info: &info, job: (job.phase != Phase::None).then_some(&job) })?;
@@ -85,10 +85,8 @@ pub fn status(options: &Control) -> Result<u8> {
 /// `wherry cancel`: asks, and waits until it is known what came of it.
 pub fn cancel(options: &Control) -> Result<u8> {
     let client = Client::new(&options.api);
-    let job = runtime()?.block_on(async {
-        client.put::<Job>("/migration/cancel", ANSWER).await.with_context(|| at("cancelling the migration", &options.api))?;
-        outcome(&client).await
-    })?;
+    let end = runtime()?.block_on(intervene(&client, "/migration/cancel", &serde_json::json!({})));
+    let job = last_word(end.with_context(|| at("cancelling the migration", &options.api))?)?;
     finish(options, &job, job.phase == Phase::Cancelled)
 }
 
@@ -96,14 +94,9 @@ pub fn cancel(options: &Control) -> Result<u8> {
 pub fn resolve(options: &Resolve) -> Result<u8> {
     let control = &options.control;
     let client = Client::new(&control.api);
-    let job = runtime()?.block_on(async {
-        let request = ResolveRequest { side: options.side };
-        client
-            .put_json::<Job>("/migration/resolve", &request, ANSWER)
-            .await
-            .with_context(|| at("resolving the migration", &control.api))?;
-        outcome(&client).await
-    })?;
+    let request = ResolveRequest { side: options.side };
+    let end = runtime()?.block_on(intervene(&client, "/migration/resolve", &request));
+    let job = last_word(end.with_context(|| at("resolving the migration", &control.api))?)?;
     // As source: the migration ends without a move. As destination: it ends with one.
     let wanted = match options.side {
         Side::Source => matches!(job.phase, Phase::Failed | Phase::Cancelled),
@@ -112,15 +105,10 @@ pub fn resolve(options: &Resolve) -> Result<u8> {
     finish(control, &job, wanted)
 }
 
-/// Waits until the journey is over, or the process gone with its last word unheard.
-async fn outcome(client: &Client) -> Result<Job> {
-    let deadline = tokio::time::Instant::now() + OUTCOME;
-    loop {
-        let job: Job = client.get("/migration", ANSWER).await.context("asking what came of it")?;
-        if is_over(job.phase) || tokio::time::Instant::now() >= deadline {
-            return Ok(job);
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
+fn last_word(end: End) -> Result<Job> {
+    match end {
+        End::Over(job) => Ok(job),
+        End::Vanished(_, error) => Err(error).context("waiting for what comes of it"),
     }
 }
 

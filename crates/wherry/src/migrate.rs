@@ -34,9 +34,9 @@ pub fn migrate(options: &Migrate) -> Result<u8> {
         verify: options.verify,
     };
     let show = Show::new(options.control.json);
-    let end = runtime()?.block_on(carry(&client, &request, show)).with_context(|| {
-        format!("migrating the VM behind {} to {}", options.control.api.display(), options.to)
-    })?;
+    let end = runtime()?
+        .block_on(carry(&client, &request, show))
+        .with_context(|| format!("migrating the VM behind {} to {}", options.control.api.display(), options.to))?;
     let job = match end {
         End::Over(job) => job,
         End::Vanished(job, error) => {
@@ -84,14 +84,34 @@ pub enum End {
 }
 
 /// Starts a journey and follows it to its end.
-pub async fn carry(client: &Client, request: &MigrationRequest, mut show: Show) -> Result<End, ClientError> {
-    let mut events = client.events(ANSWER).await?;
+pub async fn carry(client: &Client, request: &MigrationRequest, show: Show) -> Result<End, ClientError> {
+    let events = client.events(ANSWER).await?;
     // The events tell how an earlier journey ended, too.
     let earlier = client.get::<Job>("/migration", ANSWER).await?.attempt;
-    let is_ours = |job: &Job| earlier.is_empty() || job.attempt != earlier;
-    let mut last: Job = client.put_json("/migration", request, ANSWER).await?;
+    let started = client.put_json("/migration", request, ANSWER).await?;
+    let interrupts = signal(SignalKind::interrupt()).ok();
+    follow(client, events, started, |job| earlier.is_empty() || job.attempt != earlier, show, interrupts).await
+}
+
+/// Has something done to the journey under way, and follows it to its end.
+pub async fn intervene(client: &Client, path: &str, body: &impl serde::Serialize) -> Result<End, ClientError> {
+    let events = client.events(ANSWER).await?;
+    let job: Job = client.put_json(path, body, ANSWER).await?;
+    let attempt = job.attempt.clone();
+    follow(client, events, job, |job| job.attempt == attempt, Show::bar_only(true), None).await
+}
+
+/// Follows a journey by events that were opened before it was asked for, so that nothing is missed: not even the end
+/// of a process that goes with its VM. The first of `interrupts` cancels it.
+async fn follow(
+    client: &Client,
+    mut events: Events,
+    mut last: Job,
+    is_ours: impl Fn(&Job) -> bool,
+    mut show: Show,
+    mut interrupts: Option<Signal>,
+) -> Result<End, ClientError> {
     let mut doubt: Option<Instant> = None;
-    let mut interrupts = signal(SignalKind::interrupt()).ok();
     loop {
         tokio::select! {
             job = next_job(&mut events, &mut show) => match job {

@@ -148,9 +148,8 @@ impl Watcher {
     ) -> io::Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let thread = std::thread::Builder::new()
-            .name("watcher".into())
-            .spawn(move || watch(&source, find, &stopped))?;
+        let thread =
+            std::thread::Builder::new().name("watcher".into()).spawn(move || watch(&source, find, &stopped))?;
         Ok(Self { thread: Some(thread), stop })
     }
 
@@ -178,11 +177,7 @@ impl Drop for Watcher {
     }
 }
 
-fn watch(
-    source: &ProbeRam,
-    mut find: impl FnMut() -> io::Result<Option<ProbeRam>>,
-    stop: &AtomicBool,
-) -> Result<Gap> {
+fn watch(source: &ProbeRam, mut find: impl FnMut() -> io::Result<Option<ProbeRam>>, stop: &AtomicBool) -> Result<Gap> {
     // Both are requests for better figures; without the right to them the figures are coarser, and say so.
     let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1000));
     let _ = rustix::process::setpriority_process(None, -20);

@@ -111,7 +111,9 @@ pub fn journey(job: &Job) -> String {
         ),
         Phase::Cancelled => writeln!(text, "The migration was cancelled; the VM runs on where it was."),
         Phase::Failed => writeln!(text, "The migration failed; the VM runs on where it was."),
-        Phase::InDoubt => writeln!(text, "The VM is in doubt: it was given away, and nobody knows whether it was taken."),
+        Phase::InDoubt => {
+            writeln!(text, "The VM is in doubt: it was given away, and nobody knows whether it was taken.")
+        }
         other => writeln!(text, "The migration is in phase {}.", phase(other)),
     };
     if let Some(error) = &job.error {

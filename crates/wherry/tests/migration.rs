@@ -4,23 +4,7 @@ mod support;
 
 use rustix::process::Signal;
 use serde_json::Value;
-use support::{Place, Vm, kvm, stderr, wait_for};
-
-/// The heartbeat of vCPU 0, read from the RAM of the process as its status names it.
-fn heartbeat(status: &Value) -> u64 {
-    use std::os::unix::fs::FileExt;
-    let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
-    let ram = std::fs::File::open(format!("/proc/{}/fd/{}", status["pid"], block["fd"])).unwrap();
-    let mut word = [0; 8];
-    ram.read_exact_at(&mut word, wherry_guest::report::heartbeat_gpa(0)).unwrap();
-    u64::from_le_bytes(word)
-}
-
-fn assert_alive(place: &Place, api: &str) {
-    let status = place.wait_for_state(api, "running");
-    let before = heartbeat(&status);
-    wait_for("the guest's heart to beat", || (heartbeat(&status) > before).then_some(()));
-}
+use support::{Place, Vm, assert_alive, kvm, stderr, wait_for};
 
 fn migrate(place: &Place, api: &str, to: &str, more: &[&str]) -> std::process::Output {
     let mut arguments = vec!["migrate", "--to", to];
@@ -140,15 +124,17 @@ struct Held {
 
 impl Held {
     fn new() -> Self {
+        Self::with(&[])
+    }
+
+    fn with(receiver: &[&str]) -> Self {
         let place = Place::new();
         let points = place.path("points");
         std::fs::create_dir(&points).unwrap();
-        let arguments = ["run", "--memory", "64M", "--cmdline", "data=16M rate=4M"];
         let environment =
             [("WHERRY_TEST_PAUSE_AT", "source-round"), ("WHERRY_TEST_PAUSE_DIR", points.to_str().unwrap())];
-        let here = place.start_with("0", &arguments, &environment);
-        place.wait_for_state("0", "running");
-        let (there, address) = place.receive("1", &[]);
+        let here = place.run_with("0", &[], &environment);
+        let (there, address) = place.receive("1", receiver);
         Self { place, here, there, address }
     }
 
@@ -273,17 +259,33 @@ fn a_receiver_for_one_vm_only_ends_with_1_when_it_does_not_arrive() {
     if !kvm("a_receiver_for_one_vm_only_ends_with_1_when_it_does_not_arrive") {
         return;
     }
-    let place = Place::new();
-    let (mut there, address) = place.receive("0", &["--once"]);
-    let port = address.rsplit_once(':').unwrap().1;
-    // Somebody who is no Wherry connects and goes away again.
-    {
-        use std::io::Write;
-        let mut stream = std::net::TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
-        let _ = stream.write_all(b"GET / HTTP/1.1\r\n\r\n");
+    let mut held = Held::with(&["--once"]);
+    let first = held.migrate();
+    held.here.kill();
+    assert_eq!(held.there.end().code(), Some(1), "{}", held.there.log());
+    assert!(held.there.log().contains("did not arrive"), "{}", held.there.log());
+    assert!(!held.there.api().exists());
+    first.wait_with_output().unwrap();
+}
+
+#[test]
+fn somebody_who_is_no_wherry_does_not_end_the_wait_of_a_receiver() {
+    if !kvm("somebody_who_is_no_wherry_does_not_end_the_wait_of_a_receiver") {
+        return;
     }
-    assert_eq!(there.end().code(), Some(1), "{}", there.log());
-    assert!(!there.api().exists());
+    use std::io::{Read, Write};
+    let place = Place::new();
+    let (_there, address) = place.receive("0", &["--once"]);
+    let mut stream = std::net::TcpStream::connect(address.strip_prefix("tcp:").unwrap()).unwrap();
+    stream.set_read_timeout(Some(support::LIMIT)).unwrap();
+    let _ = stream.write_all(&[b'x'; 4096]);
+    // It closes the connection, with or without a word.
+    let _ = stream.read_to_end(&mut Vec::new());
+    assert_eq!(place.status("0").unwrap()["state"], "listening");
+    let _here = place.run("1");
+    let output = migrate(&place, "1", &address, &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_alive(&place, "0");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod support;
 
 use rustix::process::Signal;
-use support::{Place, kvm, stderr, wait_for};
+use support::{Place, kvm, ram, stderr, wait_for};
 
 #[test]
 fn a_vm_runs_pauses_resumes_and_stops() {
@@ -35,15 +35,8 @@ fn a_guest_that_is_paused_stands_still() {
     }
     let place = Place::new();
     let _vm = place.run("vm");
-    let status = place.status("vm").unwrap();
-    let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
-    let ram = std::fs::File::open(format!("/proc/{}/fd/{}", status["pid"], block["fd"])).unwrap();
-    let heartbeat = || {
-        use std::os::unix::fs::FileExt;
-        let mut word = [0; 8];
-        ram.read_exact_at(&mut word, wherry_guest::report::heartbeat_gpa(0)).unwrap();
-        u64::from_le_bytes(word)
-    };
+    let ram = ram(&place.status("vm").unwrap());
+    let heartbeat = || support::heartbeat(&ram);
     let alive = || {
         let before = heartbeat();
         wait_for("the guest's heart to beat", || (heartbeat() > before).then_some(()));

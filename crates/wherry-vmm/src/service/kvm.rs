@@ -177,7 +177,7 @@ impl Departure for KvmDeparture {
         match source::send(machine, &self.to, self.options, &self.journey) {
             Ok(_) => {
                 // Giving back the RAM takes its time; nobody is to wait for it.
-                super::aside("free", move || drop(guest));
+                super::state::aside("free", move || drop(guest));
                 Sent::Gone
             }
             Err(JourneyError::RunsHere(_) | JourneyError::Cancelled | JourneyError::Refused(_)) => Sent::Kept(guest),
@@ -214,7 +214,8 @@ impl Arrival {
         loop {
             let journey = Journey::new();
             let builder = Announcing { builder: VmBuilder::new(self.local.clone()), service, journey: &journey };
-            let received = match destination::receive(&self.listener, &builder, DestinationOptions::default(), &journey) {
+            let received = match destination::receive(&self.listener, &builder, DestinationOptions::default(), &journey)
+            {
                 Ok((_, job)) => match builder.builder.take_built() {
                     Some(vm) => {
                         tracing::info!(from = job.peer, "a VM has arrived");
@@ -222,9 +223,7 @@ impl Arrival {
                     }
                     None => Received::Lost { why: "the machine that was built has vanished".into(), in_doubt: false },
                 },
-                Err(error @ JourneyError::InDoubt(_)) => {
-                    Received::Lost { why: error.to_string(), in_doubt: true }
-                }
+                Err(error @ JourneyError::InDoubt(_)) => Received::Lost { why: error.to_string(), in_doubt: true },
                 Err(error) => {
                     drop(builder.builder.take_built());
                     Received::Refused(error.to_string())

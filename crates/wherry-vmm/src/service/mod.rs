@@ -20,18 +20,20 @@
 
 pub mod guest;
 pub mod kvm;
+mod state;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 use wherry_migration::progress::{Job, Phase};
 
 use wherry_migration::Side;
 
 use crate::api::types::{ErrorCode, Hardware, MigrationRequest, VmInfo, VmState};
-use guest::{Departure, Engine, Exit, Guest, Journey, Received, Sent};
+use guest::{Departure, Engine, Guest, Journey, Received, Sent};
+use state::Inner;
 
 /// How long the vCPUs may take to come to rest when the user pauses them.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
@@ -91,25 +93,6 @@ pub struct Service {
     inner: Mutex<Inner>,
     changed: Condvar,
     version: watch::Sender<u64>,
-}
-
-struct Inner {
-    state: VmState,
-    reason: Option<String>,
-    guest: Option<Box<dyn Guest>>,
-    /// What a request is doing with the guest that it has taken out.
-    busy: Option<&'static str>,
-    hardware: Option<Hardware>,
-    listen: Option<String>,
-    journey: Option<Arc<dyn Journey>>,
-    /// The user has asked for the end while the guest was out.
-    stop_wanted: bool,
-    /// The guest ended while it was out.
-    exit: Option<Exit>,
-    /// Counts machines, so that the late exit of an earlier one is not taken for the present one's.
-    machine: u64,
-    result_read: bool,
-    ending: Option<Ending>,
 }
 
 impl Service {
@@ -400,7 +383,9 @@ impl Service {
                     self.end(&mut inner, VmState::Stopped, 0, STOPPED.into());
                 }
                 VmState::Listening => self.end(&mut inner, VmState::Stopped, 0, "stopped before a VM arrived".into()),
-                VmState::Created if inner.busy.is_none() => self.end(&mut inner, VmState::Stopped, 0, "stopped before the VM ran".into()),
+                VmState::Created if inner.busy.is_none() => {
+                    self.end(&mut inner, VmState::Stopped, 0, "stopped before the VM ran".into())
+                }
                 VmState::Moved | VmState::Stopped | VmState::Crashed if inner.busy.is_none() => {
                     let (state, message) = (inner.state, inner.reason.clone().unwrap_or_default());
                     self.end(&mut inner, state, u8::from(state == VmState::Crashed), message);
@@ -448,177 +433,6 @@ impl Service {
     /// How the process is to end, if that is decided.
     pub fn ending(&self) -> Option<Ending> {
         self.lock().ending.clone()
-    }
-
-    /// Ends the process for a reason of its own, such as a VM that could not be built.
-    pub fn fail(&self, message: String) {
-        let mut inner = self.lock();
-        self.end(&mut inner, VmState::Crashed, 1, message);
-    }
-
-    // ---- below: with the lock held. A machine must never be dropped so: its end may call back. ----
-
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>, deadline: Instant) -> MutexGuard<'a, Inner> {
-        let left = deadline.saturating_duration_since(Instant::now());
-        self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0
-    }
-
-    fn info_of(&self, inner: MutexGuard<'_, Inner>) -> VmInfo {
-        drop(inner);
-        self.info()
-    }
-
-    /// The state as the user sees it: a journey tells by itself when it is in doubt.
-    fn seen(inner: &Inner) -> VmState {
-        let on_its_way = matches!(inner.state, VmState::Migrating | VmState::Receiving);
-        match &inner.journey {
-            Some(journey) if on_its_way && journey.job().phase == Phase::InDoubt => VmState::InDoubt,
-            _ => inner.state,
-        }
-    }
-
-    fn set(&self, inner: &mut Inner, state: VmState, reason: Option<String>) {
-        inner.state = state;
-        inner.reason = reason;
-        self.changed.notify_all();
-        self.version.send_modify(|v| *v += 1);
-    }
-
-    fn end(&self, inner: &mut Inner, state: VmState, status: u8, message: String) {
-        if inner.ending.is_none() {
-            inner.ending = Some(Ending { status, message: message.clone() });
-        }
-        self.set(inner, state, Some(message));
-    }
-
-    fn take_out(inner: &mut Inner, what: &str) -> Result<Box<dyn Guest>, ServiceError> {
-        if let Some(busy) = inner.busy {
-            return Err(ServiceError::state(format!("{what} the VM: another request is {busy} it; try again")));
-        }
-        match (Self::seen(inner), inner.guest.take()) {
-            (VmState::Running | VmState::Paused, Some(guest)) => Ok(guest),
-            (VmState::Migrating, _) => Err(ServiceError::state(format!(
-                "{what} the VM: it is migrating to {}; wait, or `wherry cancel` first",
-                inner.journey.as_ref().map(|j| j.job().peer).unwrap_or_default()
-            ))),
-            (state, guest) => {
-                inner.guest = guest;
-                Err(ServiceError::state(format!("{what} the VM: it is {state} here")))
-            }
-        }
-    }
-
-    fn take_in(self: &Arc<Self>, inner: &mut Inner, guest: Box<dyn Guest>) {
-        inner.machine += 1;
-        inner.exit = None;
-        inner.hardware = Some(guest.hardware());
-        let (service, machine) = (Arc::downgrade(self), inner.machine);
-        guest.on_exit(Box::new(move |exit| {
-            if let Some(service) = service.upgrade() {
-                service.exited(machine, exit);
-            }
-        }));
-        self.put_back(inner, guest);
-    }
-
-    fn put_back(self: &Arc<Self>, inner: &mut Inner, guest: Box<dyn Guest>) {
-        let state = if guest.is_paused() { VmState::Paused } else { VmState::Running };
-        inner.guest = Some(guest);
-        let reason = inner.reason.take();
-        self.set(inner, state, reason);
-        if inner.stop_wanted {
-            // Whoever asked for it may have gone at their deadline.
-            self.obey(inner, Exit::Quit);
-        } else if let Some(exit) = inner.exit.take() {
-            self.obey(inner, exit);
-        }
-    }
-
-    /// Boots the machine again. The old one is gone.
-    fn reboot(self: Arc<Self>) {
-        let Some(reboot) = &self.policy.reboot else { return };
-        let guest = reboot().and_then(|mut guest| guest.resume().map(|()| guest));
-        let mut inner = self.lock();
-        inner.busy = None;
-        if inner.ending.is_some() {
-            return;
-        }
-        match guest {
-            Ok(guest) => self.take_in(&mut inner, guest),
-            Err(e) => self.end(&mut inner, VmState::Crashed, 1, format!("booting again after the guest's reset: {e}")),
-        }
-    }
-
-    /// The guest has ended on its own account. Called from whatever thread noticed.
-    fn exited(self: Arc<Self>, machine: u64, exit: Exit) {
-        let mut inner = self.lock();
-        if inner.machine != machine || inner.ending.is_some() {
-            return;
-        }
-        inner.exit = Some(exit);
-        if inner.guest.is_some() {
-            if let Some(exit) = inner.exit.take() {
-                self.obey(&mut inner, exit);
-            }
-        } else if let Some(journey) = inner.journey.clone()
-            && inner.state == VmState::Migrating
-        {
-            // A machine that is off is not worth a journey; when it is back, it is ended here.
-            drop(inner);
-            let _ = journey.cancel();
-        }
-    }
-
-    /// Does what the end of the guest asks for. The machine is ended by a thread of its own: this one may belong to it.
-    fn obey(self: &Arc<Self>, inner: &mut Inner, exit: Exit) {
-        let Some(guest) = inner.guest.take() else { return };
-        let (state, status, message) = match exit {
-            Exit::PowerOff => (VmState::Stopped, 0, "the guest has powered off".into()),
-            Exit::Quit => (VmState::Stopped, 0, STOPPED.into()),
-            Exit::Crash(why) => {
-                error!(why, "the guest has crashed");
-                (VmState::Crashed, 1, format!("the guest has crashed: {why}"))
-            }
-            Exit::Reset if self.policy.reboot.is_some() => {
-                info!("the guest has asked for a reset");
-                inner.busy = Some("resetting");
-                self.set(inner, VmState::Created, None);
-                let service = self.clone();
-                aside("reset", move || {
-                    drop(guest);
-                    service.reboot();
-                });
-                return;
-            }
-            Exit::Reset => {
-                let message = "the guest has asked for a reset, and this process has no kernel to boot again: the VM \
-                               came here by migration; start it anew with `wherry run`";
-                (VmState::Stopped, 0, message.into())
-            }
-        };
-        inner.busy = Some("ending");
-        self.set(inner, state, Some(message.clone()));
-        let service = self.clone();
-        aside("end", move || {
-            drop(guest);
-            let mut inner = service.lock();
-            service.end(&mut inner, state, status, message);
-        });
-    }
-
-    fn lose(&self, inner: &mut Inner, why: &str, in_doubt: bool) {
-        let status = if in_doubt { 3 } else { 1 };
-        self.end(inner, VmState::Crashed, status, format!("the VM is lost here: {why}"));
-    }
-}
-
-fn aside(name: &str, work: impl FnOnce() + Send + 'static) {
-    if let Err(error) = std::thread::Builder::new().name(name.into()).spawn(work) {
-        error!(%error, "no thread for the {name} of the VM");
     }
 }
 

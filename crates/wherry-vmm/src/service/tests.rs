@@ -2,7 +2,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
 
 use super::*;
-use crate::service::guest::GuestError;
+use crate::service::guest::{Exit, GuestError};
 
 /// Waits until `done` answers yes, and says what it waited for if it never does.
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
@@ -323,11 +323,14 @@ fn a_receiver_listens_on_after_a_failed_arrival_and_keeps_the_vm_that_arrives() 
     let info = service.info();
     assert!(info.state == VmState::Listening && info.reason.unwrap().contains("went away"));
     service.arriving(journey);
-    assert!(!service.arrival(Received::Arrived({
-        let (mut fake, ..) = Fake::new();
-        fake.paused = false;
-        Box::new(fake)
-    }), false));
+    assert!(!service.arrival(
+        Received::Arrived({
+            let (mut fake, ..) = Fake::new();
+            fake.paused = false;
+            Box::new(fake)
+        }),
+        false
+    ));
     assert_eq!(service.info().state, VmState::Running);
     service.stop().unwrap();
 }

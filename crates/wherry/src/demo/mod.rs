@@ -1,8 +1,8 @@
 //! `wherry demo`: starts the probe guest in a process of its own, moves it live from process to process over loopback
 //! TCP, measures from outside what the guest felt, and has the guest prove that nothing was lost.
 
-mod outcome;
-mod process;
+pub mod outcome;
+pub mod process;
 
 use std::path::Path;
 use std::time::Duration;
@@ -34,7 +34,7 @@ pub fn demo(options: &Demo) -> Result<u8> {
     if options.data >= options.memory {
         bail!("{} of data do not fit into {} of RAM: choose a smaller --data", options.data, options.memory);
     }
-    let directory = tempfile::Builder::new().prefix("wherry-demo-").tempdir().context("making a directory for sockets")?;
+    let directory = process::directory("demo")?;
     let outcome = runtime()?.block_on(async {
         tokio::select! {
             outcome = play(options, directory.path()) => outcome.map(Some),
@@ -101,7 +101,8 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         let verify = options.verify || (number == options.legs && number > 1);
         let mut there =
             Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
-        let leg = travel(number, verify, &mut here, &mut there, &ram, options.json).await?;
+        let moving = Move { number, verify, downtime_limit_ms: None, quiet: options.json };
+        let leg = travel(&moving, &mut here, &mut there, &ram).await?;
         ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
         check(&ram, number)?;
         let left = here.wait_for_end(START).await?;
@@ -119,6 +120,7 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         here = there;
     }
 
+    let on_the_way = ram.snapshot()?.context("the guest's report has vanished")?.pages_verified();
     say("the guest checks all of its data once more");
     ram.ask_to_finish().context("asking the guest to finish")?;
     let end = wait_for(&ram, "check its data", |s| s.phase() >= GuestPhase::Finished).await?;
@@ -133,7 +135,7 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         blackout_max_us: 0,
         total_median_us: 0,
         pages_dirtied: end.pages_dirtied(),
-        pages_verified: end.pages_verified(),
+        pages_verified: on_the_way,
         data_pages: end.data_pages,
         errors: end.verify_errors(),
         clock_backwards: end.cpus.iter().map(|c| c.tsc_backwards).sum(),
@@ -144,18 +146,29 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
     Ok(outcome)
 }
 
+/// What one move is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Move {
+    /// From 1.
+    pub number: u32,
+    /// Hash all RAM and state.
+    pub verify: bool,
+    /// Blackout to stay below; `None`: the default.
+    pub downtime_limit_ms: Option<u64>,
+    /// Show no progress.
+    pub quiet: bool,
+}
+
 /// One move, watched from outside.
-async fn travel(
-    number: u32,
-    verify: bool,
-    here: &mut Process,
-    there: &mut Process,
-    ram: &ProbeRam,
-    json: bool,
-) -> Result<Leg> {
+pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram: &ProbeRam) -> Result<Leg> {
+    let Move { number, verify, downtime_limit_ms, quiet } = *moving;
     let (from_pid, to_pid) = (here.pid(), there.pid());
     let doing = || format!("move {number}, from process {from_pid} to process {to_pid}");
-    let listen = there.wait_for(&[VmState::Listening], START).await?.listen.context("the receiver does not say where it listens")?;
+    let listen = there
+        .wait_for(&[VmState::Listening], START)
+        .await?
+        .listen
+        .context("the receiver does not say where it listens")?;
     let reset = ram.reset_gaps().context("asking the guest to measure its gaps anew")?;
     wait_for(ram, "measure its gaps anew", |s| s.cpus.iter().all(|c| c.reset_seen == reset)).await?;
 
@@ -166,13 +179,13 @@ async fn travel(
         to: listen,
         mode: Mode::Precopy,
         channels: None,
-        downtime_limit_ms: None,
+        downtime_limit_ms,
         bandwidth: None,
         timeout_s: None,
         verify,
     };
     let begun = Instant::now();
-    let end = carry(&here.client, &request, Show::bar_only(json)).await.with_context(doing)?;
+    let end = carry(&here.client, &request, Show::bar_only(quiet)).await.with_context(doing)?;
     let job = match end {
         End::Over(job) if job.phase == Phase::Done => job,
         End::Over(job) => {
@@ -203,7 +216,7 @@ async fn travel(
 }
 
 /// Opens the guest's lowest RAM block from outside.
-fn ram_of(info: &VmInfo) -> Result<ProbeRam> {
+pub fn ram_of(info: &VmInfo) -> Result<ProbeRam> {
     let vm = info.vm.as_ref().context("the process does not say which VM it has")?;
     let block = vm.blocks.iter().find(|b| b.guest_base == 0).context("the VM has no RAM at address 0")?;
     ProbeRam::open(info.pid, block.fd)
@@ -211,7 +224,7 @@ fn ram_of(info: &VmInfo) -> Result<ProbeRam> {
 }
 
 /// Waits until the guest reports something; ends at once when it reports a failure.
-async fn wait_for(ram: &ProbeRam, what: &str, done: impl Fn(&Snapshot) -> bool) -> Result<Snapshot> {
+pub async fn wait_for(ram: &ProbeRam, what: &str, done: impl Fn(&Snapshot) -> bool) -> Result<Snapshot> {
     let deadline = Instant::now() + WORK;
     loop {
         if let Some(snapshot) = ram.snapshot()? {

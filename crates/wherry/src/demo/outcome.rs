@@ -49,7 +49,7 @@ pub struct Outcome {
     pub total_median_us: u64,
     /// Pages the guest has written since its start, beyond the first fill.
     pub pages_dirtied: u64,
-    /// Pages the guest has checked, all in all.
+    /// Pages the guest has checked from its start to the end of the last move.
     pub pages_verified: u64,
     /// Pages of its data, all of which it has checked once more at the end.
     pub data_pages: u64,
@@ -122,6 +122,10 @@ impl Outcome {
                 report::time(self.blackout_max_us)
             ),
         );
+        let uncertain = self.legs.iter().filter(|l| !l.verified).map(|l| l.blackout_uncertain_us).max().unwrap_or(0);
+        if uncertain > self.blackout_median_us / 5 {
+            line("", format!("(coarse by up to {}: this machine is busy)", report::time(uncertain)));
+        }
         if self.legs.iter().any(|l| l.verified) {
             line("Hashed", "all RAM and state at both ends of the moves marked so; they were equal".into());
         }

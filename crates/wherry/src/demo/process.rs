@@ -12,6 +12,15 @@ use wherry_vmm::api::types::{VmInfo, VmState};
 use crate::args::ANSWER;
 use crate::client::Client;
 
+/// A directory for sockets, logs and records, removed when it is dropped. On tmpfs, where ownership records belong: the
+/// blackout must not wait for a disk.
+pub fn directory(name: &str) -> Result<tempfile::TempDir> {
+    let prefix = format!("wherry-{name}-{}-", std::process::id());
+    let mut builder = tempfile::Builder::new();
+    let builder = builder.prefix(&prefix);
+    builder.tempdir_in("/dev/shm").or_else(|_| builder.tempdir()).context("making a directory for sockets")
+}
+
 /// A child that holds a VM. Dropping it kills it; it also ends by itself when this process ends.
 pub struct Process {
     child: Child,
@@ -22,7 +31,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts this very program with `arguments`, its API and log in `directory`.
+    /// Starts this very program with `arguments`; its API, log and ownership records are in `directory`.
     pub fn start(directory: &Path, name: &str, arguments: &[&str]) -> Result<Self> {
         let program = std::env::current_exe().context("finding this program's own file")?;
         let (api, log) = (directory.join(format!("{name}.api")), directory.join(format!("{name}.log")));
@@ -31,6 +40,7 @@ impl Process {
             .args(arguments)
             .args(["--serial", "null", "--die-with", &std::process::id().to_string(), "--api"])
             .arg(&api)
+            .env("WHERRY_RECORDS", directory.join("records"))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(out)

@@ -49,7 +49,11 @@ impl Place {
     /// The program, with records of its own.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_wherry"));
-        command.args(arguments).env("WHERRY_RECORDS", self.path("records")).env_remove("WHERRY_LOG").stdin(Stdio::null());
+        command
+            .args(arguments)
+            .env("WHERRY_RECORDS", self.path("records"))
+            .env_remove("WHERRY_LOG")
+            .stdin(Stdio::null());
         command
     }
 
@@ -109,11 +113,25 @@ impl Place {
         Vm { child, api: path, log }
     }
 
-    /// Starts a small probe guest and waits until it runs.
+    /// Starts a small probe guest and waits until it works.
     pub fn run(&self, api: &str) -> Vm {
-        let arguments = ["run", "--memory", "64M", "--cmdline", "data=16M rate=4M", "--name", "t"];
-        let vm = self.start(api, &arguments);
-        self.wait_for_state(api, "running");
+        self.run_with(api, &[], &[])
+    }
+
+    /// Starts one with more arguments, and more in its environment.
+    pub fn run_with(&self, api: &str, more: &[&str], environment: &[(&str, &str)]) -> Vm {
+        let mut arguments = vec!["run", "--memory", "64M", "--cmdline", "data=16M rate=4M", "--name", "t"];
+        arguments.extend(more);
+        let vm = self.start_with(api, &arguments, environment);
+        let ram = ram(&self.wait_for_state(api, "running"));
+        wait_for("the guest to have filled its data", || {
+            use std::os::unix::fs::FileExt;
+            let mut report = vec![0; wherry_guest::report::REPORT_SIZE as usize];
+            ram.read_exact_at(&mut report, wherry_guest::report::REPORT_GPA).unwrap();
+            let snapshot = wherry_guest::snapshot::Snapshot::decode(&report).ok()?;
+            assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+            (snapshot.phase() >= wherry_guest::report::Phase::Running).then_some(())
+        });
         vm
     }
 
@@ -183,6 +201,27 @@ impl Drop for Vm {
             eprintln!("--- log of {} ---\n{}", self.api.display(), self.log());
         }
     }
+}
+
+/// The lowest RAM block of a VM, opened as its status names it.
+pub fn ram(status: &Value) -> std::fs::File {
+    let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
+    std::fs::File::open(format!("/proc/{}/fd/{}", status["pid"], block["fd"])).unwrap()
+}
+
+/// The heartbeat of its vCPU 0.
+pub fn heartbeat(ram: &std::fs::File) -> u64 {
+    use std::os::unix::fs::FileExt;
+    let mut word = [0; 8];
+    ram.read_exact_at(&mut word, wherry_guest::report::heartbeat_gpa(0)).unwrap();
+    u64::from_le_bytes(word)
+}
+
+/// Waits until a VM runs and its guest's heart beats.
+pub fn assert_alive(place: &Place, api: &str) {
+    let ram = ram(&place.wait_for_state(api, "running"));
+    let before = heartbeat(&ram);
+    wait_for("the guest's heart to beat", || (heartbeat(&ram) > before).then_some(()));
 }
 
 /// What a command said on stderr.
