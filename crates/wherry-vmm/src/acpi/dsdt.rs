@@ -7,7 +7,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use super::{AcpiConfig, RTC_PORT, SERIAL_INTERRUPT, SERIAL_PORT, table};
+use super::{AcpiConfig, LAST_BUS, RTC_PORT, SERIAL_INTERRUPT, SERIAL_PORT, table};
 use crate::pci::{PciPorts, PciRoot, PciWindows};
 use crate::{layout, power};
 
@@ -56,7 +56,7 @@ fn pci(sink: &mut Vec<u8>, windows: &PciWindows) {
     let (mmio32, mmio64) = (&windows.memory32, &windows.memory64);
     let not_cacheable = AddressSpaceCacheable::NotCacheable;
     let resources = ResourceTemplate::new(vec![
-        &AddressSpace::new_bus_number(0u16, 255),
+        &AddressSpace::new_bus_number(0u16, LAST_BUS.into()),
         &IO::new(configuration, configuration, 1, PciPorts::LEN as u8),
         &AddressSpace::new_io(0u16, configuration - 1, None),
         &AddressSpace::new_io(behind, 0xffff, None),

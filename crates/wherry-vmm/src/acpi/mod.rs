@@ -30,6 +30,9 @@ const OEM: [u8; 6] = *b"WHERRY";
 const OEM_TABLE: [u8; 8] = *b"WHERRYVM";
 const OEM_REVISION: u32 = 1;
 
+/// Last bus number. There are no bridges, and Linux asks every bus up to here for every device, which takes a moment.
+const LAST_BUS: u8 = 0;
+
 /// The system control interrupt: level-triggered, active high, at this input of the I/O APIC.
 pub const SCI: u32 = 9;
 /// ISA interrupt and I/O APIC input of the first serial port.
@@ -94,7 +97,7 @@ pub fn write_tables(memory: &GuestMemory, config: &AcpiConfig<'_>) -> Result<u64
     let dsdt = placer.place(&dsdt::dsdt(config));
     let mut addresses = vec![placer.place(&fadt::fadt(facs, dsdt)), placer.place(&madt::madt(config.cpus))];
     let mut mcfg = MCFG::new(OEM, OEM_TABLE, OEM_REVISION);
-    mcfg.add_ecam(layout::ECAM.start, 0, 0, 255);
+    mcfg.add_ecam(layout::ECAM.start, 0, 0, LAST_BUS);
     addresses.push(placer.place(&mcfg));
     addresses.extend(config.tables.iter().map(|table| placer.place(&**table)));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, OEM_REVISION);

@@ -176,12 +176,13 @@ fn a_bzimage_starts_in_long_mode_with_its_zero_page_and_the_first_4_gib_mapped()
 
 #[test]
 fn bzimages_that_cannot_be_booted_say_why() {
-    let cases: [(&str, Box<dyn FnOnce(&mut Vec<u8>)>); 5] = [
-        ("protocol 2.11", Box::new(|i| i[0x206] = 0x0b)),
-        ("zImage", Box::new(|i| i[0x211] = 0)),
-        ("32-bit", Box::new(|i| i[0x236] = 0)),
-        ("cut off", Box::new(|i| i.truncate(5 * 512))),
-        ("header is cut off", Box::new(|i| i.truncate(0x240))),
+    type Damage = fn(&mut Vec<u8>);
+    let cases: [(&str, Damage); 5] = [
+        ("protocol 2.11", |i| i[0x206] = 0x0b),
+        ("zImage", |i| i[0x211] = 0),
+        ("32-bit", |i| i[0x236] = 0),
+        ("cut off", |i| i.truncate(5 * 512)),
+        ("header is cut off", |i| i.truncate(0x240)),
     ];
     for (what, change) in cases {
         match boot(&ram(16 * MIB), &bzimage(change), None, "") {
