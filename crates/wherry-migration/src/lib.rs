@@ -10,6 +10,7 @@
 //! - [`testpoint`]: where tests can hold a journey.
 
 mod bandwidth;
+pub mod bench;
 pub mod destination;
 mod dirty;
 pub mod epoch;

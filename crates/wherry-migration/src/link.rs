@@ -105,6 +105,10 @@ impl Control {
             if ready != Woken::default() || now >= deadline || self.journey.resolution().is_some() {
                 return Ok(ready);
             }
+            if spinning {
+                // The peer may be waiting for this very processor.
+                std::thread::yield_now();
+            }
         }
     }
 
@@ -184,6 +188,7 @@ impl Control {
             if self.poll(&[], Duration::ZERO)?.control {
                 return Ok(true);
             }
+            std::thread::yield_now();
         }
         self.wait_uncancelled(deadline)
     }

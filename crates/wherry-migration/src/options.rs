@@ -158,14 +158,29 @@ impl Default for DestinationOptions {
     }
 }
 
-/// `/run/wherry` for root, the user's runtime directory otherwise: both are tmpfs on any ordinary system.
+/// Where ownership records are kept unless told otherwise: in `WHERRY_RECORDS`; else for root in `/run/wherry`, for
+/// others in `wherry` in the user's runtime directory. Where that is on no tmpfs (in many containers `/run` is on disk),
+/// in `/dev/shm`: a disk that has to be waited for would make the blackout longer by milliseconds, and records must not
+/// outlive a reboot, which no VM does.
 pub fn default_records() -> PathBuf {
-    match std::env::var_os("WHERRY_RECORDS") {
-        Some(dir) => dir.into(),
-        None if rustix::process::geteuid().is_root() => "/run/wherry".into(),
-        None => match std::env::var_os("XDG_RUNTIME_DIR") {
-            Some(dir) => PathBuf::from(dir).join("wherry"),
-            None => format!("/tmp/wherry-{}", rustix::process::geteuid().as_raw()).into(),
-        },
+    if let Some(dir) = std::env::var_os("WHERRY_RECORDS") {
+        return dir.into();
     }
+    let user = rustix::process::geteuid();
+    let runtime = match std::env::var_os("XDG_RUNTIME_DIR") {
+        _ if user.is_root() => Some(PathBuf::from("/run")),
+        Some(dir) => Some(dir.into()),
+        None => None,
+    };
+    match runtime.filter(|dir| is_tmpfs(dir)) {
+        Some(dir) => dir.join("wherry"),
+        None if user.is_root() => "/dev/shm/wherry".into(),
+        None => format!("/dev/shm/wherry-{}", user.as_raw()).into(),
+    }
+}
+
+fn is_tmpfs(dir: &std::path::Path) -> bool {
+    /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of linux/magic.h.
+    const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+    rustix::fs::statfs(dir).is_ok_and(|fs| IN_MEMORY.contains(&(fs.f_type as i64)))
 }
