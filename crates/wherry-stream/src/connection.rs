@@ -324,7 +324,7 @@ impl ReadHalf {
                     moved = Instant::now();
                 }
                 Err(e) => match self.half.judge(e, doing, moved) {
-                    Trouble::Again if spinning => std::hint::spin_loop(),
+                    Trouble::Again if spinning => std::thread::yield_now(),
                     Trouble::Again => {}
                     Trouble::Fatal(e) => return Err(e),
                 },
