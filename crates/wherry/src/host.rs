@@ -63,10 +63,10 @@ pub fn run(options: Run) -> Result<u8> {
     let policy = Policy { reboot: Some(Box::new(move || kvm::boot(&reboot))), linger: process.linger };
     let host = Host::open(&process, policy)?;
     let guest = kvm::boot(&config).map_err(|e| anyhow::anyhow!("{e}")).context("building the VM")?;
-    if let Err(error) = host.service.start(guest, paused) {
-        if host.service.ending().is_none() {
-            return Err(error).context("starting the VM");
-        }
+    if let Err(error) = host.service.start(guest, paused)
+        && host.service.ending().is_none()
+    {
+        return Err(error).context("starting the VM");
     }
     Ok(host.wait())
 }

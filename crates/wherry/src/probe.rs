@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroU64;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -69,7 +69,9 @@ impl ProbeRam {
     }
 
     /// Bytes of it that are allocated.
+    #[cfg(test)]
     pub fn allocated(&self) -> io::Result<u64> {
+        use std::os::unix::fs::MetadataExt;
         Ok(self.file.metadata()?.blocks() * 512)
     }
 

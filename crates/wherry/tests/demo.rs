@@ -1,5 +1,7 @@
 //! `wherry demo`, as a person or a program would run it.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod support;
 
 use std::process::Stdio;

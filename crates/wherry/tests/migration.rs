@@ -1,5 +1,7 @@
 //! `receive`, `migrate`, `cancel` between real processes.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod support;
 
 use rustix::process::Signal;

@@ -227,15 +227,15 @@ pub fn ram_of(info: &VmInfo) -> Result<ProbeRam> {
 pub async fn wait_for(ram: &ProbeRam, what: &str, done: impl Fn(&Snapshot) -> bool) -> Result<Snapshot> {
     let deadline = Instant::now() + WORK;
     loop {
-        if let Some(snapshot) = ram.snapshot()? {
-            if done(&snapshot) || snapshot.failure.is_some() {
-                return match &snapshot.failure {
-                    Some(_) if snapshot.verify_errors() == 0 => {
-                        bail!("the guest was to {what} and failed: {}", complaint(&snapshot).unwrap_or_default())
-                    }
-                    _ => Ok(snapshot),
-                };
-            }
+        if let Some(snapshot) = ram.snapshot()?
+            && (done(&snapshot) || snapshot.failure.is_some())
+        {
+            return match &snapshot.failure {
+                Some(_) if snapshot.verify_errors() == 0 => {
+                    bail!("the guest was to {what} and failed: {}", complaint(&snapshot).unwrap_or_default())
+                }
+                _ => Ok(snapshot),
+            };
         }
         if Instant::now() >= deadline {
             bail!("the guest was to {what} and has not done so within {} s", WORK.as_secs());
