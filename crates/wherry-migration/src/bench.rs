@@ -69,10 +69,10 @@ pub enum BenchError {
     Stream(#[from] StreamError),
     /// The engine, at the source.
     #[error("source: {0}")]
-    Source(JourneyError),
+    Source(Box<JourneyError>),
     /// The engine, at the destination.
     #[error("destination: {0}")]
-    Destination(JourneyError),
+    Destination(Box<JourneyError>),
     /// Anything else.
     #[error("{0}")]
     Other(String),
@@ -158,8 +158,7 @@ fn loopback() -> Result<Listener, StreamError> {
 /// Measures.
 pub fn engine(options: &Options) -> Result<Report, BenchError> {
     let data = options.data.min(options.ram) / GRANULE * GRANULE;
-    let ram = fresh(options.ram)?;
-    fill(&ram, data)?;
+    let ram = image(options.ram, data)?;
     let mut runs = vec![];
     let mut blackouts = vec![];
     let mut job = Job::default();
@@ -234,10 +233,10 @@ fn migrate(ram: &Arc<Ram>, channels: Option<u16>) -> Result<Job, BenchError> {
             .map_err(|e| BenchError::Other(e.to_string()))?;
         let options = SourceOptions { channels, records: records.join("source"), ..SourceOptions::default() };
         let sent = crate::source::send(machine, listener.local_endpoint(), options, &Journey::new());
-        let sent = sent.map_err(BenchError::Source)?;
+        let sent = sent.map_err(|e| BenchError::Source(e.into()))?;
         match receiver.join() {
             Ok(Ok(_)) => Ok(sent),
-            Ok(Err(error)) => Err(BenchError::Destination(error)),
+            Ok(Err(error)) => Err(BenchError::Destination(error.into())),
             Err(_) => Err(BenchError::Other("the destination's thread panicked".into())),
         }
     });
@@ -246,8 +245,15 @@ fn migrate(ram: &Arc<Ram>, channels: Option<u16>) -> Result<Job, BenchError> {
     result
 }
 
-/// Carries the data by `streams` TCP streams into fresh memory: seconds.
-fn raw(ram: &Ram, data: u64, streams: u64) -> Result<f64, BenchError> {
+/// RAM of `size` bytes with `data` random bytes at its start.
+pub fn image(size: u64, data: u64) -> Result<Arc<Ram>, BenchError> {
+    let ram = fresh(size)?;
+    fill(&ram, data)?;
+    Ok(ram)
+}
+
+/// Carries the first `data` bytes by `streams` TCP streams into fresh memory: seconds.
+pub fn raw(ram: &Ram, data: u64, streams: u64) -> Result<f64, BenchError> {
     const STEP: u64 = 512 << 10;
     let to = fresh(ram.size())?;
     let listener = loopback()?;

@@ -32,7 +32,7 @@ pub enum JourneyError {
     #[error("the migration failed ({cause}) and the VM could not be started again here: {undo}")]
     Stuck {
         /// Why the migration failed.
-        cause: Cause,
+        cause: Box<Cause>,
         /// Why the undo failed.
         undo: String,
     },

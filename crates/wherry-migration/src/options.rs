@@ -182,5 +182,5 @@ pub fn default_records() -> PathBuf {
 fn is_tmpfs(dir: &std::path::Path) -> bool {
     /// `TMPFS_MAGIC` and `RAMFS_MAGIC` of linux/magic.h.
     const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
-    rustix::fs::statfs(dir).is_ok_and(|fs| IN_MEMORY.contains(&(fs.f_type as i64)))
+    rustix::fs::statfs(dir).is_ok_and(|fs| IN_MEMORY.contains(&fs.f_type))
 }

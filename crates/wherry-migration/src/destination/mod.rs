@@ -190,7 +190,10 @@ impl<'a> Destination<'a> {
         {
             control.abort(&self.host.why);
         }
-        let in_doubt = matches!(self.state(), Some(DestinationState::Ready | DestinationState::InDoubt | DestinationState::Declined));
+        let in_doubt = matches!(
+            self.state(),
+            Some(DestinationState::Ready | DestinationState::InDoubt | DestinationState::Declined)
+        );
         // Threads first: they write into the machine's memory.
         self.receiving = None;
         self.host.machine = None;

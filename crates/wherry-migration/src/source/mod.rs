@@ -163,7 +163,7 @@ impl Source {
         // next journey starts from all that is allocated.
         self.running = None;
         if let Some(undo) = self.host.resume_error.take() {
-            return self.end(Phase::Failed, JourneyError::Stuck { cause, undo });
+            return self.end(Phase::Failed, JourneyError::Stuck { cause: cause.into(), undo });
         }
         self.settle();
         match cause {

@@ -214,22 +214,19 @@ impl Round {
     ) -> Result<(), Cause> {
         let base = block.engine_range(pages.start * GRANULE, (pages.end - pages.start) * GRANULE)?;
         let at = |page: u64| base.wrapping_add(((page - pages.start) * GRANULE) as usize);
+        // SAFETY: the granules are inside the engine map by the check above, which is mapped as long as the block.
+        let is_zero = |page: u64| unsafe { zero::is_zero(at(page)) };
         let (mut zeros, mut page) = (0, pages.start);
         let limit = self.frame_bytes();
         while page < pages.end {
-            // SAFETY: the granule is inside the engine map by the check above, which is mapped as long as the block.
-            let kind = if unsafe { zero::is_zero(at(page)) } { ExtentKind::Zero } else { ExtentKind::Data };
+            let kind = if is_zero(page) { ExtentKind::Zero } else { ExtentKind::Data };
             let start = page;
             page += 1;
             let room = match kind {
                 ExtentKind::Data => (limit.saturating_sub(batch.bytes) / GRANULE).max(1),
                 ExtentKind::Zero => u64::MAX,
             };
-            // SAFETY: as above.
-            while page < pages.end
-                && page - start < room
-                && unsafe { zero::is_zero(at(page)) } == (kind == ExtentKind::Zero)
-            {
+            while page < pages.end && page - start < room && is_zero(page) == (kind == ExtentKind::Zero) {
                 page += 1;
             }
             let bytes = (page - start) * GRANULE;

@@ -1,6 +1,7 @@
 //! A machine without KVM: guests are threads that write to RAM, the dirty log is a bitmap with write protection as KVM
 //! has it, and units fail when they are told to.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 #![expect(unsafe_code, reason = "the fake guest writes to RAM by raw pointer, as a guest does")]
 
 pub mod proxy;
