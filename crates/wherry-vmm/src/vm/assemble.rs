@@ -17,9 +17,9 @@ use crate::units::clock::TimeBase;
 use crate::units::vcpu::{VcpuTraits, msrs};
 use crate::vcpu::{Vcpu, VcpuSet};
 
-/// IA32_MISC_ENABLE, and the bit for fast string operations, which firmware would set.
-const MISC_ENABLE: u32 = 0x1a0;
-const FAST_STRINGS: u64 = 1;
+/// IA32_MCG_CAP: one bank of machine check registers, which a guest sets up and which we never raise. The fewer, the
+/// less to save.
+const MCG_CAP: u64 = 1;
 
 /// The KVM side of a machine. Its vCPUs have no threads yet.
 pub(crate) struct Assembly {
@@ -74,9 +74,12 @@ pub(crate) fn assemble(
         if needs_scaling(host, description.tsc_khz) {
             fd.set_tsc_khz(description.tsc_khz).map_err(step("scaling the TSC"))?;
         }
-        let (mut numbers, mut values) = (vec![MISC_ENABLE], vec![FAST_STRINGS]);
-        numbers.extend(description.feature_msrs.iter().map(|m| m.index));
-        values.extend(description.feature_msrs.iter().map(|m| m.value));
+        if let Err(error) = ioctl::setup_mce(&fd, MCG_CAP) {
+            // Then there are more banks, and what the guest sets in them is lost when it moves. We never raise them.
+            tracing::debug!(%error, "setting up machine checks");
+        }
+        let features = description.feature_msrs.iter().map(|m| (m.index, m.value));
+        let (numbers, values): (Vec<_>, Vec<_>) = msrs::AT_BOOT.into_iter().chain(features).unzip();
         msrs::set(&fd, &numbers, &values)
             .map_err(|e| VmError::Lacks(vec![format!("a vCPU {index} as described: {e}")]))?;
         if index == 0 {

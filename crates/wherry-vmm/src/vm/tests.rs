@@ -344,3 +344,19 @@ fn a_vcpus_state_comes_back_bit_by_bit() {
         assert_eq!(rest(before), rest(after));
     }
 }
+
+#[test]
+fn mtrrs_and_the_machine_check_bank_come_over() {
+    use crate::units::vcpu::msrs;
+    let vm = boot(COUNTING);
+    let first = |vm: &Vm| vm.vcpus.iter().next().unwrap().clone();
+    assert_eq!(msrs::get(&first(&vm).fd(), 0x2ff), Some(0xc06 & !0x400), "MTRRs are on and write-back");
+    let (numbers, values) = (vec![0x2ff, 0x200, 0x201, 0x250, 0x400], vec![0xc06, 6, 0xff_8000_0800, 0x0606, 0]);
+    msrs::set(&first(&vm).fd(), &numbers, &values).unwrap();
+    vm.units().stop(LIMIT).unwrap();
+    let there = twin(&vm);
+    there.units().restore(&vm.units().save().unwrap()).unwrap();
+    for (number, value) in numbers.iter().zip(values) {
+        assert_eq!(msrs::get(&first(&there).fd(), *number), Some(value), "{number:#x}");
+    }
+}

@@ -12,6 +12,19 @@ pub(crate) const TSC: u32 = 0x10;
 /// IA32_TSC_DEADLINE.
 pub(crate) const TSC_DEADLINE: u32 = 0x6e0;
 
+/// IA32_MISC_ENABLE, and the bit for fast string operations.
+const MISC_ENABLE: (u32, u64) = (0x1a0, 1);
+/// IA32_MTRR_DEF_TYPE: MTRRs are on, memory is write-back by default. With MTRRs off, Linux uses no PAT.
+const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
+/// What firmware would have set before a kernel starts.
+pub(crate) const AT_BOOT: [(u32, u64); 2] = [MISC_ENABLE, MTRR_DEF_TYPE];
+
+/// MSRs that a guest can write, that KVM keeps, and that its list does not have.
+fn unlisted() -> impl Iterator<Item = u32> {
+    // MTRRs: variable ranges, fixed ranges, default type. Then the one machine check bank (see `assemble`).
+    (0x200..=0x20f).chain([0x250, 0x258, 0x259]).chain(0x268..=0x26f).chain([MTRR_DEF_TYPE.0]).chain(0x400..=0x403)
+}
+
 /// Whether an MSR of KVM's list is saved with the others.
 fn wanted(index: u32) -> bool {
     match index {
@@ -25,9 +38,15 @@ fn wanted(index: u32) -> bool {
     }
 }
 
-/// The MSRs of KVM's list that this vCPU can read: the others are features its CPUID does not offer.
+/// The MSRs of KVM's list that this vCPU can read, and those that KVM does not list: the others are features its CPUID
+/// does not offer.
 pub(crate) fn readable(vcpu: &VcpuFd, list: &[u32]) -> Result<Vec<u32>, VmError> {
     let mut indices: Vec<u32> = list.iter().copied().filter(|index| wanted(*index)).collect();
+    for index in unlisted() {
+        if !indices.contains(&index) {
+            indices.push(index);
+        }
+    }
     let mut checked = 0;
     while checked < indices.len() {
         let end = indices.len().min(checked + KVM_MAX_MSR_ENTRIES);
