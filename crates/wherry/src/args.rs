@@ -7,11 +7,16 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Runs virtual machines and moves them, running, from process to process and from host to host.
 #[derive(Debug, Parser)]
-#[command(name = "wherry", version, max_term_width = 100, after_help = "\
+#[command(
+    name = "wherry",
+    version,
+    max_term_width = 100,
+    after_help = "\
 Exit status: 0 it happened; 1 it did not, and the VM runs on where it was; 2 bad arguments;
 3 in doubt or paused, recoverable.
 
-Try `wherry demo` first: everything in one command.")]
+Try `wherry demo` first: everything in one command."
+)]
 pub struct Cli {
     /// What to log to stderr: error, warn, info, debug, trace, or a filter such as `wherry_migration=debug`
     #[arg(long, global = true, env = "WHERRY_LOG", default_value = "warn", value_name = "FILTER")]
@@ -167,10 +172,17 @@ pub struct Control {
 
 /// Options of `resolve`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("which").required(true).args(["api", "id"]))]
 pub struct Resolve {
-    /// Which VM, and how to report.
-    #[command(flatten)]
-    pub control: Control,
+    /// UNIX socket of the API of the process that has the VM in doubt
+    #[arg(long, value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
+    /// Identity of a VM whose process has died on this host while it changed hands
+    #[arg(long, value_name = "ID", value_parser = identity)]
+    pub id: Option<[u8; 16]>,
+    /// Answer in JSON on stdout
+    #[arg(long)]
+    pub json: bool,
     /// Who owns the VM from now on
     #[arg(long = "as", value_name = "END", value_parser = side)]
     pub side: wherry_migration::Side,
@@ -228,7 +240,7 @@ pub fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Reads 32 hexadecimal digits; hyphens as in a UUID may stand between them.
-fn identity(text: &str) -> Result<[u8; 16], String> {
+pub fn identity(text: &str) -> Result<[u8; 16], String> {
     let digits = text.replace('-', "");
     let complain = || "use 32 hexadecimal digits, or a UUID".to_owned();
     if digits.len() != 32 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {

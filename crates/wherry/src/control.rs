@@ -6,13 +6,14 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use wherry_migration::Side;
+use wherry_migration::ownership::VmId;
 use wherry_migration::progress::{Job, Phase};
 use wherry_vmm::api::types::{ErrorCode, ResolveRequest, VmInfo, VmState};
 
 use crate::args::{ANSWER, Control, Resolve};
 use crate::client::{Client, ClientError};
 use crate::migrate::{End, intervene};
-use crate::{DID_NOT, HAPPENED, IN_DOUBT, report, runtime};
+use crate::{DID_NOT, HAPPENED, IN_DOUBT, records, report, runtime};
 
 /// How long a stop may take: the server gives a journey 15 s to give the VM back.
 const STOP: Duration = Duration::from_secs(20);
@@ -87,22 +88,33 @@ pub fn cancel(options: &Control) -> Result<u8> {
     let client = Client::new(&options.api);
     let end = runtime()?.block_on(intervene(&client, "/migration/cancel", &serde_json::json!({})));
     let job = last_word(end.with_context(|| at("cancelling the migration", &options.api))?)?;
-    finish(options, &job, job.phase == Phase::Cancelled)
+    finish(options.json, &job, job.phase == Phase::Cancelled)
 }
 
 /// `wherry resolve`: decides, and waits until it is known what came of it.
 pub fn resolve(options: &Resolve) -> Result<u8> {
-    let control = &options.control;
-    let client = Client::new(&control.api);
+    let Some(api) = &options.api else { return resolve_record(options) };
+    let client = Client::new(api);
     let request = ResolveRequest { side: options.side };
     let end = runtime()?.block_on(intervene(&client, "/migration/resolve", &request));
-    let job = last_word(end.with_context(|| at("resolving the migration", &control.api))?)?;
+    let job = last_word(end.with_context(|| at("resolving the migration", api))?)?;
     // As source: the migration ends without a move. As destination: it ends with one.
     let wanted = match options.side {
         Side::Source => matches!(job.phase, Phase::Failed | Phase::Cancelled),
         Side::Destination => job.phase == Phase::Done,
     };
-    finish(control, &job, wanted)
+    finish(options.json, &job, wanted)
+}
+
+fn resolve_record(options: &Resolve) -> Result<u8> {
+    let id = options.id.context("give --api or --id")?;
+    let done = records::resolve(VmId(id), options.side)?;
+    if options.json {
+        print_json(&serde_json::json!({ "resolved": done }))?;
+    } else {
+        print(&format!("{done}\n"));
+    }
+    Ok(HAPPENED)
 }
 
 fn last_word(end: End) -> Result<Job> {
@@ -112,8 +124,8 @@ fn last_word(end: End) -> Result<Job> {
     }
 }
 
-fn finish(options: &Control, job: &Job, wanted: bool) -> Result<u8> {
-    if options.json {
+fn finish(json: bool, job: &Job, wanted: bool) -> Result<u8> {
+    if json {
         print_json(job)?;
     } else {
         print(&report::journey(job));

@@ -6,11 +6,9 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use wherry_migration::ownership::VmId;
-use wherry_migration::records::Records;
 use wherry_vmm::api::server::Server;
 use wherry_vmm::api::socket::ApiSocket;
 use wherry_vmm::api::types::VmState;
@@ -19,12 +17,9 @@ use wherry_vmm::serial::restore_terminal;
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
 
-use crate::args::{Process, Receive, Run};
+use crate::args::{Process, Receive, Run, identity};
 use crate::demo::check_kvm;
-use crate::{BAD_ARGUMENTS, DID_NOT, IN_DOUBT};
-
-/// How long the record of a VM that has left is kept: as long as somebody may start it here by mistake.
-const OLD_RECORDS: Duration = Duration::from_secs(7 * 24 * 3600);
+use crate::{BAD_ARGUMENTS, DID_NOT, IN_DOUBT, records};
 
 /// `wherry run`
 pub fn run(options: Run) -> Result<u8> {
@@ -57,7 +52,7 @@ pub fn run(options: Run) -> Result<u8> {
     die_with(&process)?;
     check_kvm()?;
     // Not a VM that was about to leave, has left, or was about to come here when its process died.
-    records()?.may_boot(VmId(config.vm)).context("looking whether the VM may be started here")?;
+    records::open_and_sweep()?.may_boot(VmId(config.vm)).context("looking whether the VM may be started here")?;
 
     let reboot = config.clone();
     let policy = Policy { reboot: Some(Box::new(move || kvm::boot(&reboot))), linger: process.linger };
@@ -76,7 +71,7 @@ pub fn receive(options: Receive) -> Result<u8> {
     let Receive { listen, once, process } = options;
     die_with(&process)?;
     check_kvm()?;
-    records()?;
+    records::open_and_sweep()?;
     let host = Host::open(&process, Policy { reboot: None, linger: process.linger })?;
     let arrival = kvm::Arrival::listen(&listen, process.serial.clone())
         .map_err(|e| anyhow::anyhow!("{e}"))
@@ -113,6 +108,12 @@ impl Host {
         self.server.stop();
         drop(self.socket);
         restore_terminal();
+        let info = self.service.info();
+        if info.state == VmState::Stopped
+            && let Some(id) = info.vm.and_then(|vm| identity(&vm.id).ok())
+        {
+            records::forget(VmId(id));
+        }
         if ending.status == 0 {
             eprintln!("{}", ending.message);
         } else {
@@ -172,20 +173,6 @@ fn die_with(process: &Process) -> Result<()> {
         bail!("the parent process {parent} is gone");
     }
     Ok(())
-}
-
-/// The ownership records of this host, without those that nobody will ask for any more.
-fn records() -> Result<Records> {
-    let directory = wherry_migration::default_records();
-    let records = Records::open(&directory)
-        .with_context(|| format!("opening the ownership records in {}", directory.display()))?;
-    match records.sweep(OLD_RECORDS) {
-        Ok(0) => {}
-        Ok(removed) => tracing::info!(removed, "removed old ownership records"),
-        // Somebody else's record that cannot be read is no reason not to run this VM.
-        Err(error) => tracing::warn!(%error, "old ownership records were not removed"),
-    }
-    Ok(records)
 }
 
 fn random_id() -> Result<[u8; 16]> {

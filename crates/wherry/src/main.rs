@@ -4,6 +4,7 @@
 //! - [`host`]: `run` and `receive`, the processes that hold a VM.
 //! - [`control`], [`migrate`]: commands to such a process, over its API by [`client`].
 //! - [`demo`]: all of it in one command; [`probe`] watches the guest from outside.
+//! - [`records`]: what this host remembers of VMs that changed hands.
 //! - [`report`]: figures as people read them.
 //!
 //! Results go to stdout, everything else to stderr. The exit status is part of the contract: 0 it happened; 1 it did
@@ -16,8 +17,10 @@ mod demo;
 mod host;
 mod migrate;
 mod probe;
+mod records;
 mod report;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -43,7 +46,8 @@ fn main() -> ExitCode {
             return ExitCode::from(BAD_ARGUMENTS);
         }
     };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     let result = match cli.command {
         Command::Run(options) => host::run(*options),
         Command::Receive(options) => host::receive(options),

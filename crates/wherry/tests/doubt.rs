@@ -122,6 +122,35 @@ fn a_vm_that_may_run_elsewhere_is_not_started_again_after_its_process_died() {
     assert!(again.log().contains("must not be started here"), "{}", again.log());
     assert!(again.log().contains(ID), "{}", again.log());
     let _other = held.place.run("3");
+
+    held.there.kill();
+    let resolve = held.place.wherry(&["resolve", "--id", ID, "--as", "source"]);
+    assert_eq!(resolve.status.code(), Some(0), "{}", stderr(&resolve));
+    // The receiver has died on this very host, with its own record.
+    let _again = held.place.run_with("4", &["--id", ID], &[]);
+    let nothing = held.place.wherry(&["resolve", "--id", ID, "--as", "source"]);
+    assert_eq!(nothing.status.code(), Some(1));
+    assert!(stderr(&nothing).contains("no record"), "{}", stderr(&nothing));
+}
+
+#[test]
+fn a_vm_that_is_stopped_leaves_no_record_that_forbids_its_next_start() {
+    if !kvm("a_vm_that_is_stopped_leaves_no_record_that_forbids_its_next_start") {
+        return;
+    }
+    let place = Place::new();
+    let mut first = place.run_with("0", &["--id", ID], &[]);
+    for (from, to) in [("0", "1"), ("1", "2")] {
+        let (there, address) = place.receive(to, &[]);
+        let output = place.control(from, &["migrate", "--to", &address]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!(first.end().code(), Some(0));
+        first = there;
+    }
+    let mut elsewhere = place.start("3", &["run", "--memory", "64M", "--id", ID]);
+    assert_eq!(elsewhere.end().code(), Some(1), "it runs in another process");
+    assert_eq!(place.control("2", &["stop"]).status.code(), Some(0));
+    let _again = place.run_with("4", &["--id", ID], &[]);
 }
 
 #[test]
