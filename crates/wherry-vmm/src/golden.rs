@@ -72,6 +72,23 @@ fn no_saved_type_of_this_crate_is_without_an_entry() {
     assert_eq!(implemented, UNITS.len(), "types that implement SavedState, and entries of UNITS");
 }
 
+#[test]
+fn the_document_lists_every_unit_with_its_schema_and_no_other() {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/state.md")).unwrap();
+    let (_, units) = text.split_once("## Units").unwrap();
+    let (units, _) = units.split_once("## Order").unwrap();
+    let rows: BTreeSet<(String, String)> = units
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `"))
+        .filter_map(|row| {
+            let (unit, rest) = row.split_once("` | ")?;
+            Some((unit.to_string(), rest.split_once(" |")?.0.to_string()))
+        })
+        .collect();
+    let ours = UNITS.iter().map(|(unit, schema)| (unit.to_string(), schema.to_string())).collect();
+    assert_eq!(rows, ours);
+}
+
 /// Different numbers in all fields, so that no two of them can be mixed up.
 fn vcpu_1() -> VcpuState {
     let segments = (1..=8).map(|i| Segment {

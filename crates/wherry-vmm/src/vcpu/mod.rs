@@ -137,7 +137,7 @@ impl Vcpu {
         });
         installed.map_err(|e| failed(e.into()))?;
         std::thread::Builder::new()
-            .name(format!("vcpu{}", self.index))
+            .name(format!("vcpu-{}", self.index))
             .spawn(move || run::thread(&this, &buses, &notice))
             .map_err(failed)
     }
