@@ -22,6 +22,7 @@ pub mod machine;
 mod options;
 pub mod ownership;
 mod predict;
+mod priority;
 pub mod progress;
 pub mod records;
 pub mod source;

@@ -76,7 +76,9 @@ pub trait Machine: Send + Sync {
     /// Its RAM.
     fn ram(&self) -> &Arc<Ram>;
 
-    /// Its state units. The engine drains, stops, saves, restores and starts through them.
+    /// Its state units. The engine drains, stops, saves, restores and starts through them. In a switchover it does so on a
+    /// thread whose nice value is -20 where that is allowed; threads that a unit makes in `start` would inherit it, so
+    /// make them earlier or set theirs.
     fn units(&self) -> &Units;
 
     /// Everyone who knows what was written in RAM: KVM's log, the VMM itself, devices.

@@ -13,6 +13,7 @@ use super::receivers::{News, receive_round};
 use super::{Destination, no_setup, since};
 use crate::error::Cause;
 use crate::ownership::{Carriage, DestinationInput, DestinationState, Word};
+use crate::priority::Urgent;
 use crate::progress::Phase;
 use crate::testpoint::{Point, reach};
 
@@ -23,6 +24,7 @@ const MAX_STATE: usize = 1 << 30;
 
 impl Destination<'_> {
     pub(super) fn switchover(&mut self) -> Result<Phase, Cause> {
+        let _urgent = Urgent::new();
         let narrow = self.poise.narrow;
         if narrow {
             self.take_first_channel()?;

@@ -18,6 +18,7 @@ use crate::link::printable;
 use crate::options::Surprise;
 use crate::ownership::{Carriage, SourceInput, SourceState, Word};
 use crate::predict::{remember_source, us};
+use crate::priority::Urgent;
 use crate::progress::Phase;
 use crate::testpoint::{Point, reach};
 use crate::verify;
@@ -43,6 +44,7 @@ impl Source {
         let predicted = running.pending.pages();
         let narrow = predicted <= NARROW_PAGES;
 
+        let _urgent = Urgent::new();
         let draining = Instant::now();
         self.host.drained = true;
         machine.units().drain(timeouts.drain)?;
