@@ -29,7 +29,7 @@ mod socket;
 mod tls;
 mod tls_session;
 
-pub use channel::{Channel, ChannelStats, Frame, FrameReader, FrameWriter, Meter};
+pub use channel::{Channel, ChannelStats, DATA_UNSENT_LIMIT, Frame, FrameReader, FrameWriter, Meter};
 pub use connection::{Closer, Connection, ReadHalf, WriteHalf};
 pub use endpoint::{Endpoint, EndpointError};
 pub use error::StreamError;
