@@ -1,6 +1,8 @@
 //! Ownership records on a real file system: what is read back, what is refused, what a full disk and a killed process
 //! leave behind; and the drivers that write them.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
