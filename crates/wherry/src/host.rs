@@ -1,7 +1,7 @@
 //! `wherry run` and `wherry receive`: the processes that hold a VM.
 //!
 //! Both make the API socket first, serve it from its own thread while the VM is built or awaited, and end with what the
-//! service says: the guest has powered off, the user has stopped it, it has moved away. SIGINT and SIGTERM are a `stop`.
+//! service says: the guest has powered off, the user has stopped it, it has moved away. SIGINT, SIGTERM and SIGHUP are a `stop`.
 //! A second one ends the process at once.
 
 use std::path::PathBuf;
@@ -123,15 +123,16 @@ impl Host {
     }
 }
 
-/// Takes SIGINT and SIGTERM as a request to stop.
+/// Takes SIGINT, SIGTERM and SIGHUP (the terminal is gone) as a request to stop.
 fn signals(service: Arc<Service>, api: PathBuf) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = crate::runtime()?;
-    let (mut interrupt, mut terminate) = {
+    let (mut interrupt, mut terminate, mut hangup) = {
         let _guard = runtime.enter();
         (
             signal(SignalKind::interrupt()).context("listening for SIGINT")?,
             signal(SignalKind::terminate()).context("listening for SIGTERM")?,
+            signal(SignalKind::hangup()).context("listening for SIGHUP")?,
         )
     };
     let work = move || {
@@ -141,6 +142,7 @@ fn signals(service: Arc<Service>, api: PathBuf) -> Result<()> {
                 tokio::select! {
                     _ = interrupt.recv() => {}
                     _ = terminate.recv() => {}
+                    _ = hangup.recv() => {}
                 }
                 if asked {
                     let in_doubt = service.info().state == VmState::InDoubt;

@@ -56,7 +56,7 @@ fn signals_stop_the_vm_in_an_orderly_way() {
         return;
     }
     let place = Place::new();
-    for signal in [Signal::INT, Signal::TERM] {
+    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
         let mut vm = place.run("vm");
         vm.signal(signal);
         assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
