@@ -653,6 +653,29 @@ fn a_restarted_host_finds_the_records_and_decides_nothing_by_itself() {
 }
 
 #[test]
+fn a_source_that_takes_the_vm_back_by_resolution_has_an_epoch_above_the_destinations() {
+    let dir = tempfile::tempdir().unwrap();
+    let records = Records::open(dir.path()).unwrap();
+    let mut host = Host::default();
+    let mut driver = source_at_offer(&records, &mut host);
+    assert_eq!(driver.owner().epoch(), 2);
+    driver.feed(hears(Word::Ready), &mut host);
+    assert_eq!(driver.feed(SourceInput::LinkLost, &mut host), SourceState::InDoubt);
+    assert_eq!(driver.feed(SourceInput::Resolve(Side::Source), &mut host), SourceState::Kept { settled: false });
+    assert_eq!(driver.owner().epoch(), 4);
+    assert_eq!(host.did, ["release", "retake and resume"]);
+    // It was not dead after all: it is told, and both say so.
+    driver.feed(hears(Word::Running), &mut host);
+    assert_eq!(host.notices.last(), Some(&Notice::Conflict(Side::Destination)));
+    drop(driver);
+    // The next attempt does not forget that copy.
+    let claim = records.claim(VM, Side::Source).unwrap();
+    let mut driver = SourceDriver::begin(claim, attempt(5), "peer", &mut host).unwrap();
+    assert_eq!(driver.feed(SourceInput::Abort, &mut host), SourceState::Kept { settled: true });
+    assert!(records.may_boot(VM).is_err());
+}
+
+#[test]
 fn an_undecided_attempt_keeps_a_later_one_from_beginning_unless_the_vm_has_moved_on() {
     let dir = tempfile::tempdir().unwrap();
     let records = Records::open(dir.path()).unwrap();

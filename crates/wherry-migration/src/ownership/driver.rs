@@ -100,11 +100,11 @@ impl SourceDriver {
     pub fn begin(claim: Claim, attempt: Attempt, peer: &str, host: &mut dyn SourceHost) -> Result<Self, BeginError> {
         let mut unsettled = false;
         if let Some(Entry { stored: Stored::Source(found), .. }) = claim.found() {
-            let newer = attempt.epoch > found.attempt.epoch;
             match found.stage {
+                // The VM is here; the destination of then may still have its copy.
+                SourceStage::Kept if attempt.epoch >= found.attempt.epoch => unsettled = true,
                 // The VM has changed hands since: what is recorded here is of the past.
-                _ if newer => {}
-                SourceStage::Kept if attempt.epoch == found.attempt.epoch => unsettled = true,
+                _ if attempt.epoch > found.attempt.epoch => {}
                 _ => return Err(undecided(&claim)),
             }
         }

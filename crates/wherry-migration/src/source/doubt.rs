@@ -32,6 +32,11 @@ impl Source {
                     Some(SourceState::Gone) => return Ok(self.resolved_away()),
                     Some(SourceState::InDoubt) => {}
                     _ => {
+                        // Above the one that the destination would have: if it was not dead after all, it is the older.
+                        if let Some(owner) = &self.owner {
+                            let owner = owner.owner();
+                            crate::epoch::set(&owner.attempt().vm.0, owner.epoch());
+                        }
                         self.journey.open_to_cancel();
                         return Err(Cause::Resolved(Side::Source.as_str()));
                     }
