@@ -7,7 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use super::terminal::{EscapeFilter, RawMode};
+use super::terminal::{EscapeFilter, RawMode, is_ours};
 use super::{EscapeHandler, SerialError};
 use crate::config::SerialTarget;
 
@@ -60,8 +60,8 @@ impl Endpoint {
             SerialTarget::Stdio => {
                 // Duplicates: closing them leaves the process's own open.
                 let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(SerialError::os("taking standard I/O"));
-                // A closed standard input is no input.
-                let input = own(io::stdin().as_fd()).ok();
+                // A closed standard input is no input, nor is the terminal to a job in the background.
+                let input = own(io::stdin().as_fd()).ok().filter(is_ours);
                 Self::streams(input, Some(own(io::stdout().as_fd())?), escape)
             }
         }

@@ -4,7 +4,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
-use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcsetattr};
+use rustix::process::getpgrp;
+use rustix::termios::{OptionalActions, OutputModes, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
 
 use super::EscapeHandler;
 
@@ -20,11 +21,18 @@ pub fn restore_terminal() {
     }
 }
 
+/// Whether we may read from this. A terminal that another job has in its foreground would stop us: then it is as if
+/// there were no input.
+pub(super) fn is_ours(fd: &OwnedFd) -> bool {
+    // What is no terminal, or not the one of our session, has no foreground.
+    !isatty(fd) || tcgetpgrp(fd).map_or(true, |foreground| foreground == getpgrp())
+}
+
 /// A terminal in raw mode until this is dropped.
 pub(super) struct RawMode(());
 
 impl RawMode {
-    /// Switches a terminal to raw mode; nothing is done if it is no terminal.
+    /// Switches a terminal to raw mode; nothing is done if it is no terminal. See [`is_ours`].
     pub fn enter(fd: &OwnedFd) -> io::Result<Option<Self>> {
         if !isatty(fd) {
             return Ok(None);
