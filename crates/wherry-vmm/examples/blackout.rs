@@ -1,11 +1,14 @@
-//! Measures what a machine's own steps cost in a blackout, in microseconds: stop, save, restore, start, and the steps
-//! of the dirty log. RAM is not copied: the state goes into a machine with empty RAM, which is dropped before it runs.
+//! Measures what a machine's own steps cost in a blackout, in microseconds: stop, save, restore, start, from there to the
+//! guest's first heartbeat, and the steps of the dirty log. RAM is copied between the steps, outside what is measured.
 //!
 //!     cargo run --release -p wherry-vmm --example blackout -- [vCPUs] [memory in MiB] [rounds]
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use wherry_memory::PageSet;
+use vm_memory::{Bytes, GuestAddress};
+use wherry_guest::report;
+use wherry_memory::{PageSet, Ram};
 use wherry_migration::machine::Machine;
 use wherry_vmm::builder::{LocalConfig, VmBuilder};
 use wherry_vmm::config::{CpuModel, Kernel, MachineConfig, SerialTarget};
@@ -15,7 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1).map(|a| a.parse::<u64>());
     let mut next = |default: u64| args.next().unwrap_or(Ok(default));
     let (cpus, memory, rounds) = (next(1)? as u32, next(256)?, next(30)?);
-    let vm = Vm::boot(MachineConfig {
+    let mut vm = Vm::boot(MachineConfig {
         name: "blackout".into(),
         vm: [1; 16],
         memory: memory << 20,
@@ -31,12 +34,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     std::thread::sleep(Duration::from_millis(500));
     let builder = VmBuilder::new(LocalConfig { devices: DeviceConfig { serial: SerialTarget::Null } });
     let (mut times, mut units) = (Times::default(), Times::default());
-    let log = &vm.dirty_sources()[0];
-    let now = Instant::now();
-    log.start()?;
-    times.note("log start", now);
     let mut set = PageSet::new(vm.ram().blocks().iter().map(|b| b.pages()).max().unwrap_or(0));
     for _ in 0..rounds {
+        let log = &vm.dirty_sources()[0];
+        let now = Instant::now();
+        log.start()?;
+        times.note("log start", now);
+        std::thread::sleep(Duration::from_millis(20));
         let now = Instant::now();
         let there = builder.build_vm(&vm.description())?;
         times.note("build", now);
@@ -60,20 +64,49 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             unit.save()?;
             units.note(&unit.id().name, now);
         }
+        copy_ram(vm.ram(), there.ram())?;
         let now = Instant::now();
         there.units().restore(&state)?;
         times.note("restore", now);
+        let beat = heartbeat(there.ram())?;
         let now = Instant::now();
-        vm.units().start()?;
+        there.units().start()?;
         times.note("start", now);
+        while heartbeat(there.ram())? == beat {
+            std::hint::spin_loop();
+        }
+        times.note("first beat", now);
+        let now = Instant::now();
+        log.stop()?;
+        times.note("log stop", now);
+        let now = Instant::now();
+        drop(vm);
+        times.note("drop", now);
+        vm = there;
         std::thread::sleep(Duration::from_millis(20));
     }
-    let now = Instant::now();
-    log.stop()?;
-    times.note("log stop", now);
     times.print();
     println!("save, unit by unit:");
     units.print();
+    Ok(())
+}
+
+fn heartbeat(ram: &Ram) -> Result<u64, Box<dyn std::error::Error>> {
+    Ok(ram.memory().load(GuestAddress(report::heartbeat_gpa(0)), Ordering::Relaxed)?)
+}
+
+fn copy_ram(from: &Ram, to: &Ram) -> Result<(), Box<dyn std::error::Error>> {
+    let mut buffer = vec![0; 1 << 20];
+    for block in from.blocks() {
+        for run in block.data_runs(0..u64::MAX) {
+            let run = run?;
+            for at in (run.start..run.end).step_by(1 << 20) {
+                let piece = &mut buffer[..(run.end - at).min(1 << 20) as usize];
+                block.read_at(at, piece)?;
+                to.memory().write_slice(piece, GuestAddress(block.spec().guest_base + at))?;
+            }
+        }
+    }
     Ok(())
 }
 

@@ -162,7 +162,11 @@ impl Vcpu {
     pub(crate) fn release(&self, why: Hold) {
         let mut control = self.control();
         control.holds &= !(why as u8);
-        if control.holds == 0 {
+        let free = control.holds == 0;
+        // The lock goes before the notice. The woken thread may run on this very CPU, in our stead, and would find the
+        // lock held by us who cannot run: milliseconds of blackout on a busy host.
+        drop(control);
+        if free {
             self.orders.notify_one();
         }
     }

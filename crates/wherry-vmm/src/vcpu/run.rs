@@ -41,8 +41,9 @@ pub(super) fn thread(vcpu: &Vcpu, buses: &Buses, notice: &ExitNotice) {
         if let Left::Ended(_) = left {
             control.holds |= Hold::Ended as u8;
         }
-        vcpu.rested.notify_all();
+        // As in `release`: whoever is woken must not find the lock held.
         drop(control);
+        vcpu.rested.notify_all();
         if let Left::Ended(reason) = left {
             tracing::warn!(vcpu = vcpu.index, %reason, "vCPU left the guest for good");
             notice.tell(reason);
