@@ -49,6 +49,8 @@ pub enum Command {
     Stop(Control),
     /// Show it all: the built-in probe guest, moved live several times and verified
     Demo(Demo),
+    /// Measure moves, beside raw loopback TCP and, where it is installed, beside QEMU
+    Bench(Bench),
 }
 
 /// Options of `run`.
@@ -212,6 +214,39 @@ pub struct Demo {
     /// Ask every migration for `--verify`, not only the last: longer blackouts
     #[arg(long)]
     pub verify: bool,
+}
+
+/// Whom to measure beside Wherry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// `qemu-system-x86_64`, with one stream and with multifd
+    Qemu,
+}
+
+/// Options of `bench`.
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// Answer in JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+    /// Measure this program in turn with Wherry
+    #[arg(long, value_name = "PEER")]
+    pub vs: Option<Peer>,
+    /// How often each thing is measured
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// RAM of the guest
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size)]
+    pub memory: u64,
+    /// Data that the guest keeps in RAM, and size of the image for the engine alone
+    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = size)]
+    pub data: u64,
+    /// Bytes that the guest writes per second
+    #[arg(long, value_name = "BYTES", default_value = "50M", value_parser = size)]
+    pub rate: u64,
+    /// Blackout to stay below, in milliseconds, for all programs
+    #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    pub downtime_limit: u64,
 }
 
 /// The longest time a command waits for an answer that takes no work.

@@ -3,6 +3,7 @@
 //! - [`args`]: what may stand on it.
 //! - [`host`]: `run` and `receive`, the processes that hold a VM.
 //! - [`control`], [`migrate`]: commands to such a process, over its API by [`client`].
+//! - [`bench`]: figures, beside those of the machine and of a peer.
 //! - [`demo`]: all of it in one command; [`probe`] watches the guest from outside.
 //! - [`records`]: what this host remembers of VMs that changed hands.
 //! - [`report`]: figures as people read them.
@@ -11,6 +12,7 @@
 //! not, and the VM runs on where it was; 2 bad arguments; 3 in doubt or paused, recoverable.
 
 mod args;
+mod bench;
 mod client;
 mod control;
 mod demo;
@@ -59,6 +61,7 @@ fn main() -> ExitCode {
         Command::Status(options) => control::status(&options),
         Command::Stop(options) => control::stop(&options),
         Command::Demo(options) => demo::demo(&options),
+        Command::Bench(options) => bench::bench(&options),
     };
     match result {
         Ok(status) => ExitCode::from(status),

@@ -1,0 +1,262 @@
+//! `wherry bench`: what a move costs, beside what the machine could do at best and beside what a peer does.
+//!
+//! Everything that is compared is measured in turn in one run, so that a machine whose speed drifts is the same machine
+//! for all of them; the figures to quote are medians and ratios.
+//!
+//! - [`wherry_migration::bench`]: the engine over a prepared image, without a guest, and loopback TCP from one memfd
+//!   into a fresh one.
+//! - the whole guest: the probe guest as in `wherry demo`, blackout measured from outside.
+//! - [`qemu`]: the same guest under QEMU, where it is installed.
+
+mod qemu;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use wherry_migration::bench as engine;
+use wherry_vmm::api::types::VmState;
+
+use crate::args::{ANSWER, Bench, Peer};
+use crate::demo::process::{self, Process};
+use crate::demo::{Move, check_kvm, ram_of, travel, wait_for};
+use crate::probe::{ProbeRam, Watcher};
+use crate::report;
+use crate::{HAPPENED, control, runtime};
+
+const START: Duration = Duration::from_secs(20);
+
+/// Values of one quantity over all runs.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Figures {
+    /// In microseconds, in the order of the runs.
+    pub us: Vec<u64>,
+    /// The middle one.
+    pub median_us: u64,
+}
+
+impl Figures {
+    fn push(&mut self, value: Duration) {
+        self.us.push(u64::try_from(value.as_micros()).unwrap_or(u64::MAX));
+        self.median_us = crate::demo::outcome::median(self.us.iter().copied());
+    }
+
+    fn text(&self) -> String {
+        let (min, max) = (self.us.iter().min().copied().unwrap_or(0), self.us.iter().max().copied().unwrap_or(0));
+        format!("{} ({} - {})", report::time(self.median_us), report::time(min), report::time(max))
+    }
+
+    /// How many times as long `other` takes.
+    fn ratio(&self, other: &Figures) -> Option<f64> {
+        (self.median_us > 0 && other.median_us > 0).then(|| other.median_us as f64 / self.median_us as f64)
+    }
+}
+
+/// One way to move the guest.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Way {
+    /// Who and how.
+    pub name: String,
+    /// From the command to the first heartbeat at the destination.
+    pub total: Figures,
+    /// From the last heartbeat at the source to the first at the destination.
+    pub blackout: Figures,
+}
+
+impl Way {
+    fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..Self::default() }
+    }
+}
+
+/// All figures of a run.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Results {
+    /// Bytes of the image and of the guest's data.
+    pub data: u64,
+    /// Bytes the guest writes per second.
+    pub rate: u64,
+    /// The engine over the prepared image, and loopback TCP beside it.
+    pub engine: Option<engine::Report>,
+    /// Loopback TCP with two streams while the guest runs.
+    pub raw_beside_guest: Figures,
+    /// The whole guest.
+    pub ways: Vec<Way>,
+}
+
+/// `wherry bench`
+pub fn bench(options: &Bench) -> Result<u8> {
+    check_kvm()?;
+    if options.vs == Some(Peer::Qemu) && qemu::version().is_none() {
+        anyhow::bail!("--vs qemu: QEMU is not installed (Debian: apt-get install qemu-system-x86)");
+    }
+    let say = |text: &str| {
+        if !options.json {
+            eprintln!("{text}");
+        }
+    };
+    let mut results = Results { data: options.data, rate: options.rate, ..Results::default() };
+    say("the engine over a prepared image, and raw loopback TCP");
+    let alone = engine::Options { ram: options.memory, data: options.data, runs: options.runs, channels: None };
+    results.engine = Some(engine::engine(&alone)?);
+    let directory = process::directory("bench")?;
+    let ways = runtime()?.block_on(whole_guest(options, directory.path(), &mut results.raw_beside_guest, &say))?;
+    results.ways = ways;
+    match options.json {
+        true => control::print_json(&results)?,
+        false => control::print(&results.text()),
+    }
+    Ok(HAPPENED)
+}
+
+/// A guest under QEMU that waits, stopped, for its turns.
+struct Rival {
+    way: Way,
+    method: qemu::Method,
+    here: qemu::Qemu,
+    ram: ProbeRam,
+}
+
+async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: &dyn Fn(&str)) -> Result<Vec<Way>> {
+    let memory = options.memory.to_string();
+    let cmdline = format!("data={} rate={}", options.data, options.rate);
+    let arguments = ["run", "--memory", &memory, "--cmdline", &cmdline];
+    let mut here = Process::start(directory, "0", &arguments)?;
+    let mut ram = ram_of(&here.wait_for(&[VmState::Running], START).await?)?;
+    working(&ram).await?;
+
+    let mut rivals = Vec::new();
+    let kernel = directory.join("probe.elf");
+    std::fs::write(&kernel, wherry_guest::PROBE_ELF).context("writing the probe guest to a file")?;
+    let guest = qemu::Guest { kernel: &kernel, cmdline: &cmdline, memory_mib: options.memory >> 20, cpus: 1 };
+    if options.vs == Some(Peer::Qemu) {
+        let version = qemu::version().unwrap_or_default();
+        pause(&here).await?;
+        for (method, name) in [(qemu::Method::Precopy, "precopy"), (qemu::Method::Multifd, "multifd")] {
+            say(&format!("starting the guest under QEMU {version} for {name}"));
+            let mut qemu = qemu::Qemu::start(&guest, directory, &format!("{name}-0"), false)?;
+            let ram = qemu_ram(&qemu, options.memory).await?;
+            working(&ram).await?;
+            qemu.execute("stop", serde_json::Value::Null)?;
+            rivals.push(Rival { way: Way::new(format!("QEMU {version} {name}")), method, here: qemu, ram });
+        }
+        resume(&here).await?;
+    }
+
+    let mut own = Way::new(concat!("Wherry ", env!("CARGO_PKG_VERSION"), " precopy"));
+    let image = engine::image(options.data, options.data)?;
+    for number in 1..=options.runs {
+        say(&format!("run {number} of {}", options.runs));
+        raw.push(Duration::from_secs_f64(engine::raw(&image, options.data, 2)?));
+        let mut there =
+            Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
+        let moving = Move { number, verify: false, downtime_limit_ms: Some(options.downtime_limit), quiet: true };
+        let leg = travel(&moving, &mut here, &mut there, &ram).await?;
+        own.total.push(Duration::from_micros(leg.total_us));
+        own.blackout.push(Duration::from_micros(leg.blackout_us));
+        ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
+        here.wait_for_end(START).await?;
+        here = there;
+        if rivals.is_empty() {
+            continue;
+        }
+        pause(&here).await?;
+        for rival in &mut rivals {
+            rival.travel(&guest, directory, number, options).await?;
+        }
+        resume(&here).await?;
+    }
+    let mut ways = vec![own];
+    ways.extend(rivals.into_iter().map(|rival| rival.way));
+    Ok(ways)
+}
+
+impl Rival {
+    async fn travel(&mut self, guest: &qemu::Guest<'_>, directory: &Path, number: u32, options: &Bench) -> Result<()> {
+        let name = format!("{:?}-{number}", self.method);
+        let mut there = qemu::Qemu::start(guest, directory, &name, true)?;
+        self.here.execute("cont", serde_json::Value::Null)?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let (pid, size) = (there.pid(), options.memory);
+        let watcher =
+            Watcher::start(self.ram.again()?, move || ProbeRam::find(pid, qemu::RAM_NAME, |ram| ram.size() == size))?;
+        let begin = self.here.migrate(&mut there, self.method, options.downtime_limit)?;
+        let gap = watcher.finish(START)?;
+        self.way.total.push(gap.at.saturating_duration_since(begin));
+        self.way.blackout.push(gap.blackout);
+        self.ram = qemu_ram(&there, options.memory).await?;
+        working(&self.ram).await?;
+        there.execute("stop", serde_json::Value::Null)?;
+        self.here = there;
+        Ok(())
+    }
+}
+
+async fn qemu_ram(qemu: &qemu::Qemu, size: u64) -> Result<ProbeRam> {
+    let deadline = Instant::now() + START;
+    loop {
+        if let Some(ram) = ProbeRam::find(qemu.pid(), qemu::RAM_NAME, |ram| ram.size() == size)? {
+            return Ok(ram);
+        }
+        if Instant::now() >= deadline {
+            anyhow::bail!("QEMU has made no RAM within {START:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn working(ram: &ProbeRam) -> Result<()> {
+    use wherry_guest::report::Phase;
+    wait_for(ram, "fill its data", |snapshot| snapshot.phase() >= Phase::Running).await.map(|_| ())
+}
+
+async fn pause(process: &Process) -> Result<()> {
+    process.client.put::<serde_json::Value>("/vm/pause", ANSWER).await.context("pausing the VM").map(|_| ())
+}
+
+async fn resume(process: &Process) -> Result<()> {
+    process.client.put::<serde_json::Value>("/vm/resume", ANSWER).await.context("resuming the VM").map(|_| ())
+}
+
+impl Results {
+    /// For a person.
+    fn text(&self) -> String {
+        let bytes = report::bytes;
+        let mut text = String::new();
+        if let Some(engine) = &self.engine {
+            text.push_str(&format!("\nEngine alone: {} of random data into fresh memory\n\n", bytes(self.data)));
+            let time = |seconds: f64| report::time((seconds * 1e6) as u64);
+            let of_raw = format!("{:.0} % of raw", engine.ratio * 100.0);
+            text.push_str(&report::table(&[
+                ["way", "median", "speed"].map(String::from).to_vec(),
+                vec!["raw loopback TCP, 1 stream".into(), time(engine.raw_one_s), String::new()],
+                vec!["raw loopback TCP, 2 streams".into(), time(engine.raw_two_s), String::new()],
+                vec!["Wherry's engine, whole journey".into(), time(engine.engine_s), of_raw],
+            ]));
+        }
+        text.push_str(&format!(
+            "\n\nWhole guest: {} of data, {}/s of it rewritten; raw TCP beside it, 2 streams: {}\n\n",
+            bytes(self.data),
+            bytes(self.rate),
+            self.raw_beside_guest.text()
+        ));
+        let mut rows = vec![
+            ["median (least - most)", "command to running", "times", "blackout", "times"].map(String::from).to_vec(),
+        ];
+        let own = self.ways.first().cloned().unwrap_or_default();
+        let times = |ratio: Option<f64>| ratio.map(|r| format!("{r:.1}")).unwrap_or_default();
+        for way in &self.ways {
+            rows.push(vec![
+                way.name.clone(),
+                way.total.text(),
+                times(own.total.ratio(&way.total)),
+                way.blackout.text(),
+                times(own.blackout.ratio(&way.blackout)),
+            ]);
+        }
+        text.push_str(&report::table(&rows));
+        text.push('\n');
+        text
+    }
+}

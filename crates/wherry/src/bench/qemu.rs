@@ -1,0 +1,194 @@
+//! QEMU as the peer to compare with: the same probe guest, migrated between two QEMU processes over loopback TCP.
+//!
+//! QEMU is driven through QMP on a UNIX socket. Its RAM is a shared memfd too, so the same watcher reads the guest's
+//! report page from outside.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+/// Where Debian puts it.
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// Name of the memfd that `memory-backend-memfd` makes.
+pub const RAM_NAME: &str = "memory-backend-memfd";
+
+/// No answer of QEMU takes longer.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// Its version, or `None` if QEMU is not installed.
+pub fn version() -> Option<String> {
+    let output = Command::new(PROGRAM).arg("--version").output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let version = text.lines().next()?.trim_start_matches("QEMU emulator version ");
+    Some(version.split_whitespace().next()?.to_owned())
+}
+
+/// The guest to run.
+#[derive(Clone, Debug)]
+pub struct Guest<'a> {
+    /// PVH ELF kernel.
+    pub kernel: &'a Path,
+    /// Its command line.
+    pub cmdline: &'a str,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// vCPUs.
+    pub cpus: u32,
+}
+
+/// How to migrate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// One stream.
+    Precopy,
+    /// Two streams (`multifd`).
+    Multifd,
+}
+
+/// A running QEMU process; it is killed when this is dropped.
+#[derive(Debug)]
+pub struct Qemu {
+    child: Child,
+    socket: PathBuf,
+    qmp: BufReader<UnixStream>,
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+impl Qemu {
+    /// Starts QEMU under KVM; `incoming` makes it wait for a migration.
+    pub fn start(guest: &Guest<'_>, dir: &Path, name: &str, incoming: bool) -> Result<Self> {
+        let socket = dir.join(format!("{name}.qmp"));
+        let mut command = Command::new(PROGRAM);
+        command
+            .args(["-accel", "kvm", "-cpu", "host", "-nodefaults", "-display", "none", "-no-reboot"])
+            .args(["-machine", "q35,memory-backend=ram", "-m", &format!("{}M", guest.memory_mib)])
+            .args(["-object", &format!("memory-backend-memfd,id=ram,share=on,size={}M", guest.memory_mib)])
+            .args(["-smp", &guest.cpus.to_string(), "-append", guest.cmdline, "-kernel"])
+            .arg(guest.kernel)
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        if incoming {
+            command.args(["-incoming", "defer"]);
+        }
+        let mut child = command.spawn().with_context(|| format!("starting {PROGRAM}"))?;
+        match Self::connect(&socket, &mut child) {
+            Ok(qmp) => {
+                let mut qemu = Self { child, socket, qmp };
+                qemu.read()?; // greeting
+                qemu.execute("qmp_capabilities", Value::Null)?;
+                Ok(qemu)
+            }
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    fn connect(socket: &Path, child: &mut Child) -> Result<BufReader<UnixStream>> {
+        let deadline = Instant::now() + ANSWER;
+        loop {
+            if let Ok(stream) = UnixStream::connect(socket) {
+                stream.set_read_timeout(Some(ANSWER))?;
+                return Ok(BufReader::new(stream));
+            }
+            if let Some(status) = child.try_wait()? {
+                bail!("{PROGRAM} ended at once: {status}");
+            }
+            if Instant::now() > deadline {
+                bail!("{PROGRAM} did not open {} within {ANSWER:?}", socket.display());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Process id, for the watcher.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Runs a QMP command and gives what it returns.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        let mut request = json!({ "execute": command });
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        let stream = self.qmp.get_mut();
+        stream.write_all(format!("{request}\n").as_bytes()).with_context(|| format!("sending {command} to QEMU"))?;
+        loop {
+            let mut answer = self.read().with_context(|| format!("waiting for QEMU's answer to {command}"))?;
+            if let Some(error) = answer.get("error") {
+                bail!("QEMU refuses {command}: {error}");
+            }
+            if let Some(value) = answer.get_mut("return") {
+                return Ok(value.take());
+            }
+            // Anything else is an event.
+        }
+    }
+
+    fn read(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        if self.qmp.read_line(&mut line)? == 0 {
+            bail!("QEMU closed its QMP connection");
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    fn capabilities(&mut self, method: Method) -> Result<()> {
+        let multifd = method == Method::Multifd;
+        self.execute(
+            "migrate-set-capabilities",
+            json!({ "capabilities": [{ "capability": "multifd", "state": multifd }] }),
+        )?;
+        if multifd {
+            self.execute("migrate-set-parameters", json!({ "multifd-channels": 2 }))?;
+        }
+        Ok(())
+    }
+
+    /// Migrates the guest into `to`, and returns when QEMU calls it completed: when the command was given. The bandwidth
+    /// is not limited.
+    pub fn migrate(&mut self, to: &mut Qemu, method: Method, downtime_limit_ms: u64) -> Result<Instant> {
+        for end in [&mut *self, &mut *to] {
+            end.capabilities(method)?;
+        }
+        to.execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
+        let listening = to.execute("query-migrate", Value::Null)?;
+        let port = listening["socket-address"][0]["port"]
+            .as_str()
+            .with_context(|| format!("QEMU does not say where it listens: {listening}"))?
+            .to_owned();
+        self.execute(
+            "migrate-set-parameters",
+            json!({ "max-bandwidth": 100_000_000_000u64, "downtime-limit": downtime_limit_ms }),
+        )?;
+        let begin = Instant::now();
+        self.execute("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
+        loop {
+            let status = self.execute("query-migrate", Value::Null)?;
+            match status["status"].as_str() {
+                Some("completed") => return Ok(begin),
+                Some("failed" | "cancelled") => bail!("QEMU's migration failed: {status}"),
+                _ if begin.elapsed() > Duration::from_secs(60) => bail!("QEMU's migration does not end: {status}"),
+                _ => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+}
