@@ -207,7 +207,8 @@ impl Connection {
         Closer(self.reader.half.socket.clone())
     }
 
-    /// Bounds the time in which no byte moves, in both directions.
+    /// Bounds the time in which no byte moves, in both directions. A peer that stops in the middle of a large read is
+    /// noticed within twice that time, because one call waits for all of it.
     pub fn set_idle_limit(&mut self, limit: Duration) {
         self.reader.set_idle_limit(limit);
         self.writer.set_idle_limit(limit);
