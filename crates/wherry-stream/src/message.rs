@@ -390,4 +390,53 @@ mod tests {
         assert_eq!(Message::from_bytes(&bytes), Err(MessageError::AboutNothing("Run")));
         assert!(matches!(Message::from_bytes(&[0xff; 7]), Err(MessageError::Decode(_))));
     }
+
+    #[test]
+    fn the_page_lists_every_message_with_its_number() {
+        let bodies = [
+            Body::Begin(Begin::default()),
+            Body::Accept(Accept::default()),
+            Body::Refuse(Refuse::default()),
+            Body::Ping(Empty {}),
+            Body::Pong(Empty {}),
+            Body::Poise(Poise::default()),
+            Body::Poised(Empty {}),
+            Body::Continue(Empty {}),
+            Body::Hashes(Hashes::default()),
+            Body::AskPages(AskPages::default()),
+            Body::PageHashes(PageHashes::default()),
+            Body::StatePiece(StatePiece::default()),
+            Body::Offer(Offer::default()),
+            Body::Ready(Ready::default()),
+            Body::Run(Empty {}),
+            Body::Running(Running::default()),
+            Body::NotRun(Reason::default()),
+            Body::Query(Empty {}),
+            Body::StillReady(Empty {}),
+            Body::Unknown(Reason::default()),
+            Body::Abort(Reason::default()),
+            Body::Confirm(Empty {}),
+            Body::Aborted(Empty {}),
+        ];
+        let page = include_str!("../../../docs/wire.md");
+        let rows = page.lines().skip_while(|l| !l.starts_with("| message |")).skip(2);
+        let listed: Vec<(String, u64)> = rows
+            .take_while(|l| l.starts_with('|'))
+            .map(|row| {
+                let cells: Vec<_> = row.split('|').map(str::trim).collect();
+                (cells[1].to_owned(), cells[2].parse().unwrap())
+            })
+            .collect();
+        let known: Vec<(String, u64)> = bodies
+            .into_iter()
+            .map(|body| {
+                let kind = body.kind().to_owned();
+                let bytes = Message { about: None, body: Some(body) }.to_bytes();
+                // The key of a field: its number and, in the last three bits, 2 for a message.
+                let key = prost::encoding::decode_varint(&mut bytes.as_slice()).unwrap();
+                (kind, key >> 3)
+            })
+            .collect();
+        assert_eq!(listed, known);
+    }
 }
