@@ -165,7 +165,8 @@ fn totals_that_differ_from_what_arrived_are_not_ready() {
 
 #[test]
 fn state_that_is_garbage_missing_or_of_an_unknown_unit_is_not_loaded() {
-    let lies: [(fn(&mut Offer), &str); 3] = [
+    type Lie = fn(&mut Offer);
+    let lies: [(Lie, &str); 3] = [
         (|o| o.state = vec![0xff; 40], "state did not arrive"),
         (
             |o| {
