@@ -321,3 +321,52 @@ fn a_receiver_is_stopped_while_it_listens() {
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     assert_eq!(there.end().code(), Some(0), "{}", there.log());
 }
+
+#[test]
+fn ten_vms_migrate_at_once() {
+    if !kvm("ten_vms_migrate_at_once") {
+        return;
+    }
+    let place = Place::new();
+    let arguments = ["run", "--memory", "32M", "--cmdline", "data=8M rate=1M"];
+    let mut ends = Vec::new();
+    for i in 0..10 {
+        let (from, to) = (format!("from{i}"), format!("to{i}"));
+        let here = place.start(&from, &arguments);
+        let (there, address) = place.receive(&to, &[]);
+        place.wait_for_state(&from, "running");
+        ends.push((from, to, address, here, there));
+    }
+    let moving: Vec<_> = ends
+        .iter()
+        .map(|(from, _, address, ..)| {
+            let api = place.path(from);
+            let mut command = place.command(&["migrate", "--to", address, "--api", api.to_str().unwrap()]);
+            command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for child in moving {
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    }
+    for (_, to, ..) in &ends {
+        assert_alive(&place, to);
+    }
+}
+
+#[test]
+fn a_guest_of_256_gib_that_uses_little_moves_little() {
+    if !kvm("a_guest_of_256_gib_that_uses_little_moves_little") {
+        return;
+    }
+    let place = Place::new();
+    let _here = place.start("0", &["run", "--memory", "256G", "--cmdline", "data=64M rate=1M"]);
+    place.wait_for_state("0", "running");
+    let (_there, address) = place.receive("1", &[]);
+    let output = migrate(&place, "0", &address, &["--json"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(job["data_processed"].as_u64().is_some_and(|n| n < 512 << 20), "{job:#}");
+    assert_eq!(place.status("1").unwrap()["vm"]["memory"], 256u64 << 30);
+    assert_alive(&place, "1");
+}

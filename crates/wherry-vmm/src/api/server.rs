@@ -281,6 +281,7 @@ struct Told {
     service: Arc<Service>,
     changes: tokio::sync::watch::Receiver<u64>,
     state: Option<(VmState, Phase, String)>,
+    phases: usize,
     rounds: usize,
     job: Option<Job>,
     waiting: std::collections::VecDeque<sse::Event>,
@@ -292,6 +293,7 @@ async fn events(State(service): Shared) -> Sse<impl Stream<Item = Result<sse::Ev
         changes: service.watch(),
         service,
         state: None,
+        phases: 0,
         rounds: 0,
         job: None,
         waiting: Default::default(),
@@ -320,10 +322,18 @@ impl Told {
         self.ended = self.service.ending().is_some();
         let (info, job) = (self.service.info(), self.service.job());
         let state = (info.state, job.phase, job.attempt.clone());
-        let new_job = self.job.as_ref().is_none_or(|old| old.attempt != job.attempt);
+        // A journey has no attempt id before its source has chosen one.
+        let new_job = self.job.as_ref().is_some_and(|old| !old.attempt.is_empty() && old.attempt != job.attempt);
         if new_job {
-            self.rounds = 0;
+            (self.phases, self.rounds) = (0, 0);
         }
+        // Phases may be shorter than a tick. The one that is told below is the last of them.
+        let phases = self.service.phases();
+        for phase in phases.iter().skip(self.phases).filter(|phase| **phase != job.phase) {
+            let (phase, attempt) = (*phase, job.attempt.clone());
+            self.queue("phase", &PhaseEvent { state: info.state, phase, attempt, reason: None });
+        }
+        self.phases = phases.len();
         for round in job.rounds.iter().skip(self.rounds) {
             self.queue("round", round);
         }

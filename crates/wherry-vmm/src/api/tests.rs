@@ -292,7 +292,9 @@ fn the_event_stream_tells_states_rounds_and_the_end() {
     };
     assert_eq!(next("phase")["state"], "running");
     service.migrate(&serde_json::from_value(json!({"to": "tcp:h:1"})).unwrap()).unwrap();
-    assert_eq!(next("phase")["state"], "migrating");
+    assert_eq!(next("phase")["phase"], "setup", "a phase that is over before anybody looks is told");
+    let phase = next("phase");
+    assert_eq!((&phase["state"], &phase["phase"]), (&json!("migrating"), &json!("precopy")));
     engine.set(|job| job.rounds.push(Round { number: 1, pages: 7, ..Round::default() }));
     let round: Round = serde_json::from_value(next("round")).unwrap();
     assert_eq!((round.number, round.pages), (1, 7));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wherry_migration::Side;
-use wherry_migration::progress::Job;
+use wherry_migration::progress::{Job, Phase};
 
 use crate::api::types::{Hardware, MigrationRequest};
 
@@ -47,6 +47,9 @@ pub trait Guest: Any + Send {
 pub trait Journey: Send + Sync {
     /// Where it stands.
     fn job(&self) -> Job;
+
+    /// The phases it has been in, in order, each entry as often as it was entered.
+    fn phases(&self) -> Vec<Phase>;
 
     /// Asks it to end with the VM at the source. `Err` says why that is no longer possible.
     fn cancel(&self) -> Result<(), String>;

@@ -2,19 +2,20 @@
 
 use std::any::Any;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use wherry_migration::machine::{Builder, Machine, MachineDescription, Refusal};
-use wherry_migration::progress::Job;
+use wherry_migration::progress::{Job, Phase};
 use wherry_migration::{
-    DestinationOptions, Journey, JourneyError, MAX_CHANNELS, Side, SourceOptions, destination, source,
+    DestinationOptions, EventKind, Journey, JourneyError, MAX_CHANNELS, Side, SourceOptions, destination, source,
 };
 use wherry_stream::{Endpoint, Listener};
 
 use super::Service;
 use super::guest::{self, Departure, Engine, Exit, Guest, GuestError, Received, Sent};
+use crate::api::server::is_over;
 use crate::api::types::{Hardware, MigrationRequest, Mode, RamBlock};
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::{MachineConfig, SerialTarget};
@@ -100,22 +101,53 @@ fn hardware(vm: &Vm) -> Hardware {
 }
 
 /// The engine's handle as the service sees it.
-struct Handle(Journey);
+struct Handle {
+    journey: Journey,
+    phases: Arc<Mutex<Vec<Phase>>>,
+}
+
+impl Handle {
+    /// Listens to a journey from now on.
+    fn new(journey: &Journey) -> Arc<Self> {
+        let handle = Self { journey: journey.clone(), phases: Arc::new(Mutex::new(vec![journey.job().phase])) };
+        let (events, phases) = (journey.subscribe(), handle.phases.clone());
+        super::state::aside("phases", move || {
+            // Ends with the journey: its last phase, or its last handle.
+            for event in events {
+                if event.kind == EventKind::Phase {
+                    let phase = event.job.phase;
+                    let mut phases = phases.lock().unwrap_or_else(PoisonError::into_inner);
+                    if phases.last() != Some(&phase) {
+                        phases.push(phase);
+                    }
+                    if is_over(phase) {
+                        break;
+                    }
+                }
+            }
+        });
+        Arc::new(handle)
+    }
+}
 
 impl guest::Journey for Handle {
     fn job(&self) -> Job {
-        self.0.job()
+        self.journey.job()
+    }
+
+    fn phases(&self) -> Vec<Phase> {
+        self.phases.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn cancel(&self) -> Result<(), String> {
-        match self.0.cancel() {
+        match self.journey.cancel() {
             true => Ok(()),
             false => Err("it is too late: the VM has been given away, or the journey has ended".into()),
         }
     }
 
     fn resolve(&self, side: Side) -> Result<(), String> {
-        match self.0.resolve(side) {
+        match self.journey.resolve(side) {
             true => Ok(()),
             false => Err("it is not in doubt (any more); look at its status".into()),
         }
@@ -164,7 +196,7 @@ struct KvmDeparture {
 
 impl Departure for KvmDeparture {
     fn journey(&self) -> Arc<dyn guest::Journey> {
-        Arc::new(Handle(self.journey.clone()))
+        Handle::new(&self.journey)
     }
 
     fn run(self: Box<Self>, guest: Box<dyn Guest>) -> Sent {
@@ -245,7 +277,7 @@ struct Announcing<'a> {
 
 impl Builder for Announcing<'_> {
     fn build(&self, description: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal> {
-        self.service.arriving(Arc::new(Handle(self.journey.clone())));
+        self.service.arriving(Handle::new(self.journey));
         let vm = self.builder.build_vm(description)?;
         self.service.built(hardware(&vm));
         Ok(vm)

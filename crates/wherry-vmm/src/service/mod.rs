@@ -171,6 +171,13 @@ impl Service {
         job
     }
 
+    /// The phases of the last journey, without those that end it.
+    pub fn phases(&self) -> Vec<Phase> {
+        let mut phases = self.lock().journey.as_ref().map(|j| j.phases()).unwrap_or_default();
+        phases.retain(|phase| !matches!(phase, Phase::None | Phase::Done | Phase::Cancelled | Phase::Failed));
+        phases
+    }
+
     /// Remembers that somebody has been told how the last journey ended.
     pub fn result_was_read(&self) {
         self.lock().result_read = true;

@@ -91,6 +91,9 @@ impl Journey for FakeJourney {
     fn job(&self) -> Job {
         self.job.lock().unwrap().clone()
     }
+    fn phases(&self) -> Vec<Phase> {
+        vec![Phase::None, Phase::Setup, self.job().phase]
+    }
     fn cancel(&self) -> Result<(), String> {
         if self.job().phase != Phase::Precopy {
             return Err("too late".into());

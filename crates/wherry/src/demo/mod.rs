@@ -75,6 +75,7 @@ pub fn check_kvm() -> Result<()> {
 }
 
 async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
+    let competition = outcome::competition();
     let say = |text: &str| {
         if !options.json {
             eprintln!("{text}");
@@ -139,6 +140,7 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         data_pages: end.data_pages,
         errors: end.verify_errors(),
         clock_backwards: end.cpus.iter().map(|c| c.tsc_backwards).sum(),
+        competition,
         ok: complaint.is_none(),
         complaint,
     };

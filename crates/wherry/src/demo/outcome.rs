@@ -57,10 +57,19 @@ pub struct Outcome {
     pub errors: u64,
     /// How often its clock went backwards.
     pub clock_backwards: u64,
+    /// How many threads of other programs wanted each core when the demo began, if it was more than half a thread.
+    pub competition: Option<f64>,
     /// Whether every move succeeded and nothing was lost.
     pub ok: bool,
     /// What was wrong, if anything.
     pub complaint: Option<String>,
+}
+
+/// How many threads wanted each core lately, if it is enough to spoil a measurement.
+pub fn competition() -> Option<f64> {
+    let load: f64 = std::fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()?;
+    let cores = std::thread::available_parallelism().ok()?.get() as f64;
+    Some(load / cores).filter(|threads| *threads > 0.5)
 }
 
 /// The middle one; of two, the larger.
@@ -126,6 +135,12 @@ impl Outcome {
         if uncertain > self.blackout_median_us / 5 {
             line("", format!("(coarse by up to {}: this machine is busy)", report::time(uncertain)));
         }
+        if let Some(threads) = self.competition {
+            line(
+                "",
+                format!("(others kept this machine busy, {threads:.1} threads a core: all times are longer for it)"),
+            );
+        }
         if self.legs.iter().any(|l| l.verified) {
             line("Hashed", "all RAM and state at both ends of the moves marked so; they were equal".into());
         }
@@ -181,6 +196,7 @@ mod tests {
             data_pages: 0,
             errors: 0,
             clock_backwards: 0,
+            competition: None,
             ok: true,
             complaint: None,
         };
