@@ -3,7 +3,7 @@
 //! - [`vm`]: the machine, made from a [`config`] and driven; [`builder`] makes the one that arrives, from a
 //!   [`description`].
 //! - `vcpu`, [`cpu_model`], [`units`], `dirty_log`: KVM's side of it.
-//! - [`boot`], [`bus`], [`line`], [`layout`], [`acpi`], [`pci`], [`power`], [`rtc`], [`serial`]: the platform the guest sees.
+//! - [`boot`], [`bus`], [`mod@line`], [`layout`], [`acpi`], [`pci`], [`power`], [`rtc`], [`serial`]: the platform the guest sees.
 //! - [`service`], [`api`]: where a process knows where its VM stands, and how others ask.
 
 pub mod acpi;
