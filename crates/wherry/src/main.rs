@@ -3,7 +3,7 @@
 //! - [`args`]: what may stand on it.
 //! - [`host`]: `run` and `receive`, the processes that hold a VM.
 //! - [`control`], [`migrate`]: commands to such a process, over its API by [`client`].
-//! - [`bench`]: figures, beside those of the machine and of a peer.
+//! - [`mod@bench`]: figures, beside those of the machine and of a peer.
 //! - [`demo`]: all of it in one command; [`probe`] watches the guest from outside.
 //! - [`records`]: what this host remembers of VMs that changed hands.
 //! - [`report`]: figures as people read them.
