@@ -36,7 +36,9 @@ pub const LAB: [Need; 2] = [
 ];
 
 /// What only the workspace's own tests use.
-pub const TESTS: [Need; 3] = [
+pub const TESTS: [Need; 4] = [
+    // Compiles the ACPI tables back, to see that others can read them.
+    Need { program: "iasl", major: 0, package: "acpica-tools", suite: None },
     Need { program: "cpio", major: 0, package: "cpio", suite: None },
     Need { program: "qemu-system-x86_64", major: 10, package: "qemu-system-x86", suite: Some(BACKPORTS) },
     Need { program: "qemu-storage-daemon", major: 10, package: "qemu-utils", suite: Some(BACKPORTS) },
