@@ -22,5 +22,39 @@ pub fn run(full: bool) -> Result<Tally> {
         script.push_str(" --full && lab-agent linux --full --kernel /lab/vmlinuz-outer --label newer-kernel-");
     }
     let content = Content { script, binaries: vec!["lab-agent", "wherry"], ..Content::default() };
-    Outer::prepare("linux", &content)?.run(if full { FULL_LIMIT } else { LIMIT })
+    let limit = if full { FULL_LIMIT } else { LIMIT };
+    let outer = Outer::prepare("linux", &content)?;
+    let tally = outer.run(limit)?;
+    if !did_not_boot(&tally) {
+        return Ok(tally);
+    }
+    // Under double emulation a kernel has hung in its boot about once in twenty times, and why is not known (docs/lab.md).
+    // What is tested comes after the boot; so the boot, and only it, is tried once more, and said so.
+    for failure in &tally.failures {
+        println!("lab: NOT COUNTED, tried once more: {failure}");
+    }
+    outer.run(limit)
+}
+
+/// Whether the first thing that went wrong was that the guest did not come up.
+fn did_not_boot(tally: &Tally) -> bool {
+    tally.failures.first().is_some_and(|failure| failure.starts_with("lab linux: boot: "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_did_not_boot_is_tried_again() {
+        let failed = |what: &[&str]| {
+            let mut tally = Tally::default();
+            what.iter().for_each(|what| tally.fail(*what));
+            did_not_boot(&tally)
+        };
+        assert!(failed(&["lab linux: boot: waited too long", "lab linux: smp: never reported"]));
+        assert!(!failed(&[]));
+        assert!(!failed(&["lab linux: migrate-1: refused", "lab linux: boot: late"]));
+        assert!(!failed(&["lab linux: the machine went down in mid-script"]));
+    }
 }
