@@ -28,7 +28,7 @@ pub fn run(full: bool) -> Result<Tally> {
     if !did_not_boot(&tally) {
         return Ok(tally);
     }
-    // Under double emulation a kernel has hung in its boot about once in twenty times, and why is not known (docs/lab.md).
+    // Under double emulation a kernel now and then hangs in its boot, and why is not known (docs/lab.md).
     // What is tested comes after the boot; so the boot, and only it, is tried once more, and said so.
     for failure in &tally.failures {
         println!("lab: NOT COUNTED, tried once more: {failure}");
