@@ -11,7 +11,7 @@ use crate::serial::Serial;
 use crate::wherry::{self, Vmm, path};
 
 /// The guest is emulated in an emulated machine: seconds become tens of seconds.
-const BOOT: Duration = Duration::from_secs(180);
+const BOOT: Duration = Duration::from_secs(120);
 const COMMAND: Duration = Duration::from_secs(60);
 const MIGRATION: Duration = Duration::from_secs(120);
 
