@@ -65,7 +65,12 @@ pub fn command(program: impl AsRef<OsStr>) -> Command {
 }
 
 /// Runs `command` for at most `limit`; `on_line` sees every line of its stdout and stderr as it comes.
-pub fn stream(mut command: Command, limit: Duration, mut on_line: impl FnMut(&str) -> Next) -> Result<Ending> {
+pub fn stream(command: Command, limit: Duration, mut on_line: impl FnMut(&str) -> Next) -> Result<Ending> {
+    watch(command, limit, |line| line.map_or(Next::Continue, &mut on_line))
+}
+
+/// [`stream`] whose handler also sees `None`, now and then, while the program says nothing.
+pub fn watch(mut command: Command, limit: Duration, mut on_line: impl FnMut(Option<&str>) -> Next) -> Result<Ending> {
     let deadline = Instant::now() + limit;
     let shown = format!("{command:?}");
     let child = command
@@ -93,18 +98,22 @@ fn follow(
     tree: &mut Tree,
     lines: &Receiver<String>,
     deadline: Instant,
-    on_line: &mut impl FnMut(&str) -> Next,
+    on_line: &mut impl FnMut(Option<&str>) -> Next,
 ) -> Result<Ending> {
     let mut ended: Option<(ExitStatus, Instant)> = None;
     let mut open = true;
     loop {
         match lines.recv_timeout(TICK) {
             Ok(line) => {
-                if on_line(&line) == Next::Stop {
+                if on_line(Some(&line)) == Next::Stop {
                     return Ok(Ending::Stopped);
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Timeout) => {
+                if on_line(None) == Next::Stop {
+                    return Ok(Ending::Stopped);
+                }
+            }
             Err(RecvTimeoutError::Disconnected) => {
                 open = false;
                 if ended.is_none() {

@@ -13,16 +13,19 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use wherry_guest::report::{CONTROL_GPA, Control, REPORT_GPA, REPORT_SIZE, heartbeat_gpa};
+use wherry_guest::report::{CONTROL_GPA, Control, CpuPage, REPORT_GPA, REPORT_SIZE, heartbeat_gpa};
 use wherry_guest::snapshot::{Snapshot, SnapshotError};
 
 /// Name of the RAM memfds of Wherry.
 pub const WHERRY_RAM: &str = "wherry-ram";
 
-/// How often a watcher looks.
-const LOOK: Duration = Duration::from_micros(20);
+/// How often a watcher looks while the guest's heart beats. Not more often: it has a high priority, and a vCPU that it
+/// interrupts every 100 us never gets into its guest (seen, with KVM-PVM: the guest stood still for up to 0.5 s).
+const LOOK: Duration = Duration::from_micros(500);
+/// How often it looks while the heart stands still. The vCPU may be about to run, so this is not much more often.
+const LOOK_CLOSELY: Duration = Duration::from_micros(250);
 /// How often a watcher looks for the memory of a destination that has not made it yet.
-const SEARCH: Duration = Duration::from_millis(1);
+const SEARCH: Duration = Duration::from_millis(5);
 
 /// The RAM block at guest physical address 0 of a running VM.
 #[derive(Debug)]
@@ -77,9 +80,15 @@ impl ProbeRam {
 
     /// The heartbeat counter of a vCPU; 0 while it has not arrived.
     pub fn heartbeat(&self, cpu: usize) -> io::Result<u64> {
-        let mut word = [0; 8];
-        self.file.read_exact_at(&mut word, heartbeat_gpa(cpu))?;
-        Ok(u64::from_le_bytes(word))
+        Ok(self.beat(cpu)?.count)
+    }
+
+    fn beat(&self, cpu: usize) -> io::Result<Beat> {
+        const { assert!(std::mem::offset_of!(CpuPage, heartbeat_tsc) == std::mem::offset_of!(CpuPage, heartbeat) + 8) };
+        let mut words = [0; 16];
+        self.file.read_exact_at(&mut words, heartbeat_gpa(cpu))?;
+        let words = u128::from_le_bytes(words);
+        Ok(Beat { count: words as u64, tsc: (words >> 64) as u64 })
     }
 
     /// All that the guest reports; `None` while it has not begun.
@@ -124,12 +133,46 @@ impl ProbeRam {
     }
 }
 
+/// A heartbeat: its number, and the guest's TSC at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Beat {
+    count: u64,
+    tsc: u64,
+}
+
+/// Our time of a guest's TSC, learnt from looking at its heartbeats: one is never younger than the look that sees it,
+/// and the freshest one seen tells most.
+#[derive(Debug)]
+struct GuestClock {
+    khz: u64,
+    fresh: Option<(Instant, u64)>,
+}
+
+impl GuestClock {
+    fn learn(&mut self, seen: Instant, tsc: u64) {
+        if self.khz > 0 && self.at(tsc).is_none_or(|at| seen < at) {
+            self.fresh = Some((seen, tsc));
+        }
+    }
+
+    fn at(&self, tsc: u64) -> Option<Instant> {
+        let (instant, fresh) = self.fresh?;
+        let span = |ticks: u64| {
+            Duration::from_nanos((u128::from(ticks) * 1_000_000 / u128::from(self.khz)).try_into().unwrap_or(u64::MAX))
+        };
+        match tsc.checked_sub(fresh) {
+            Some(ticks) => instant.checked_add(span(ticks)),
+            None => instant.checked_sub(span(fresh - tsc)),
+        }
+    }
+}
+
 /// A blackout as seen from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// From the last heartbeat seen at the source to the first seen at the destination.
+    /// From the last heartbeat at the source to the first seen at the destination.
     pub blackout: Duration,
-    /// The true value may be shorter or longer by this much: how far apart the looks at both ends were.
+    /// The true value may be shorter by this much: how long before the heartbeat was seen there it was looked for.
     pub uncertain: Duration,
     /// When the first heartbeat at the destination was seen.
     pub at: Instant,
@@ -184,12 +227,13 @@ fn watch(source: &ProbeRam, mut find: impl FnMut() -> io::Result<Option<ProbeRam
     let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1000));
     let _ = rustix::process::setpriority_process(None, -20);
 
+    let khz = source.snapshot()?.map_or(0, |snapshot| snapshot.tsc_khz);
+    let mut clock = GuestClock { khz, fresh: None };
     let mut destination: Option<ProbeRam> = None;
     let mut searched = Instant::now() - SEARCH;
-    let mut last_beat = source.heartbeat(0)?;
-    let mut last_beat_at = Instant::now();
-    let mut last_beat_uncertain = Duration::ZERO;
-    let mut last_look = last_beat_at;
+    let mut last = source.beat(0)?;
+    let mut seen = Instant::now();
+    let mut looked = seen;
     while !stop.load(Ordering::Relaxed) {
         // The destination first: while the guest runs at the source, a copy seen there is never newer than what is
         // read at the source afterwards.
@@ -198,23 +242,23 @@ fn watch(source: &ProbeRam, mut find: impl FnMut() -> io::Result<Option<ProbeRam
             None => 0,
         };
         let moved_at = Instant::now();
-        let beat = source.heartbeat(0)?;
+        let beat = source.beat(0)?;
         let now = Instant::now();
-        if beat != last_beat {
-            (last_beat, last_beat_at, last_beat_uncertain) = (beat, now, now - last_look);
-        } else if moved > beat {
-            return Ok(Gap {
-                blackout: moved_at.saturating_duration_since(last_beat_at),
-                uncertain: last_beat_uncertain.max(moved_at - last_look),
-                at: moved_at,
-            });
+        let beats = beat.count != last.count;
+        if beats {
+            (last, seen) = (beat, now);
+            clock.learn(now, beat.tsc);
+        } else if moved > beat.count {
+            let left = clock.at(last.tsc).map_or(seen, |at| at.min(seen));
+            let blackout = moved_at.saturating_duration_since(left);
+            return Ok(Gap { blackout, uncertain: (moved_at - looked).min(blackout), at: moved_at });
         }
-        last_look = now;
+        looked = now;
         if destination.is_none() && searched.elapsed() >= SEARCH {
             destination = find()?;
             searched = Instant::now();
         }
-        std::thread::sleep(LOOK);
+        std::thread::sleep(if beats { LOOK } else { LOOK_CLOSELY });
     }
     bail!("the watcher was stopped before the guest was seen at the destination")
 }
@@ -261,6 +305,23 @@ mod tests {
         assert_eq!(find(size).unwrap().heartbeat(0).unwrap(), 77);
         assert!(find(4096 * 3).is_none());
         assert!(ProbeRam::find(std::process::id(), "other", |_| true).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_freshest_heartbeat_sets_the_clock() {
+        let mut clock = GuestClock { khz: 1_000_000, fresh: None };
+        let start = Instant::now();
+        let us = Duration::from_micros;
+        assert_eq!(clock.at(5), None);
+        // Seen 300 us late, then 1 us late, then 200 us late.
+        clock.learn(start + us(300), 0);
+        clock.learn(start + us(1001), 1_000_000);
+        clock.learn(start + us(2200), 2_000_000);
+        assert_eq!(clock.at(3_000_000), Some(start + us(3001)));
+        assert_eq!(clock.at(0), Some(start + us(1)));
+        let mut unknown = GuestClock { khz: 0, fresh: None };
+        unknown.learn(start, 7);
+        assert_eq!(unknown.at(7), None);
     }
 
     #[test]

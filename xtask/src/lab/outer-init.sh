@@ -19,6 +19,10 @@ pass() { echo "LAB PASS $1"; }
 fail() { echo "LAB FAIL $1: $2"; }
 
 echo "lab: Linux $(uname -r) up for $(cut -d' ' -f1 /proc/uptime) s, $(nproc) CPUs"
+(while :; do
+    echo "LAB TICK"
+    sleep 2
+done) </dev/null &
 cd /tmp
 (. /lab/script) </dev/null
 status=$?
