@@ -1,0 +1,120 @@
+//! The background mapper: places what was received and nobody waited for, so that it never faults.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use wherry_memory::GRANULE;
+
+use crate::service::{FaultService, Shared, Trouble, bytes};
+use crate::{FaultError, lock};
+
+/// Pages looked at and mapped in one step: short enough for a fault not to notice (some 50 us).
+const STEP: u64 = 256;
+/// Between two passes while pages still arrive.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// How far the background mapper came in one call.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mapped {
+    /// Pages that it placed.
+    pub pages: u64,
+    /// It reached the end of the last block; the next call starts anew.
+    pub wrapped: bool,
+}
+
+impl FaultService {
+    /// Places up to about `budget` pages that are received, in memory and not placed, going on where the last call
+    /// ended. Holes stay holes. For callers who do not [start the mapper](Self::start_mapper).
+    pub fn map_background(&self, budget: u64) -> Result<Mapped, FaultError> {
+        self.shared.map_background(budget)
+    }
+}
+
+/// Passes over all blocks until everything is received and placed, or the service is stopped.
+pub(crate) fn run(shared: &Arc<Shared>) {
+    loop {
+        // Asked before the pass: what is complete then, the pass has seen whole.
+        let complete = shared.blocks.iter().all(|b| b.states.is_complete());
+        *lock(&shared.cursor) = (0, 0);
+        loop {
+            if shared.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            match shared.map_background(STEP) {
+                Ok(mapped) if mapped.wrapped => break,
+                Ok(_) => {}
+                // Only the time is lost that faults take instead.
+                Err(error) => return shared.trouble(Trouble::Guest(format!("the background mapper ends: {error}"))),
+            }
+        }
+        if complete {
+            return;
+        }
+        let pause = lock(&shared.mapper.0);
+        if shared.stopping.load(Ordering::SeqCst) {
+            return;
+        }
+        let _ = shared.mapper.1.wait_timeout(pause, PAUSE);
+    }
+}
+
+impl Shared {
+    fn map_background(&self, budget: u64) -> Result<Mapped, FaultError> {
+        let mut mapped = Mapped::default();
+        let mut cursor = lock(&self.cursor);
+        while mapped.pages < budget {
+            let Some(block) = self.blocks.get(cursor.0) else {
+                *cursor = (0, 0);
+                mapped.wrapped = true;
+                break;
+            };
+            let limit = block.states.pages();
+            let os = |source| FaultError::Os { what: "looking for holes", source };
+            let Some(data) =
+                block.block.data_runs(cursor.1 * GRANULE..limit * GRANULE).next().transpose().map_err(os)?
+            else {
+                *cursor = (cursor.0 + 1, 0);
+                continue;
+            };
+            let start = data.start / GRANULE;
+            let step = STEP.max(block.states.unit_granules()).min(budget.max(block.states.unit_granules()));
+            let end = (data.end / GRANULE).min(start + step).max(start + 1);
+            cursor.1 = end;
+            for run in block.states.unplaced_runs(start..end) {
+                mapped.pages += self.map_run(block, run)?;
+            }
+            // Faults go first.
+            while self.serving.load(Ordering::Relaxed) && !self.stopping.load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+        }
+        self.background_pages.fetch_add(mapped.pages, Ordering::Relaxed);
+        Ok(mapped)
+    }
+
+    /// Maps a run of received pages, of which only whole units are taken.
+    fn map_run(&self, block: &crate::block::BlockFaults, run: std::ops::Range<u64>) -> Result<u64, FaultError> {
+        let unit = block.states.unit_granules();
+        let whole = run.start.next_multiple_of(unit)..run.end / unit * unit;
+        if whole.is_empty() {
+            return Ok(0);
+        }
+        // A hole may have been made since we looked: who touches it is answered then.
+        let stopped = self
+            .with_target(block, |target| target.map(|target| target.in_place(bytes(&whole), true, &mut |_| Ok(()))));
+        match stopped {
+            None => Err(FaultError::NotRegistered),
+            Some(Ok(())) => {
+                block.states.set_placed(whole.clone());
+                Ok(whole.end - whole.start)
+            }
+            Some(Err(stopped)) => Err(FaultError::Place {
+                block: block.id(),
+                start: stopped.at / GRANULE,
+                end: whole.end,
+                reason: stopped.reason,
+            }),
+        }
+    }
+}
