@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use wherry_fault::FaultService;
 use wherry_memory::{BlockId, BlockSpec, DirtySource, GRANULE, MemoryError, PageSize, Ram, VmmWrites};
 use wherry_state::{Units, UnitsError};
 use wherry_stream::{Connection, Endpoint, IoRange, Listener, StreamError};
 
 use crate::error::Cause;
-use crate::machine::{Builder, Machine, MachineDescription, MachineError, Refusal};
+use crate::machine::{Builder, Machine, MachineDescription, MachineError, Refusal, Wants};
 use crate::progress::Job;
 use crate::{DestinationOptions, Journey, JourneyError, SourceOptions};
 
@@ -121,6 +122,10 @@ impl Machine for Image {
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.sources
     }
+    fn faults(&self) -> Result<&Arc<FaultService>, String> {
+        Err("an image is moved by precopy".into())
+    }
+
     fn throttle(&self, _percent: u8) {
         // No vCPU runs.
     }
@@ -138,7 +143,7 @@ impl Machine for Image {
 struct ImageBuilder;
 
 impl Builder for ImageBuilder {
-    fn build(&self, description: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal> {
+    fn build(&self, description: &MachineDescription, _: Wants) -> Result<Arc<dyn Machine>, Refusal> {
         let refused = |e: &dyn std::fmt::Display| Refusal(vec![e.to_string()]);
         let size = description.blocks.first().map_or(0, |b| b.size);
         let ram = fresh(size).map_err(|e| refused(&e))?;

@@ -28,6 +28,10 @@ pub enum JourneyError {
         "in doubt: {0}. Ask again, or decide with `resolve --as source|destination` when the other side is known to be dead"
     )]
     InDoubt(#[source] Cause),
+    /// Either end: the VM runs at the destination and lacks pages, and the link is gone. At the source it is at rest for
+    /// good, and its memory is what the destination lacks.
+    #[error("paused: the VM runs at the destination without some of its memory: {0}")]
+    Paused(#[source] Cause),
     /// Source: it failed, and the VM could not be started again here.
     #[error("the migration failed ({cause}) and the VM could not be started again here: {undo}")]
     Stuck {
@@ -49,6 +53,9 @@ pub enum Cause {
         /// Why it failed.
         source: StreamError,
     },
+    /// The guest's faults cannot be served.
+    #[error("serving page faults: {0}")]
+    Faults(String),
     /// The peer did nothing for too long.
     #[error("the {peer} was silent for {waited:?} while it was to {what}")]
     Silent {

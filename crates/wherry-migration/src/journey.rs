@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -74,6 +74,7 @@ struct Inner {
     job: Mutex<Job>,
     subscribers: Mutex<Vec<Sender<Event>>>,
     cancel: AtomicU8,
+    postcopy: AtomicBool,
     downtime_limit_us: AtomicU64,
     /// Bytes per second; 0: no limit.
     bandwidth: AtomicU64,
@@ -126,6 +127,7 @@ impl Journey {
                 job: Mutex::default(),
                 subscribers: Mutex::default(),
                 cancel: AtomicU8::new(OPEN),
+                postcopy: AtomicBool::new(false),
                 downtime_limit_us: AtomicU64::new(UNSET),
                 bandwidth: AtomicU64::new(UNSET),
                 resolution: Mutex::default(),
@@ -174,6 +176,16 @@ impl Journey {
         let (sender, receiver) = channel();
         lock(&self.inner.subscribers).push(sender);
         receiver
+    }
+
+    /// Asks a hybrid migration to switch now: what is left follows. Looked at after every round; without effect on a
+    /// migration that cannot.
+    pub fn switch_to_postcopy(&self) {
+        self.inner.postcopy.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn wants_postcopy(&self) -> bool {
+        self.inner.postcopy.load(Ordering::Relaxed)
     }
 
     /// Changes the limit for the blackout; looked at after every round.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use wherry_fault::FaultService;
 use wherry_memory::{DirtySource, Ram};
 use wherry_state::Units;
 
@@ -84,6 +85,10 @@ pub trait Machine: Send + Sync {
     /// Everyone who knows what was written in RAM: KVM's log, the VMM itself, devices.
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>];
 
+    /// Serves the faults on its guest maps, which were registered when they were made, if the builder was asked for that
+    /// ([`Wants::postcopy`]); otherwise why there is none.
+    fn faults(&self) -> Result<&Arc<FaultService>, String>;
+
     /// Takes `percent` (0 to 99) of their time away from the vCPUs; 0 ends it.
     fn throttle(&self, percent: u8);
 
@@ -98,11 +103,19 @@ pub trait Machine: Send + Sync {
     fn runs_after_start(&self) -> bool;
 }
 
+/// What a machine that is built must be able to do beyond its description.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wants {
+    /// Pages may follow the switch: its guest maps are registered with userfaultfd before anything else knows them. A
+    /// host that cannot do that builds the machine all the same, and [`Machine::faults`] says why.
+    pub postcopy: bool,
+}
+
 /// Builds the machine that a description asks for.
 pub trait Builder: Send + Sync {
     /// Compares the description with what this host can run, and builds the machine. Everything that is lacking is
     /// refused by name here, before a byte of memory moves.
-    fn build(&self, description: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal>;
+    fn build(&self, description: &MachineDescription, wants: Wants) -> Result<Arc<dyn Machine>, Refusal>;
 }
 
 impl MachineDescription {

@@ -16,13 +16,18 @@ pub enum Mode {
     /// Memory first, then the switch.
     #[default]
     Precopy,
-    /// The switch first. This version refuses it at both ends, by name.
+    /// The switch first; memory follows while the VM runs at the destination.
     Postcopy,
-    /// Precopy, and postcopy if it does not converge. This version refuses it at both ends, by name.
+    /// Precopy, and postcopy if it does not converge or is asked for.
     Hybrid,
 }
 
 impl Mode {
+    /// Whether pages may follow the switch.
+    pub fn may_follow(self) -> bool {
+        self != Mode::Precopy
+    }
+
     /// The word for it on the command line and in reports.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -151,6 +151,11 @@ impl Convergence {
         self.throttle
     }
 
+    /// Whether further rounds promise nothing, without help.
+    pub(crate) fn is_hopeless(&self) -> bool {
+        self.stuck >= PATIENCE
+    }
+
     /// Judges a round that sent `sent` bytes and found `dirty` bytes written meanwhile.
     pub(crate) fn judge(
         &mut self,

@@ -262,13 +262,14 @@ fn more_memory_than_the_destination_takes_is_refused() {
 }
 
 #[test]
-fn a_mode_this_version_does_not_have_is_refused_by_name() {
+fn hashing_all_memory_and_sending_it_after_the_switch_exclude_each_other() {
     let mut world = World::new(Wire::Unix);
     world.source_options.mode = Mode::Postcopy;
+    world.source_options.verify = true;
     let machine = guest();
     let (sent, received) = world.journey(&machine, None);
     assert!(sent.as_ref().is_err_and(|e| e.to_string().contains("postcopy")), "{sent:?}");
-    assert_stayed(&world, &machine, &sent, &received, "postcopy");
+    assert_stayed(&world, &machine, &sent, &received, "postcopy with --verify");
 }
 
 #[test]

@@ -71,12 +71,13 @@ impl Liar {
 
     /// Goes on to the offer, which `change` may falsify. What the destination answers.
     fn offer(mut self, change: impl FnOnce(&mut Offer)) -> Body {
-        self.say(Body::Poise(Poise { narrow: false, round: 1 }));
+        self.say(Body::Poise(Poise { narrow: false, round: 1, follow: false }));
         assert_eq!(self.hear(), Body::Poised(Empty {}));
         self.data.writer.write_round_end(1).unwrap();
         self.data.reader.read_frame().unwrap();
         let (state, stats) = (self.state(), self.data.writer.stats());
         let mut offer = Offer {
+            follow: false,
             state: state.encode_to_vec(),
             digest: state.digest().to_vec(),
             channels: vec![ChannelTotal {

@@ -101,6 +101,8 @@ pub enum Frame {
     RoundEnd(RoundEnd),
     /// Acknowledgement.
     Ack(Ack),
+    /// Granules that the peer needs at once; the kind of an extent says nothing here.
+    Request(Vec<Extent>),
 }
 
 impl Frame {
@@ -111,6 +113,7 @@ impl Frame {
             Self::Pages { .. } => FrameKind::Pages,
             Self::RoundEnd(_) => FrameKind::RoundEnd,
             Self::Ack(_) => FrameKind::Ack,
+            Self::Request(_) => FrameKind::Request,
         }
     }
 }
@@ -222,6 +225,14 @@ impl FrameWriter {
     /// Sends an acknowledgement.
     pub fn write_ack(&mut self, ack: Ack) -> Result<(), StreamError> {
         self.write_small(FrameKind::Ack, &ack.encode(), "sending an acknowledgement")
+    }
+
+    /// Asks for granules.
+    pub fn write_request(&mut self, extents: &[Extent]) -> Result<(), StreamError> {
+        let mut table = Vec::with_capacity(extents.len() * pages::EXTENT_BYTES);
+        pages::encode_table(extents, &mut table)
+            .map_err(|source| StreamError::Frame { channel: self.half.name().to_owned(), source })?;
+        self.write_small(FrameKind::Request, &table, "asking for pages")
     }
 
     /// Tells the peer that this side lives. The peer's reader takes no other notice of it.
@@ -452,6 +463,11 @@ impl FrameReader {
             FrameKind::Ack => {
                 let payload: &[u8; ACK_BYTES] = payload.try_into().map_err(|_| length())?;
                 Frame::Ack(Ack::decode(payload)?)
+            }
+            FrameKind::Request => {
+                let mut extents = Vec::new();
+                pages::decode_extents(payload, &mut extents)?;
+                Frame::Request(extents)
             }
             FrameKind::KeepAlive => return Ok(None),
         }))

@@ -31,11 +31,13 @@ pub enum FrameKind {
     Ack = 4,
     /// Nothing; the peer lives.
     KeepAlive = 5,
+    /// Granules that the sender needs at once, as a table of extents without content.
+    Request = 16,
 }
 
 impl FrameKind {
     /// All kinds that version 1 knows.
-    pub const ALL: [Self; 5] = [Self::Control, Self::Pages, Self::RoundEnd, Self::Ack, Self::KeepAlive];
+    pub const ALL: [Self; 6] = [Self::Control, Self::Pages, Self::RoundEnd, Self::Ack, Self::KeepAlive, Self::Request];
 
     fn from_wire(value: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| *kind as u16 == value)
@@ -49,6 +51,7 @@ impl FrameKind {
             Self::RoundEnd => (ROUND_END_BYTES as u32, ROUND_END_BYTES as u32),
             Self::Ack => (ACK_BYTES as u32, ACK_BYTES as u32),
             Self::KeepAlive => (0, 0),
+            Self::Request => (EXTENT_BYTES as u32, (MAX_EXTENTS * EXTENT_BYTES) as u32),
         }
     }
 }
@@ -100,7 +103,7 @@ pub enum FrameError {
         expected: u32,
     },
     /// The kind is none.
-    #[error("unknown frame kind {found}; this Wherry knows 1 to 5: is the peer newer?")]
+    #[error("unknown frame kind {found}; this Wherry knows 1 to 5 and 16: is the peer newer?")]
     Kind {
         /// What came.
         found: u16,

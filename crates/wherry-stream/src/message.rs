@@ -12,11 +12,13 @@
 //!     | Poise (the switchover comes)             -> |
 //!     | <- Poised                                   |
 //!     | Continue (it did not: another round), Ping-> |   Pong, and back to the rounds; or:
-//!     | last pages on data channels, Hashes,        |
+//!     | last pages on data channels, or Follow;     |
+//!     | Hashes,                                     |
 //!     | StatePiece, Offer                        -> |   checks, loads
 //!     | <- Ready, or Abort with the reason          |
 //!     | records; Run                             -> |   takes locks, starts
 //!     | <- Running, or NotRun with the reason       |
+//!     | (postcopy: pages follow; <- Complete)       |
 //!     | Confirm                                  -> |
 //!     | Query (on any new connection, in doubt)  -> |
 //!     | <- Running / NotRun / StillReady / Unknown  |
@@ -90,6 +92,22 @@ pub struct Poise {
     /// Number of the last round.
     #[prost(uint32, tag = "2")]
     pub round: u32,
+    /// Pages that are not there yet follow when the VM runs at the destination.
+    #[prost(bool, tag = "3")]
+    pub follow: bool,
+}
+
+/// Pages of a block that the destination does not have, or has as they were: they follow. Said between the stop and the
+/// offer, and only if [`Poise::follow`] was; what is in no such message is as the destination has it.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Follow {
+    /// The block.
+    #[prost(uint32, tag = "1")]
+    pub block: u32,
+    /// Runs of granules: how many to skip, how many follow, how many to skip, and so on, from the start of the block or
+    /// from the end of the last message about it.
+    #[prost(uint64, repeated, tag = "2")]
+    pub runs: Vec<u64>,
 }
 
 /// Hashes of memory at the stop, for consecutive chunks of a block.
@@ -174,6 +192,9 @@ pub struct Offer {
     /// Rounds made.
     #[prost(uint32, tag = "5")]
     pub rounds: u32,
+    /// Pages follow.
+    #[prost(bool, tag = "6")]
+    pub follow: bool,
 }
 
 /// The destination has everything and can run.
@@ -216,7 +237,7 @@ pub struct Message {
     /// What it says.
     #[prost(
         oneof = "Body",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26"
     )]
     pub body: Option<Body>,
 }
@@ -293,6 +314,12 @@ pub enum Body {
     /// Destination: it is aborted here too, and nothing of it is left.
     #[prost(message, tag = "24")]
     Aborted(Empty),
+    /// Source: pages that follow.
+    #[prost(message, tag = "25")]
+    Follow(Follow),
+    /// Destination: every page that was to follow is there.
+    #[prost(message, tag = "26")]
+    Complete(Empty),
 }
 
 impl Body {
@@ -322,6 +349,8 @@ impl Body {
             Body::Abort(_) => "Abort",
             Body::Confirm(_) => "Confirm",
             Body::Aborted(_) => "Aborted",
+            Body::Follow(_) => "Follow",
+            Body::Complete(_) => "Complete",
         }
     }
 }
@@ -417,6 +446,8 @@ mod tests {
             Body::Abort(Reason::default()),
             Body::Confirm(Empty {}),
             Body::Aborted(Empty {}),
+            Body::Follow(Follow::default()),
+            Body::Complete(Empty {}),
         ];
         let page = include_str!("../../../docs/wire.md");
         let rows = page.lines().skip_while(|l| !l.starts_with("| message |")).skip(2);

@@ -104,6 +104,17 @@ pub(crate) fn encode_table(extents: &[Extent], table: &mut Vec<u8>) -> Result<u6
 /// Decodes a table into `extents`, which is emptied first, and checks it against the bytes of content that follow it.
 /// Extents may lie beyond their block or overlap: whoever knows the blocks must check that.
 pub fn decode_table(table: &[u8], bulk: u64, extents: &mut Vec<Extent>) -> Result<(), FrameError> {
+    decode_extents(table, extents)?;
+    // At most 1024 * 2^32 * 2^12 bytes, so the sum fits.
+    let said: u64 = extents.iter().map(Extent::bulk_bytes).sum();
+    if said != bulk || bulk > MAX_BULK_BYTES {
+        return Err(FrameError::Bulk { table: said / GRANULE, bytes: bulk });
+    }
+    Ok(())
+}
+
+/// Decodes a table that no content follows: what a request asks for. Its extents may ask for more than there is.
+pub fn decode_extents(table: &[u8], extents: &mut Vec<Extent>) -> Result<(), FrameError> {
     extents.clear();
     let (entries, rest) = table.as_chunks::<EXTENT_BYTES>();
     if entries.is_empty() || entries.len() > MAX_EXTENTS || !rest.is_empty() {
@@ -111,11 +122,6 @@ pub fn decode_table(table: &[u8], bulk: u64, extents: &mut Vec<Extent>) -> Resul
     }
     for (index, entry) in entries.iter().enumerate() {
         extents.push(Extent::decode(entry).map_err(|reason| FrameError::Extent { index, reason })?);
-    }
-    // At most 1024 * 2^32 * 2^12 bytes, so the sum fits.
-    let said: u64 = extents.iter().map(Extent::bulk_bytes).sum();
-    if said != bulk || bulk > MAX_BULK_BYTES {
-        return Err(FrameError::Bulk { table: said / GRANULE, bytes: bulk });
     }
     Ok(())
 }

@@ -42,7 +42,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         times.note("log start", now);
         std::thread::sleep(Duration::from_millis(20));
         let now = Instant::now();
-        let there = builder.build_vm(&vm.description())?;
+        let there = builder.build_vm(&vm.description(), Default::default())?;
         times.note("build", now);
         for block in vm.ram().blocks() {
             set.clear();

@@ -5,8 +5,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use wherry_fault::FaultService;
 use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
-use wherry_migration::machine::{BlockDescription, Builder, Machine, MachineDescription, Refusal, UnitDescription};
+use wherry_migration::machine::{
+    BlockDescription, Builder, Machine, MachineDescription, Refusal, UnitDescription, Wants,
+};
 
 use crate::cpu_model;
 use crate::description::VmDescription;
@@ -40,7 +43,7 @@ impl VmBuilder {
     }
 
     /// Builds the machine.
-    pub fn build_vm(&self, description: &MachineDescription) -> Result<Arc<Vm>, Refusal> {
+    pub fn build_vm(&self, description: &MachineDescription, wants: Wants) -> Result<Arc<Vm>, Refusal> {
         let one = |reason: String| Refusal(vec![reason]);
         let host = Arc::new(Host::open().map_err(|e| one(e.to_string()))?);
         let vmm = VmDescription::from_bytes(&description.vmm).map_err(one)?;
@@ -70,8 +73,12 @@ impl VmBuilder {
         let Some(specs) = specs.filter(|_| reasons.is_empty()) else {
             return Err(Refusal(reasons));
         };
-        let ram = Ram::create(&specs).map_err(|e| one(format!("RAM as described: {e}")))?;
-        let made = Vm::make(&host, ram, vmm, identity, description.name.clone(), &self.local.devices);
+        let ram = Arc::new(Ram::create(&specs).map_err(|e| one(format!("RAM as described: {e}")))?);
+        let faults = match wants.postcopy {
+            true => fault_service(&ram),
+            false => Err("the machine was built without".into()),
+        };
+        let made = Vm::make(&host, ram, faults, vmm, identity, description.name.clone(), &self.local.devices);
         let vm = made.map_err(|e| one(format!("the machine as described: {e}")))?.started_by_engine();
         let reasons = lacking_units(&description.units, vm.units());
         if !reasons.is_empty() {
@@ -84,9 +91,16 @@ impl VmBuilder {
 }
 
 impl Builder for VmBuilder {
-    fn build(&self, description: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal> {
-        Ok(self.build_vm(description)?)
+    fn build(&self, description: &MachineDescription, wants: Wants) -> Result<Arc<dyn Machine>, Refusal> {
+        Ok(self.build_vm(description, wants)?)
     }
+}
+
+/// Registers the guest maps, which nobody has touched, before KVM hears of them.
+fn fault_service(ram: &Arc<Ram>) -> Result<Arc<FaultService>, String> {
+    let faults = FaultService::new(ram.clone()).map_err(|e| e.to_string())?;
+    faults.register_guest_maps().map_err(|e| e.to_string())?;
+    Ok(faults)
 }
 
 /// Bits of feature MSRs that the guest sees and this host does not have.

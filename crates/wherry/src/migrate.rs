@@ -12,7 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 use wherry_migration::progress::{Job, Phase, Round};
 use wherry_vmm::api::server::is_over;
-use wherry_vmm::api::types::{self, MigrationRequest, PhaseEvent};
+use wherry_vmm::api::types::{MigrationRequest, PhaseEvent};
 
 use crate::args::{ANSWER, Migrate};
 use crate::client::{Client, ClientError, Events};
@@ -26,7 +26,7 @@ pub fn migrate(options: &Migrate) -> Result<u8> {
     let client = Client::new(&options.control.api);
     let request = MigrationRequest {
         to: options.to.clone(),
-        mode: types::Mode::Precopy,
+        mode: options.mode.into(),
         channels: options.channels,
         downtime_limit_ms: options.downtime_limit,
         bandwidth: options.bandwidth,

@@ -47,6 +47,28 @@ fn a_vm_moves_and_comes_back_and_each_process_it_leaves_ends_with_0() {
 }
 
 #[test]
+fn a_vm_runs_on_while_its_memory_follows() {
+    if !kvm("a_vm_runs_on_while_its_memory_follows") {
+        return;
+    }
+    let place = Place::new();
+    let mut here = place.run_with("0", &["--cpus", "2"], &[]);
+    for (leg, mode) in ["postcopy", "hybrid", "postcopy"].into_iter().enumerate() {
+        let (from, to) = (leg.to_string(), (leg + 1).to_string());
+        let (there, address) = place.receive(&to, &[]);
+        let output = migrate(&place, &from, &address, &["--json", "--mode", mode]);
+        assert_eq!(output.status.code(), Some(0), "{mode}: {}", stderr(&output));
+        let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&job["phase"], &job["mode"]), (&"done".into(), &mode.into()));
+        assert_eq!(job["rounds"].as_array().is_some_and(|r| r.is_empty()), mode == "postcopy", "{job:#}");
+        assert_eq!(job["memory_remaining"], 0);
+        assert_eq!(here.end().code(), Some(0), "{}", here.log());
+        assert_alive(&place, &to);
+        here = there;
+    }
+}
+
+#[test]
 fn it_moves_over_a_unix_socket_too_and_the_report_is_for_people() {
     if !kvm("it_moves_over_a_unix_socket_too_and_the_report_is_for_people") {
         return;

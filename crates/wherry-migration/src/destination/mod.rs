@@ -1,7 +1,7 @@
 //! The destination of a journey: it builds a machine, receives a VM into it and runs it.
 //!
 //! ```text
-//! Setup -> Precopy <-> Switchover -> Done
+//! Setup -> Precopy <-> Switchover -> [Postcopy ->] Done
 //!   |         |            |   \--> InDoubt -> Done
 //!   v         v            v           |
 //! Cancelled / Failed (nothing runs here) <--/
@@ -14,6 +14,7 @@ mod check;
 mod doubt;
 mod host;
 mod place;
+mod postcopy;
 mod precopy;
 mod receivers;
 mod setup;
@@ -30,6 +31,7 @@ use wherry_stream::{Channel, Listener};
 use self::check::Hashes;
 use self::host::Host;
 use self::place::Place;
+use self::postcopy::{Follow, Following};
 use self::receivers::Receivers;
 use crate::error::{Cause, JourneyError};
 use crate::journey::{EventKind, Journey};
@@ -63,12 +65,13 @@ pub fn receive(
             Phase::Precopy => destination.precopy(),
             Phase::Switchover => destination.switchover(),
             Phase::InDoubt => destination.in_doubt(),
+            Phase::Postcopy => destination.postcopy(),
             Phase::Done => match destination.done() {
                 Ok(arrived) => return Ok(arrived),
                 Err(cause) => Err(cause),
             },
-            Phase::None | Phase::Postcopy | Phase::Paused | Phase::Cancelled | Phase::Failed => {
-                Err(Cause::Option(format!("a destination has no phase {phase:?} in precopy")))
+            Phase::None | Phase::Paused | Phase::Cancelled | Phase::Failed => {
+                Err(Cause::Option(format!("a destination does nothing in phase {phase:?}")))
             }
         };
         phase = match next {
@@ -87,6 +90,12 @@ struct Receiving {
     /// Channel 0, when its thread has let go of it.
     first: Option<Channel>,
     rounds: u32,
+    /// Opened when both sides can do postcopy.
+    urgent: Option<Channel>,
+    /// What was announced to follow.
+    follow: Follow,
+    /// Serves the guest's faults, from the offer on, if pages follow.
+    following: Option<Following>,
 }
 
 struct Destination<'a> {
@@ -132,6 +141,9 @@ impl<'a> Destination<'a> {
             hashes: Hashes::default(),
             first: None,
             rounds: 0,
+            urgent: agreed.urgent,
+            follow: Follow::default(),
+            following: None,
         });
         self.journey.update(|job| job.setup_time_us = us(begun.elapsed()));
         Ok(Phase::Precopy)
@@ -194,17 +206,20 @@ impl<'a> Destination<'a> {
             self.state(),
             Some(DestinationState::Ready | DestinationState::InDoubt | DestinationState::Declined)
         );
+        let paused = matches!(self.state(), Some(DestinationState::LacksPages | DestinationState::Paused));
         // Threads first: they write into the machine's memory.
         self.receiving = None;
         self.host.machine = None;
         let error = match cause {
             cause if in_doubt => JourneyError::InDoubt(cause),
+            cause if paused => JourneyError::Paused(cause),
             _ if self.journey.is_cancelled() => JourneyError::NotHere(Cause::Cancelled),
             Cause::Refused(reasons) => JourneyError::Refused(reasons),
             cause => JourneyError::NotHere(cause),
         };
         let phase = match &error {
             JourneyError::InDoubt(_) => Phase::InDoubt,
+            JourneyError::Paused(_) => Phase::Paused,
             JourneyError::NotHere(Cause::Cancelled) => Phase::Cancelled,
             _ => Phase::Failed,
         };

@@ -7,10 +7,14 @@
     reason = "names guest memory to the kernel by address, and fills zeros into parts of huge pages"
 )]
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use rustix::mm::Advice;
+use wherry_fault::{FaultService, Way};
 use wherry_memory::{Block, BlockId, GRANULE, MemoryError, PageSize, Ram};
 use wherry_stream::{Channel, Extent, ExtentKind, FrameReader, IoRange};
 
@@ -24,12 +28,20 @@ pub(crate) struct Place {
     known: Vec<Known>,
     pub(crate) normal: AtomicU64,
     pub(crate) zero: AtomicU64,
+    /// The guest runs, or is about to: a page is claimed before it is touched.
+    faults: OnceLock<Arc<FaultService>>,
 }
 
 impl Place {
     pub(crate) fn new(ram: Arc<Ram>) -> Self {
         let known = ram.blocks().iter().map(|b| Known::new(b.pages())).collect();
-        Self { ram, known, normal: AtomicU64::new(0), zero: AtomicU64::new(0) }
+        Self { ram, known, normal: AtomicU64::new(0), zero: AtomicU64::new(0), faults: OnceLock::new() }
+    }
+
+    /// From now on the guest may touch its memory.
+    pub(crate) fn follow(&self, faults: Arc<FaultService>) {
+        // It is said once.
+        let _ = self.faults.set(faults);
     }
 
     /// Takes the content of a pages frame from the channel into memory.
@@ -37,7 +49,10 @@ impl Place {
         self.receive_from(&mut channel.reader, extents)
     }
 
-    fn receive_from(&self, reader: &mut FrameReader, extents: &[Extent]) -> Result<(), Cause> {
+    pub(crate) fn receive_from(&self, reader: &mut FrameReader, extents: &[Extent]) -> Result<(), Cause> {
+        if let Some(faults) = self.faults.get() {
+            return self.receive_following(reader, extents, faults);
+        }
         let mut ranges = Vec::with_capacity(extents.len());
         let (mut normal, mut zero) = (0, 0);
         for extent in extents {
@@ -46,7 +61,7 @@ impl Place {
             let base = block.engine_range(bytes.start, bytes.end.saturating_sub(bytes.start))?;
             match extent.kind {
                 ExtentKind::Data => {
-                    self.prepare(index, block, extent, base);
+                    self.prepare(index, block, extent.first..extent.first + u64::from(extent.count), base);
                     // SAFETY: the check above says that it is inside the engine map, which stays mapped as long as the
                     // block; nobody has a reference into it.
                     ranges.push(unsafe { IoRange::new(base, extent.bytes() as usize) });
@@ -66,6 +81,96 @@ impl Place {
         Ok(())
     }
 
+    /// As [`Self::receive_from`], with a guest that may touch any page at any time.
+    fn receive_following(
+        &self,
+        reader: &mut FrameReader,
+        extents: &[Extent],
+        faults: &FaultService,
+    ) -> Result<(), Cause> {
+        let failed = |e: wherry_fault::FaultError| Cause::Faults(e.to_string());
+        // While they are held, the way in which pages are placed does not change.
+        let mut fills = BTreeMap::new();
+        let mut won = Vec::new();
+        // In the order of the content: where it goes, or how much of it is read away.
+        let mut parts: Vec<(Option<*mut u8>, u64)> = Vec::new();
+        let mut zero = 0;
+        for extent in extents {
+            let (index, block) = self.block(extent)?;
+            let bytes = extent.range();
+            let base = block.engine_range(bytes.start, bytes.end.saturating_sub(bytes.start))?;
+            let id = block.spec().id;
+            let Some(states) = faults.states(id) else { continue };
+            let way = match fills.entry(id.0) {
+                Entry::Vacant(entry) => entry.insert(faults.fill(id).map_err(failed)?).way(),
+                Entry::Occupied(entry) => entry.get().way(),
+            };
+            let pages = extent.first..extent.first + u64::from(extent.count);
+            let mut next = pages.start;
+            for run in states.claim_range(pages.clone()) {
+                if extent.kind == ExtentKind::Zero {
+                    // What precopy brought is old: nobody sees it yet, and nobody will.
+                    clear(block, run.start * GRANULE..run.end * GRANULE)?;
+                    zero += run.end - run.start;
+                    faults.received_zero(id, run).map_err(failed)?;
+                    continue;
+                }
+                let bytes = (run.end - run.start) * GRANULE;
+                let mut staged = Vec::new();
+                let at = match way {
+                    Way::InPlace => {
+                        let at = base.wrapping_add(((run.start - pages.start) * GRANULE) as usize);
+                        self.prepare(index, block, run.clone(), at);
+                        at
+                    }
+                    Way::Copy => {
+                        staged.resize(bytes as usize, 0);
+                        staged.as_mut_ptr()
+                    }
+                };
+                parts.push((None, (run.start - next) * GRANULE));
+                parts.push((Some(at), bytes));
+                next = run.end;
+                won.push((id, run, staged));
+            }
+            if extent.kind == ExtentKind::Data {
+                parts.push((None, (pages.end - next) * GRANULE));
+            }
+        }
+        parts.retain(|(_, len)| *len > 0);
+        let away = parts.iter().filter(|(at, _)| at.is_none()).map(|(_, len)| *len).max().unwrap_or(0);
+        let mut scratch = vec![0; away as usize];
+        let scratch = scratch.as_mut_ptr();
+        let ranges: Vec<_> = parts
+            .iter()
+            // SAFETY: either inside the engine map, claimed by this thread, or inside scratch or staging memory, which lives
+            // until this function ends and into which nobody has a reference.
+            .map(|(at, len)| unsafe { IoRange::new(at.unwrap_or(scratch), *len as usize) })
+            .collect();
+        if !ranges.is_empty()
+            && let Err(source) = reader.read_bulk(&ranges)
+        {
+            for (id, run, _) in won {
+                if let Some(states) = faults.states(id) {
+                    run.for_each(|page| {
+                        states.unclaim(page);
+                    });
+                }
+            }
+            return Err(Cause::Stream { doing: "receiving pages", source });
+        }
+        let normal: u64 = won.iter().map(|(_, run, _)| run.end - run.start).sum();
+        for (id, run, staged) in won {
+            match staged.is_empty() {
+                true => faults.received(id, run).map_err(failed)?,
+                false => faults.received_copy(id, run, &staged).map_err(failed)?,
+            }
+        }
+        self.normal.fetch_add(normal, Ordering::Relaxed);
+        self.zero.fetch_add(zero, Ordering::Relaxed);
+        Ok(())
+    }
+
     fn block(&self, extent: &Extent) -> Result<(usize, &Block), Cause> {
         let id = BlockId(extent.block);
         match self.ram.blocks().iter().enumerate().find(|(_, b)| b.spec().id == id) {
@@ -78,16 +183,17 @@ impl Place {
 
     /// Allocates fresh pages in one call: cheaper than a fault for each in the middle of the copy. It may fail; the copy
     /// faults them in then.
-    fn prepare(&self, index: usize, block: &Block, extent: &Extent, base: *mut u8) {
-        let pages = extent.first..extent.first + u64::from(extent.count);
+    fn prepare(&self, index: usize, block: &Block, pages: Range<u64>, base: *mut u8) {
+        let count = pages.end - pages.start;
         let known = &self.known[index];
         if known.split(pages.clone()) == (pages.end, true) {
             return;
         }
         known.insert(pages);
-        if block.spec().page_size == PageSize::Base && extent.count > 1 {
+        if block.spec().page_size == PageSize::Base && count > 1 {
+            let bytes = (count * GRANULE) as usize;
             // SAFETY: populating changes no content, and the range is inside the engine map.
-            let _ = unsafe { rustix::mm::madvise(base.cast(), extent.bytes() as usize, Advice::LinuxPopulateWrite) };
+            let _ = unsafe { rustix::mm::madvise(base.cast(), bytes, Advice::LinuxPopulateWrite) };
         }
     }
 }

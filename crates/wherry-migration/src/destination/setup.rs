@@ -12,7 +12,7 @@ use crate::error::Cause;
 use crate::features;
 use crate::journey::{Journey, Side};
 use crate::link::{Control, TICK, hex, printable};
-use crate::machine::{Machine, MachineDescription};
+use crate::machine::{Machine, MachineDescription, Wants};
 use crate::options::{MAX_CHANNELS, Mode};
 use crate::predict::usual_destination_us;
 use crate::testpoint::{Point, reach};
@@ -25,6 +25,8 @@ const MAX_NAME: usize = 256;
 /// What was agreed.
 pub(super) struct Agreed {
     pub(super) data: Vec<Channel>,
+    /// If both sides can do postcopy.
+    pub(super) urgent: Option<Channel>,
     pub(super) verify: bool,
 }
 
@@ -50,8 +52,8 @@ impl Destination<'_> {
         control.about.incarnation = self.incarnation.to_vec();
         reach(&self.journey, Point::DestinationAsked);
 
-        let machine = match self.build(&begin, &control.about) {
-            Ok(machine) => machine,
+        let (machine, postcopy) = match self.build(&begin, &control.about) {
+            Ok(built) => built,
             Err(reasons) => {
                 control.send(Body::Refuse(Refuse { reasons: reasons.clone() }))?;
                 return Err(Cause::Refused(reasons));
@@ -66,12 +68,13 @@ impl Destination<'_> {
         self.host.control = Some(control);
         self.host.machine = Some(machine);
         self.begin_ownership()?;
-        let features = features::accepted(&begin.features);
+        let features = features::accepted(&begin.features, postcopy);
+        let postcopy = features.iter().any(|f| f == features::POSTCOPY);
         self.host.control()?.send(Body::Accept(Accept { features, load_us: usual_destination_us() }))?;
 
-        let data = self.take_channels(attempt, begin.channels as u16)?;
+        let (data, urgent) = self.take_channels(attempt, begin.channels as u16, postcopy)?;
         reach(&self.journey, Point::DestinationReceiving);
-        Ok((Agreed { data, verify: begin.verify }, begun))
+        Ok((Agreed { data, urgent, verify: begin.verify }, begun))
     }
 
     /// Waits for a control channel. Whoever else connects is told why not, and does not end the wait.
@@ -97,11 +100,12 @@ impl Destination<'_> {
         greet(listener, &self.journey, limit)
     }
 
-    /// Checks what the engine can check, and has the VMM build the machine.
-    fn build(&self, begin: &Begin, about: &About) -> Result<Arc<dyn Machine>, Vec<String>> {
+    /// Checks what the engine can check, and has the VMM build the machine: the machine, and whether it can do postcopy.
+    fn build(&self, begin: &Begin, about: &About) -> Result<(Arc<dyn Machine>, bool), Vec<String>> {
         let mut reasons = vec![];
-        if begin.mode != Mode::Precopy.as_str() {
-            reasons.push(format!("migration mode {:?}: this version takes precopy only", printable(&begin.mode)));
+        let mode = [Mode::Precopy, Mode::Postcopy, Mode::Hybrid].into_iter().find(|m| m.as_str() == begin.mode);
+        if mode.is_none() {
+            reasons.push(format!("migration mode {:?}, which is none", printable(&begin.mode)));
         }
         if begin.channels == 0 || begin.channels > MAX_CHANNELS.into() {
             reasons.push(format!("{} data channels: 1 to {MAX_CHANNELS} are possible", begin.channels));
@@ -120,7 +124,17 @@ impl Destination<'_> {
         if !reasons.is_empty() {
             return Err(reasons);
         }
-        let machine = self.builder.build(&description).map_err(|refusal| refusal.0)?;
+        let wanted = mode.is_some_and(Mode::may_follow);
+        let machine = self.builder.build(&description, Wants { postcopy: wanted }).map_err(|refusal| refusal.0)?;
+        let postcopy = match machine.faults() {
+            _ if !wanted => false,
+            Ok(_) => true,
+            Err(why) if mode == Some(Mode::Postcopy) => return Err(vec![format!("postcopy: {why}")]),
+            Err(why) => {
+                tracing::warn!(why, "no postcopy here: the migration stays with precopy");
+                false
+            }
+        };
         let built = machine.description();
         for wanted in &description.blocks {
             if !built.blocks.contains(wanted) {
@@ -153,13 +167,20 @@ impl Destination<'_> {
                     .push(format!("unit {}[{}] needs state that the source does not have", extra.name, extra.instance));
             }
         }
-        if reasons.is_empty() { Ok(machine) } else { Err(reasons) }
+        if reasons.is_empty() { Ok((machine, postcopy)) } else { Err(reasons) }
     }
 
-    fn take_channels(&mut self, attempt: [u8; 16], count: u16) -> Result<Vec<Channel>, Cause> {
+    /// The data channels, and the urgent one if it is expected.
+    fn take_channels(
+        &mut self,
+        attempt: [u8; 16],
+        count: u16,
+        postcopy: bool,
+    ) -> Result<(Vec<Channel>, Option<Channel>), Cause> {
         let deadline = Instant::now() + self.options.timeouts.connect;
         let mut slots: Vec<Option<Channel>> = (0..count).map(|_| None).collect();
-        while slots.iter().any(Option::is_none) {
+        let mut urgent = None;
+        while slots.iter().any(Option::is_none) || (postcopy && urgent.is_none()) {
             if Instant::now() >= deadline {
                 return Err(self.host.control()?.silent("open its data channels", self.options.timeouts.connect));
             }
@@ -175,18 +196,22 @@ impl Destination<'_> {
                 let _ = greeting.refuse(HelloRefusal::Busy);
                 continue;
             }
-            match slots.get_mut(usize::from(hello.index)) {
-                Some(slot @ None) if hello.kind == ChannelKind::Data => {
-                    *slot = Some(
-                        greeting.accept().map_err(|source| Cause::Stream { doing: "taking a data channel", source })?,
-                    );
+            let slot = match hello.kind {
+                ChannelKind::Data => slots.get_mut(usize::from(hello.index)),
+                ChannelKind::Urgent if postcopy && hello.index == 0 => Some(&mut urgent),
+                _ => None,
+            };
+            match slot {
+                Some(slot @ None) => {
+                    let doing = "taking a channel";
+                    *slot = Some(greeting.accept().map_err(|source| Cause::Stream { doing, source })?);
                 }
                 _ => {
                     let _ = greeting.refuse(HelloRefusal::Unexpected);
                 }
             }
         }
-        Ok(slots.into_iter().flatten().collect())
+        Ok((slots.into_iter().flatten().collect(), urgent))
     }
 }
 

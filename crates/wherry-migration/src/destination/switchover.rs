@@ -38,7 +38,7 @@ impl Destination<'_> {
         };
         reach(&self.journey, Point::DestinationOffered);
         let begun = Instant::now();
-        self.hear(Word::Offer(Carriage::Whole));
+        self.hear(Word::Offer(if offer.follow { Carriage::PagesFollow } else { Carriage::Whole }));
         if let Err(cause) = self.load(&offer, state) {
             self.host.why = cause.to_string();
             self.feed(DestinationInput::LoadFailed);
@@ -102,6 +102,11 @@ impl Destination<'_> {
                     let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
                     receiving.hashes.take(machine.ram(), &hashes)?;
                 }
+                Some(Body::Follow(follow)) if self.poise.follow => {
+                    let machine = self.host.machine.clone().ok_or_else(no_setup)?;
+                    let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
+                    receiving.follow.take(machine.ram(), &follow)?;
+                }
                 Some(Body::StatePiece(piece)) => {
                     if state.len() + piece.bytes.len() > MAX_STATE {
                         return Err(self.host.control()?.protocol(format!("more than {MAX_STATE} bytes of state")));
@@ -109,6 +114,9 @@ impl Destination<'_> {
                     state.extend_from_slice(&piece.bytes);
                 }
                 Some(Body::Offer(offer)) => {
+                    if offer.follow != self.poise.follow {
+                        return Err(self.host.control()?.protocol("an offer of another kind than was announced"));
+                    }
                     if !last_round {
                         // The other socket was faster.
                         self.last_round()?;
@@ -178,6 +186,8 @@ impl Destination<'_> {
         if receiving.verify {
             self.compare_memory()?;
         }
+        // Loading may touch guest memory.
+        self.prepare_faults(&machine)?;
         let loading = Instant::now();
         machine.units().restore(&file)?;
         self.host.load_us = since(loading);
@@ -236,13 +246,13 @@ impl Destination<'_> {
     /// The phase that follows from where the state machine stands, if it is decided.
     pub(super) fn settled(&mut self) -> Result<Option<Phase>, Cause> {
         match self.state() {
-            Some(DestinationState::Running) => {
+            Some(state @ (DestinationState::Running | DestinationState::LacksPages)) => {
                 reach(&self.journey, Point::DestinationRunning);
                 if let Some(owner) = &self.owner {
                     let attempt = owner.owner().attempt();
                     crate::epoch::set(&attempt.vm.0, attempt.epoch);
                 }
-                Ok(Some(Phase::Done))
+                Ok(Some(if state == DestinationState::Running { Phase::Done } else { Phase::Postcopy }))
             }
             Some(DestinationState::Broken) => Err(self.host.trouble("the VM started here in part, and is lost")),
             Some(DestinationState::NeverRuns | DestinationState::Withdrawn) => {

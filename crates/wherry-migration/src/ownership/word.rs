@@ -43,6 +43,7 @@ impl Word {
     /// The word that a message of the wire says; `None` if ownership does not depend on it.
     pub fn of(body: &Body) -> Option<Self> {
         Some(match body {
+            Body::Offer(offer) if offer.follow => Word::Offer(Carriage::PagesFollow),
             Body::Offer(_) => Word::Offer(Carriage::Whole),
             Body::Ready(_) | Body::StillReady(_) => Word::Ready,
             Body::Run(_) => Word::Run,

@@ -1,7 +1,7 @@
 //! The source of a journey: it gives a running VM away.
 //!
 //! ```text
-//! Setup -> Precopy <-> Switchover -> Done
+//! Setup -> Precopy <-> Switchover -> [Postcopy ->] Done
 //!   |         |            |   \--> InDoubt -> Done
 //!   v         v            v           |
 //! Cancelled / Failed (the VM runs on here) <--/
@@ -13,6 +13,7 @@
 
 mod doubt;
 mod host;
+mod postcopy;
 mod precopy;
 mod round;
 mod senders;
@@ -23,9 +24,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wherry_memory::GRANULE;
-use wherry_stream::Endpoint;
+use wherry_stream::{Channel, Endpoint};
 
 use self::host::Host;
+use self::postcopy::PageService;
+pub(crate) use self::postcopy::take_follow;
 use self::round::Shared;
 use self::senders::Senders;
 pub(crate) use self::switchover::threads;
@@ -59,9 +62,10 @@ pub fn send(
             Phase::Precopy => source.precopy(),
             Phase::Switchover => source.switchover(),
             Phase::InDoubt => source.in_doubt(),
+            Phase::Postcopy => source.postcopy(),
             Phase::Done => return Ok(source.done()),
-            Phase::None | Phase::Postcopy | Phase::Paused | Phase::Cancelled | Phase::Failed => {
-                Err(Cause::Option(format!("a source has no phase {phase:?} in precopy")))
+            Phase::None | Phase::Paused | Phase::Cancelled | Phase::Failed => {
+                Err(Cause::Option(format!("a source does nothing in phase {phase:?}")))
             }
         };
         phase = match next {
@@ -80,6 +84,12 @@ struct Running {
     convergence: Convergence,
     /// What is to be sent next.
     pending: Dirty,
+    /// Opened when both sides can do postcopy.
+    urgent: Option<Channel>,
+    /// What is pending does not go before the switch, but follows it.
+    follow: bool,
+    /// Answers what the destination asks for, from the offer on.
+    service: Option<PageService>,
     /// When `pending` was last collected.
     collected: Instant,
     started: Instant,
@@ -149,8 +159,15 @@ impl Source {
             Cause::Peer { .. } => self.hear(Word::Abort),
             _ => self.feed(SourceInput::Abort),
         }
-        if matches!(self.state(), Some(SourceState::RunRecorded | SourceState::InDoubt)) {
-            return self.end(Phase::InDoubt, JourneyError::InDoubt(cause));
+        match self.state() {
+            Some(SourceState::RunRecorded | SourceState::InDoubt) => {
+                return self.end(Phase::InDoubt, JourneyError::InDoubt(cause));
+            }
+            Some(SourceState::Serving | SourceState::Paused) => {
+                self.running = None;
+                return self.end(Phase::Paused, JourneyError::Paused(cause));
+            }
+            _ => {}
         }
         if self.owner.is_none()
             && let Some(control) = &mut self.host.control

@@ -27,6 +27,9 @@ impl Source {
     pub(super) fn precopy(&mut self) -> Result<Phase, Cause> {
         loop {
             let running = self.running.as_mut().ok_or_else(no_setup)?;
+            if running.follow {
+                return Ok(Phase::Switchover);
+            }
             let set = std::mem::replace(&mut running.pending, Dirty::none(self.machine.ram()));
             let pages = set.pages();
             running.rounds += 1;
@@ -74,17 +77,25 @@ impl Source {
             }
 
             let limit = self.journey.downtime_limit(self.options.downtime_limit);
+            // A guest that can be followed need not be slowed down.
+            let can_follow = running.urgent.is_some() && !self.options.verify;
             let verdict = running.convergence.judge(
                 pages * GRANULE,
                 dirty * GRANULE,
                 &running.predictor,
                 limit,
-                self.options.auto_converge,
+                self.options.auto_converge && !can_follow,
             );
             if verdict == Verdict::Stop {
                 return Ok(Phase::Switchover);
             }
-            if running.started.elapsed() > self.options.deadline {
+            let late = running.started.elapsed() > self.options.deadline;
+            if can_follow && (late || running.convergence.is_hopeless() || self.journey.wants_postcopy()) {
+                tracing::info!(round = number, dirty, "the rest follows the switch");
+                running.follow = true;
+                return Ok(Phase::Switchover);
+            }
+            if late {
                 return Err(Cause::NotConverged { deadline: self.options.deadline, rounds: number, predicted, limit });
             }
             let wanted = running.convergence.throttle();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use wherry_memory::{Block, GRANULE, MemoryError};
+use wherry_memory::{Block, BlockId, GRANULE, MemoryError};
 use wherry_stream::{Channel, Extent, ExtentKind, Frame, IoRange, MAX_EXTENTS};
 
 use crate::bandwidth::Bucket;
@@ -42,6 +42,8 @@ pub(crate) struct Round {
     machine: Arc<dyn Machine>,
     known: Arc<Vec<Known>>,
     next: AtomicUsize,
+    /// In postcopy, the chunks that a channel has taken; `next` then is where the last fault was.
+    taken: Option<Vec<AtomicBool>>,
     /// For each block, the number of its first chunk; and the number of all chunks.
     first: Vec<usize>,
     end: usize,
@@ -82,6 +84,7 @@ impl Round {
             machine: shared.machine.clone(),
             known: shared.known.clone(),
             next: AtomicUsize::new(0),
+            taken: None,
             first,
             end,
             live,
@@ -90,6 +93,40 @@ impl Round {
             bandwidth: shared.bandwidth,
             bucket: shared.bucket.clone(),
         }
+    }
+
+    /// The pages that follow the switch: sent from where the guest faults on, with a word for every one of them, because
+    /// somebody may be waiting.
+    pub(crate) fn following(shared: &Shared, number: u32, set: Dirty) -> Self {
+        let round = Self::new(shared, number, set, false);
+        Self { taken: Some((0..round.end).map(|_| AtomicBool::new(false)).collect()), ..round }
+    }
+
+    /// The guest needs this page: what lies around it goes first.
+    pub(crate) fn steer(&self, block: BlockId, page: u64) {
+        if let Some(index) = self.machine.ram().blocks().iter().position(|b| b.spec().id == block) {
+            self.next.store(self.first[index] + (page / CHUNK_PAGES) as usize, Ordering::Relaxed);
+        }
+    }
+
+    /// Sends pages that were asked for, at once. They may be sent again with the rest; whichever comes first is kept.
+    pub(crate) fn answer(&self, channel: &mut Channel, extent: &Extent) -> Result<(), Cause> {
+        let wrong = |what: String| Cause::Protocol { peer: "destination", what };
+        let mut blocks = self.machine.ram().blocks().iter().enumerate();
+        let Some((index, block)) = blocks.find(|(_, b)| b.spec().id.0 == extent.block) else {
+            return Err(wrong(format!("it asks for pages of RAM block {}, which there is not", extent.block)));
+        };
+        let end = extent.first.saturating_add(extent.count.into());
+        if end > block.pages() {
+            let (first, pages) = (extent.first, block.pages());
+            return Err(wrong(format!("it asks for pages {first} to {end} of RAM block {}, which has {pages}", index)));
+        }
+        if u64::from(extent.count) > CHUNK_PAGES {
+            return Err(wrong(format!("it asks for {} pages at once; {CHUNK_PAGES} are possible", extent.count)));
+        }
+        let mut batch = Batch::default();
+        self.send_run(channel, &mut batch, block, index, extent.first..end)?;
+        self.flush(channel, &mut batch)
     }
 
     /// Makes all channels end their part soon.
@@ -154,10 +191,7 @@ impl Round {
     /// The next chunk that has pages to send: index of its block, and its granules.
     fn next_chunk(&self) -> Option<(usize, std::ops::Range<u64>)> {
         loop {
-            let chunk = self.next.fetch_add(1, Ordering::Relaxed);
-            if chunk >= self.end {
-                return None;
-            }
+            let chunk = self.take_chunk()?;
             let index = self.first.partition_point(|first| *first <= chunk) - 1;
             let start = (chunk - self.first[index]) as u64 * CHUNK_PAGES;
             let set = &self.set.0[index];
@@ -167,6 +201,18 @@ impl Round {
                 return Some((index, start..end));
             }
         }
+    }
+
+    fn take_chunk(&self) -> Option<usize> {
+        let Some(taken) = &self.taken else {
+            return Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|chunk| *chunk < self.end);
+        };
+        let from = self.next.load(Ordering::Relaxed) % self.end.max(1);
+        let mut candidates = (from..self.end).chain(0..from);
+        let chunk = candidates.find(|chunk| !taken[*chunk].swap(true, Ordering::Relaxed))?;
+        // Unless a fault has moved it meanwhile.
+        let _ = self.next.compare_exchange(from, chunk + 1, Ordering::Relaxed, Ordering::Relaxed);
+        Some(chunk)
     }
 
     fn send_run(
@@ -186,6 +232,7 @@ impl Round {
             } else {
                 // Never sent, so perhaps a hole: the destination has one there, too, and reading would fill ours.
                 let mut holes = end - page;
+                let mut told = page;
                 for data in block.data_runs(page * GRANULE..end * GRANULE) {
                     let data = data.map_err(|source| MemoryError::Os {
                         what: "looking for allocated pages",
@@ -195,13 +242,33 @@ impl Round {
                     let data = (data.start / GRANULE).max(page)..data.end.div_ceil(GRANULE).min(end);
                     holes -= data.end - data.start;
                     known.insert(data.clone());
+                    self.tell_hole(channel, batch, block, told..data.start)?;
+                    told = data.end;
                     self.send_pages(channel, batch, block, data)?;
                 }
+                self.tell_hole(channel, batch, block, told..end)?;
                 self.counters.holes.fetch_add(holes, Ordering::Relaxed);
             }
             page = end;
         }
         Ok(())
+    }
+
+    /// In precopy a hole that was never sent needs no word: there is one at the destination, too. In postcopy it is a page
+    /// that the destination waits for.
+    fn tell_hole(
+        &self,
+        channel: &mut Channel,
+        batch: &mut Batch,
+        block: &Block,
+        pages: std::ops::Range<u64>,
+    ) -> Result<(), Cause> {
+        if self.taken.is_none() || pages.is_empty() {
+            return Ok(());
+        }
+        let count = (pages.end - pages.start).try_into().unwrap_or(u32::MAX);
+        batch.extents.push(Extent { block: block.spec().id.0, kind: ExtentKind::Zero, first: pages.start, count });
+        if batch.extents.len() >= FRAME_EXTENTS { self.flush(channel, batch) } else { Ok(()) }
     }
 
     #[expect(unsafe_code, reason = "looks at guest memory and names it to the kernel by address")]

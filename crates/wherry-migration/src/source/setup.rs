@@ -52,7 +52,7 @@ impl Source {
             mode: self.options.mode.as_str().into(),
             channels: channels.into(),
             verify: self.options.verify,
-            features: features::offered(),
+            features: features::offered(self.options.mode.may_follow()),
             machine: description.encode_to_vec(),
         }))?;
         let accept = match control.next("build the machine", self.options.timeouts.build, Duration::ZERO)? {
@@ -74,6 +74,13 @@ impl Source {
         self.begin_ownership(&about)?;
         let data =
             (0..channels).map(|index| self.open(ChannelKind::Data, index, attempt)).collect::<Result<Vec<_>, _>>()?;
+        let urgent = match features.iter().any(|f| f == features::POSTCOPY) {
+            true => Some(self.open(ChannelKind::Urgent, 0, attempt)?),
+            false if self.options.mode == Mode::Postcopy => {
+                return Err(Cause::Refused(vec!["postcopy: the destination does not say why it cannot".into()]));
+            }
+            false => None,
+        };
         let mut predictor = Predictor::new(description.units.len(), accept.load_us);
         for _ in 0..3 {
             predictor.round_trip = predictor.round_trip.min(self.host.control()?.round_trip()?);
@@ -111,6 +118,9 @@ impl Source {
             predictor,
             convergence: Convergence::default(),
             pending,
+            follow: self.options.mode == Mode::Postcopy,
+            urgent,
+            service: None,
             collected,
             started: Instant::now(),
             rounds: 0,
@@ -121,9 +131,10 @@ impl Source {
     }
 
     fn check_options(&self) -> Result<u16, Cause> {
-        if self.options.mode != Mode::Precopy {
-            let mode = self.options.mode.as_str();
-            return Err(Cause::Option(format!("this version migrates by precopy only, not by {mode}")));
+        if self.options.mode == Mode::Postcopy && self.options.verify {
+            return Err(Cause::Option(
+                "all memory is hashed before the switch, and by postcopy it follows: choose".into(),
+            ));
         }
         let channels = self.options.channels.unwrap_or_else(default_channels);
         if !(1..=MAX_CHANNELS).contains(&channels) {

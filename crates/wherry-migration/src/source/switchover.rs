@@ -42,7 +42,8 @@ impl Source {
         let machine = self.machine.clone();
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         let predicted = running.pending.pages();
-        let narrow = predicted <= NARROW_PAGES;
+        let follow = running.follow;
+        let narrow = predicted <= NARROW_PAGES && !follow;
 
         let _urgent = Urgent::new();
         let draining = Instant::now();
@@ -50,7 +51,7 @@ impl Source {
         machine.units().drain(timeouts.drain)?;
         reach(&self.journey, Point::SourceDrained);
         let control = self.host.control()?;
-        control.send(Body::Poise(Poise { narrow, round: running.rounds }))?;
+        control.send(Body::Poise(Poise { narrow, round: running.rounds, follow }))?;
         match control.next("prepare for the switchover", timeouts.silent, SPIN)? {
             Body::Poised(Empty {}) => {}
             other => return Err(control.protocol(format!("{} in answer to Poise", other.kind()))),
@@ -77,12 +78,15 @@ impl Source {
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         running.tracker.collect(&mut last)?;
         let pages = last.pages();
-        if self.surprised(pages, predicted) {
+        if !follow && self.surprised(pages, predicted) {
             return self.another_round(last, pages, predicted);
         }
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         running.rounds += 1;
-        let (normal, zero, sent) = if narrow && pages <= 4 * NARROW_PAGES {
+        let (normal, zero, sent) = if follow {
+            self.announce(last)?;
+            (0, 0, 0)
+        } else if narrow && pages <= 4 * NARROW_PAGES {
             running.send_last_alone(last)?
         } else {
             let (round, sent) = running.send_last_wide(&mut self.host, &self.journey, last)?;
@@ -117,9 +121,10 @@ impl Source {
             channels: running.totals(),
             stopped_us: us(stop.elapsed()),
             rounds: running.rounds,
+            follow,
         };
         self.host.offer = Some(offer);
-        self.feed(SourceInput::Offer(Carriage::Whole));
+        self.feed(SourceInput::Offer(if follow { Carriage::PagesFollow } else { Carriage::Whole }));
         reach(&self.journey, Point::SourceOffered);
 
         let load = if self.options.verify { timeouts.load * 4 } else { timeouts.load };
@@ -157,9 +162,11 @@ impl Source {
             job.memory_processed += normal * GRANULE;
             job.memory_constant += zero;
             job.data_processed += sent;
-            job.data_total = job.data_processed;
-            job.memory_remaining = 0;
-            job.data_remaining = 0;
+            if !follow {
+                job.data_total = job.data_processed;
+                job.memory_remaining = 0;
+                job.data_remaining = 0;
+            }
         });
         phase
     }
@@ -265,7 +272,22 @@ impl Source {
         let known = b.stop_us + b.last_pages_us + b.state_us + b.load_us + b.start_us;
         b.network_us = total.saturating_sub(known);
         reach(&self.journey, Point::SourceRunning);
-        Phase::Done
+        match self.state() {
+            Some(SourceState::Serving) => {
+                self.blackout_over();
+                Phase::Postcopy
+            }
+            _ => Phase::Done,
+        }
+    }
+
+    /// The blackout is over, the journey is not.
+    fn blackout_over(&self) {
+        let blackout = self.blackout;
+        self.journey.update(|job| {
+            job.blackout = Some(blackout);
+            job.downtime_us = blackout.total_us;
+        });
     }
 }
 

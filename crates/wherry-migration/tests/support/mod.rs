@@ -14,8 +14,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
+use wherry_fault::FaultService;
 use wherry_memory::{Block, BlockId, BlockSpec, DirtyError, DirtySource, GRANULE, PageSet, PageSize, Ram, VmmWrites};
-use wherry_migration::machine::{Builder, Machine, MachineDescription, MachineError, Refusal};
+use wherry_migration::machine::{BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, Wants};
 use wherry_migration::progress::Job;
 use wherry_migration::testpoint::Point;
 use wherry_migration::{DestinationOptions, Journey, JourneyError, SourceOptions, Timeouts};
@@ -139,9 +140,15 @@ struct Gate {
 pub struct Script {
     pub fail: Mutex<BTreeSet<&'static str>>,
     pub log: Mutex<Vec<String>>,
+    /// Page of block 0 that restoring the CPU reads through the guest map, plus 1; 0: none.
+    touch: AtomicU64,
 }
 
 impl Script {
+    pub fn touch_on_restore(&self, page: u64) {
+        self.touch.store(page + 1, Ordering::SeqCst);
+    }
+
     pub fn fail(&self, step: &'static str) {
         self.fail.lock().unwrap().insert(step);
     }
@@ -278,6 +285,12 @@ impl StateUnit for CpuUnit {
     }
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
         self.0.script.step("restore")?;
+        if let Some(page) = self.0.script.touch.load(Ordering::SeqCst).checked_sub(1) {
+            let at = self.0.ram.blocks()[0].guest_map().wrapping_add((page * GRANULE) as usize);
+            // SAFETY: inside the guest map. It blocks until the page is served.
+            assert_ne!(unsafe { at.cast::<u64>().read_volatile() }, 0, "the page that was touched is empty");
+            self.0.script.step("touched")?;
+        }
         *self.0.state.lock().unwrap() = CpuState::from_section(section)?;
         Ok(())
     }
@@ -328,6 +341,7 @@ impl StateUnit for Board {
 /// The machine.
 pub struct FakeMachine {
     description: MachineDescription,
+    faults: Result<Arc<FaultService>, String>,
     ram: Arc<Ram>,
     units: Units,
     sources: Vec<Arc<dyn DirtySource>>,
@@ -344,7 +358,16 @@ pub fn block(id: u16, guest_base: u64, size: u64) -> BlockSpec {
 
 impl FakeMachine {
     pub fn new(vm: [u8; 16], blocks: &[BlockSpec], script: Arc<Script>) -> Arc<Self> {
+        Self::build(vm, blocks, script, Err("it was not built to arrive".into()))
+    }
+
+    fn build(vm: [u8; 16], blocks: &[BlockSpec], script: Arc<Script>, faults: Result<(), String>) -> Arc<Self> {
         let ram = Arc::new(Ram::create(blocks).unwrap());
+        let faults = faults.and_then(|()| {
+            let faults = FaultService::new(ram.clone()).map_err(|e| e.to_string())?;
+            faults.register_guest_maps().map_err(|e| e.to_string())?;
+            Ok(faults)
+        });
         let log = Arc::new(FakeLog::new(&ram));
         let cpu = Arc::new(Cpu {
             ram: ram.clone(),
@@ -366,6 +389,7 @@ impl FakeMachine {
         let guest = std::thread::Builder::new().name("fake-guest".into()).spawn(move || runner.run()).unwrap();
         Arc::new(Self {
             description,
+            faults,
             ram,
             units,
             sources,
@@ -383,6 +407,14 @@ impl FakeMachine {
         self.locked.store(true, Ordering::SeqCst);
         self.units.start().unwrap();
         self.script.log.lock().unwrap().clear();
+    }
+
+    /// Does at rest what the guest elsewhere did since it left, until it has written so often.
+    pub fn replay_until(&self, writes: u64, load: Load) {
+        assert!(!self.is_running());
+        while self.cpu.writes() < writes {
+            self.cpu.write(load);
+        }
     }
 
     pub fn set_load(&self, load: Load) {
@@ -438,6 +470,10 @@ impl Drop for FakeMachine {
     fn drop(&mut self) {
         self.cpu.gate.lock().unwrap().quit = true;
         self.cpu.changed.notify_all();
+        // It may wait for a page that will never come.
+        if let Ok(faults) = &self.faults {
+            let _ = faults.unregister_untouched();
+        }
         if let Some(guest) = self.guest.lock().unwrap().take() {
             let _ = guest.join();
         }
@@ -456,6 +492,9 @@ impl Machine for FakeMachine {
     }
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.sources
+    }
+    fn faults(&self) -> Result<&Arc<FaultService>, String> {
+        self.faults.as_ref().map_err(String::clone)
     }
     fn throttle(&self, percent: u8) {
         assert!(percent <= 99);
@@ -479,25 +518,56 @@ impl Machine for FakeMachine {
 /// Builds fake machines with a given script.
 pub struct FakeBuilder {
     pub script: Arc<Script>,
-    pub built: Mutex<Option<Arc<FakeMachine>>>,
+    pub built: Arc<Mutex<Option<Arc<FakeMachine>>>>,
     pub refuse: Vec<String>,
+    /// Why the machines it builds serve no faults.
+    pub no_faults: Option<String>,
 }
 
 impl FakeBuilder {
     pub fn new() -> Self {
-        Self { script: Arc::default(), built: Mutex::new(None), refuse: vec![] }
+        Self { script: Arc::default(), built: Arc::default(), refuse: vec![], no_faults: None }
     }
 }
 
 impl Builder for FakeBuilder {
-    fn build(&self, d: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal> {
+    fn build(&self, d: &MachineDescription, wants: Wants) -> Result<Arc<dyn Machine>, Refusal> {
         if !self.refuse.is_empty() {
             return Err(Refusal(self.refuse.clone()));
         }
-        let specs: Vec<_> = d.blocks.iter().map(|b| block(b.id as u16, b.guest_base, b.size)).collect();
-        let machine = FakeMachine::new(d.vm.clone().try_into().unwrap(), &specs, self.script.clone());
+        let page_size = |bytes| if bytes == GRANULE { PageSize::Base } else { PageSize::Huge2M };
+        let spec = |b: &BlockDescription| BlockSpec {
+            page_size: page_size(b.page_size),
+            ..block(b.id as u16, b.guest_base, b.size)
+        };
+        let specs: Vec<_> = d.blocks.iter().map(spec).collect();
+        let faults = match &self.no_faults {
+            Some(why) => Err(why.clone()),
+            None if wants.postcopy => Ok(()),
+            None => Err("not asked for".into()),
+        };
+        let machine = FakeMachine::build(d.vm.clone().try_into().unwrap(), &specs, self.script.clone(), faults);
         *self.built.lock().unwrap() = Some(machine.clone());
         Ok(machine)
+    }
+}
+
+/// Lets the kernel hand out hugetlb pages on demand for the length of a test.
+pub struct HugePages(String);
+
+impl HugePages {
+    const FILE: &str = "/proc/sys/vm/nr_overcommit_hugepages";
+
+    pub fn permit() -> Option<Self> {
+        let before = std::fs::read_to_string(Self::FILE).ok()?;
+        std::fs::write(Self::FILE, "64").ok()?;
+        Some(Self(before))
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::FILE, &self.0);
     }
 }
 

@@ -91,7 +91,7 @@ fn a_length_beyond_the_limit_of_its_kind_is_refused_by_the_header_alone() {
 
 #[test]
 fn an_unknown_kind_is_named() {
-    for kind in [0_u16, 6, 16, 0xfffe] {
+    for kind in [0_u16, 6, 17, 0xfffe] {
         let mut bytes = small(FrameKind::KeepAlive, 0, &[]);
         forge(&mut bytes, 4, &kind.to_le_bytes());
         let error = refused(&bytes);

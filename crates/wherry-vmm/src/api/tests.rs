@@ -231,8 +231,8 @@ fn bad_requests_are_told_apart_and_say_what_is_wrong() {
     assert_eq!((status, code.as_str()), (400, "bad-request"), "{message}");
     let (status, _, message) = api.error("PUT", "/migration", r#"{"to":"tcp:h:1","downtime":5}"#);
     assert!(status == 400 && message.contains("unknown field `downtime`"), "{message}");
-    let (status, _, message) = api.error("PUT", "/migration", r#"{"to":"tcp:h:1","mode":"postcopy"}"#);
-    assert!(status == 400 && message.contains("postcopy"), "{message}");
+    let (status, _, message) = api.error("PUT", "/migration", r#"{"to":"tcp:h:1","mode":"teleport"}"#);
+    assert!(status == 400 && message.contains("teleport"), "{message}");
     let (status, _, message) = api.error("PUT", "/migration", "");
     assert!(status == 400 && message.contains("body"), "{message}");
     let (status, _, message) = api.error("PUT", "/vm/pause", r#"{"now":true}"#);

@@ -110,6 +110,10 @@ pub enum Mode {
     /// All of it before the switchover.
     #[default]
     Precopy,
+    /// The switchover first; memory follows while the guest runs at the destination.
+    Postcopy,
+    /// Precopy, and postcopy if it does not converge.
+    Hybrid,
 }
 
 /// Body of `PUT /migration`.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use wherry_migration::machine::{Builder, Machine, MachineDescription, Refusal};
+use wherry_migration::machine::{Builder, Machine, MachineDescription, Refusal, Wants};
 use wherry_migration::progress::{Job, Phase};
 use wherry_migration::{
     DestinationOptions, EventKind, Journey, JourneyError, MAX_CHANNELS, Side, SourceOptions, destination, source,
@@ -164,6 +164,8 @@ impl Engine for KvmEngine {
         let mut options = SourceOptions { verify: request.verify, ..SourceOptions::default() };
         options.mode = match request.mode {
             Mode::Precopy => wherry_migration::Mode::Precopy,
+            Mode::Postcopy => wherry_migration::Mode::Postcopy,
+            Mode::Hybrid => wherry_migration::Mode::Hybrid,
         };
         options.channels = match request.channels {
             None => None,
@@ -213,7 +215,10 @@ impl Departure for KvmDeparture {
                 Sent::Gone
             }
             Err(JourneyError::RunsHere(_) | JourneyError::Cancelled | JourneyError::Refused(_)) => Sent::Kept(guest),
-            Err(error @ JourneyError::InDoubt(_)) => Sent::Lost { why: error.to_string(), in_doubt: true },
+            // Its memory is what the destination lacks: it is kept as in doubt.
+            Err(error @ (JourneyError::InDoubt(_) | JourneyError::Paused(_))) => {
+                Sent::Lost { why: error.to_string(), in_doubt: true }
+            }
             Err(error @ (JourneyError::Stuck { .. } | JourneyError::NotHere(_))) => {
                 Sent::Lost { why: error.to_string(), in_doubt: false }
             }
@@ -276,9 +281,9 @@ struct Announcing<'a> {
 }
 
 impl Builder for Announcing<'_> {
-    fn build(&self, description: &MachineDescription) -> Result<Arc<dyn Machine>, Refusal> {
+    fn build(&self, description: &MachineDescription, wants: Wants) -> Result<Arc<dyn Machine>, Refusal> {
         self.service.arriving(Handle::new(self.journey));
-        let vm = self.builder.build_vm(description)?;
+        let vm = self.builder.build_vm(description, wants)?;
         self.service.built(hardware(&vm));
         Ok(vm)
     }

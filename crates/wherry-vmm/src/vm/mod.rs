@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
 use prost::Message;
+use wherry_fault::FaultService;
 use wherry_memory::{DirtySource, PageSize, Ram, VmmWrites};
 use wherry_migration::machine::{Machine, MachineDescription, MachineError};
 use wherry_state::{StateUnit, Units};
@@ -74,6 +75,8 @@ pub struct Vm {
     devices: Devices,
     dirty_sources: Vec<Arc<dyn DirtySource>>,
     vm: Arc<VmFd>,
+    /// Serves the faults of its guest maps, if it arrives with pages to follow; else why not.
+    faults: Result<Arc<FaultService>, String>,
     ram: Arc<Ram>,
     notice: ExitNotice,
     identity: [u8; 16],
@@ -128,9 +131,10 @@ impl Vm {
             tsc_khz: host.tsc_khz,
             boot_id: host.boot_id.clone(),
         };
-        let ram = Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?;
+        let ram = Arc::new(Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?);
         let devices = DeviceConfig { serial: config.serial.clone() };
-        let vm = Self::make(&host, ram, description, config.vm, config.name, &devices)?;
+        let faults = Err("it was started here, and has all of its memory".into());
+        let vm = Self::make(&host, ram, faults, description, config.vm, config.name, &devices)?;
 
         let wrap = |e: crate::boot::BootError| VmError::Boot(e.into());
         let kernel = match &config.kernel {
@@ -149,14 +153,14 @@ impl Vm {
     /// Makes everything but what the guest boots from: RAM is not touched.
     pub(crate) fn make(
         host: &Arc<Host>,
-        ram: Ram,
+        ram: Arc<Ram>,
+        faults: Result<Arc<FaultService>, String>,
         description: VmDescription,
         identity: [u8; 16],
         name: String,
         devices: &DeviceConfig,
     ) -> Result<Self, VmError> {
         let notice = ExitNotice::new();
-        let ram = Arc::new(ram);
         let parts = assemble(host, &ram, &description, &notice)?;
         let devices = Devices::make(devices, &parts.vm, &ram, &notice)?;
         let mut units: Vec<Arc<dyn StateUnit>> = vec![
@@ -174,6 +178,7 @@ impl Vm {
             units: Units::new(units)?,
             dirty_sources: vec![Arc::new(log), Arc::new(VmmWrites::new(ram.clone()))],
             vm: parts.vm,
+            faults,
             ram,
             notice,
             identity,
@@ -326,6 +331,10 @@ impl Machine for Vm {
 
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.dirty_sources
+    }
+
+    fn faults(&self) -> Result<&Arc<FaultService>, String> {
+        self.faults.as_ref().map_err(String::clone)
     }
 
     fn throttle(&self, percent: u8) {

@@ -83,9 +83,10 @@ fn until(vm: &Vm, what: &str, mut is_so: impl FnMut() -> bool) {
 /// A machine like `vm`, built as a destination builds it, with the same RAM content and nothing else.
 fn twin(vm: &Vm) -> Vm {
     let host = Arc::new(Host::open().unwrap());
-    let ram = Ram::create(&layout::ram_blocks(vm.ram.size(), PageSize::Base)).unwrap();
+    let ram = Arc::new(Ram::create(&layout::ram_blocks(vm.ram.size(), PageSize::Base)).unwrap());
     let devices = DeviceConfig { serial: SerialTarget::Null };
-    let made = Vm::make(&host, ram, vm.description.clone(), vm.identity, "twin".into(), &devices).unwrap();
+    let faults = Err("all of its memory is here".into());
+    let made = Vm::make(&host, ram, faults, vm.description.clone(), vm.identity, "twin".into(), &devices).unwrap();
     made.started_by_engine()
 }
 

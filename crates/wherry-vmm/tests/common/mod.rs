@@ -104,7 +104,7 @@ pub fn reset_gaps(vm: &Vm, cpus: usize) {
 /// Builds the machine that a description asks for.
 pub fn arrive(description: &MachineDescription) -> Arc<Vm> {
     let devices = DeviceConfig { serial: SerialTarget::Null };
-    VmBuilder::new(LocalConfig { devices }).build_vm(description).unwrap()
+    VmBuilder::new(LocalConfig { devices }).build_vm(description, Default::default()).unwrap()
 }
 
 /// Copies all of RAM that is not holes.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use wherry_migration::bench as engine;
-use wherry_vmm::api::types::VmState;
+use wherry_vmm::api::types::{Mode, VmState};
 
 use crate::args::{ANSWER, Bench, Peer};
 use crate::demo::process::{self, Process};
@@ -151,7 +151,8 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
         raw.push(Duration::from_secs_f64(engine::raw(&image, options.data, 2)?));
         let mut there =
             Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
-        let moving = Move { number, verify: false, downtime_limit_ms: Some(options.downtime_limit), quiet: true };
+        let limit = Some(options.downtime_limit);
+        let moving = Move { number, mode: Mode::Precopy, verify: false, downtime_limit_ms: limit, quiet: true };
         let leg = travel(&moving, &mut here, &mut there, &ram).await?;
         own.total.push(Duration::from_micros(leg.total_us));
         own.blackout.push(Duration::from_micros(leg.blackout_us));

@@ -14,7 +14,7 @@ use wherry_guest::snapshot::Snapshot;
 use wherry_migration::progress::Phase;
 use wherry_vmm::api::types::{MigrationRequest, Mode, VmInfo, VmState};
 
-use crate::args::Demo;
+use crate::args::{self, Demo};
 use crate::migrate::{End, Show, carry};
 use crate::probe::{ProbeRam, WHERRY_RAM, Watcher};
 use crate::{DID_NOT, HAPPENED, control, report, runtime};
@@ -99,10 +99,11 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
     let mut legs = Vec::new();
     for number in 1..=options.legs {
         tokio::time::sleep(REST).await;
-        let verify = options.verify || (number == options.legs && number > 1);
+        let hashed = options.mode == args::Mode::Precopy;
+        let verify = options.verify || (hashed && number == options.legs && number > 1);
         let mut there =
             Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
-        let moving = Move { number, verify, downtime_limit_ms: None, quiet: options.json };
+        let moving = Move { number, mode: options.mode.into(), verify, downtime_limit_ms: None, quiet: options.json };
         let leg = travel(&moving, &mut here, &mut there, &ram).await?;
         ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
         check(&ram, number)?;
@@ -153,6 +154,8 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
 pub struct Move {
     /// From 1.
     pub number: u32,
+    /// How memory is carried.
+    pub mode: Mode,
     /// Hash all RAM and state.
     pub verify: bool,
     /// Blackout to stay below; `None`: the default.
@@ -163,7 +166,7 @@ pub struct Move {
 
 /// One move, watched from outside.
 pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram: &ProbeRam) -> Result<Leg> {
-    let Move { number, verify, downtime_limit_ms, quiet } = *moving;
+    let Move { number, mode, verify, downtime_limit_ms, quiet } = *moving;
     let (from_pid, to_pid) = (here.pid(), there.pid());
     let doing = || format!("move {number}, from process {from_pid} to process {to_pid}");
     let listen = there
@@ -179,7 +182,7 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
         .context("starting the watcher")?;
     let request = MigrationRequest {
         to: listen,
-        mode: Mode::Precopy,
+        mode,
         channels: None,
         downtime_limit_ms,
         bandwidth: None,

@@ -1,0 +1,261 @@
+//! Phase `Postcopy` of the destination: the VM runs here and lacks pages.
+//!
+//! ```text
+//!   vCPU touches a missing page -> userfaultfd -> thread `wherry-fault` -> Asker -> Request on the urgent channel
+//!   Pages on the urgent channel -> thread `wherry-follow` \
+//!   Pages on the data channels  -> receiving threads      -> Place: claim, read in place, made visible by FaultService
+//! ```
+//!
+//! A page is claimed by the first channel that brings it, before a byte of it is read; what comes later is read away.
+//! When every page is there the guest maps are unregistered, and the machine is like any other.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use wherry_fault::{FaultService, Requester, Wanted};
+use wherry_memory::{BlockId, PageSet, Ram};
+use wherry_stream::message::{Body, Empty, Follow as FollowMessage};
+use wherry_stream::{Channel, Closer, Extent, ExtentKind, Frame, FrameReader, FrameWriter, MAX_EXTENTS};
+
+use super::place::Place;
+use super::receivers::News;
+use super::{Destination, no_setup};
+use crate::error::Cause;
+use crate::journey::{EventKind, lock};
+use crate::machine::Machine;
+use crate::ownership::DestinationInput;
+use crate::priority::Urgent;
+use crate::progress::Phase;
+use crate::source::take_follow;
+
+/// Pages after one that is missed that are asked for with it: a guest that touches one often touches the next.
+const NEIGHBOURS: u64 = 7;
+/// How often it is looked whether every page is there.
+const LOOK: Duration = Duration::from_millis(5);
+/// How often subscribers hear of progress.
+const PROGRESS: Duration = Duration::from_millis(100);
+
+/// What is announced to follow, as it comes in.
+#[derive(Default)]
+pub(super) struct Follow(Vec<(BlockId, PageSet, u64)>);
+
+impl Follow {
+    /// Takes a message.
+    pub(super) fn take(&mut self, ram: &Ram, message: &FollowMessage) -> Result<(), Cause> {
+        let wrong = |what: &str| Cause::Protocol {
+            peer: "source",
+            what: format!("pages of RAM block {} that follow: {what}", message.block),
+        };
+        let block = u16::try_from(message.block).ok().and_then(|id| ram.block(BlockId(id)));
+        let block = block.ok_or_else(|| wrong("there is no such block"))?;
+        let id = block.spec().id;
+        if !self.0.iter().any(|(known, ..)| *known == id) {
+            self.0.push((id, PageSet::new(block.pages()), 0));
+        }
+        let Some((_, set, from)) = self.0.iter_mut().find(|(known, ..)| *known == id) else { return Ok(()) };
+        take_follow(set, from, &message.runs).map_err(|what| wrong(&what))
+    }
+
+    fn of(&self, id: BlockId) -> Option<&PageSet> {
+        self.0.iter().find(|(known, ..)| *known == id).map(|(_, set, _)| set)
+    }
+}
+
+/// Asks the source for what the guest misses. Called on the fault thread.
+struct Asker {
+    writer: Mutex<FrameWriter>,
+    faults: Weak<FaultService>,
+    asked: AtomicU64,
+}
+
+impl Asker {
+    fn ask(&self, extents: &[Extent]) {
+        for part in extents.chunks(MAX_EXTENTS) {
+            if let Err(error) = lock(&self.writer).write_request(part) {
+                // The conductor finds the link gone; what was asked for is asked again when there is one.
+                tracing::debug!(%error, "a request was lost");
+            }
+            self.asked.fetch_add(part.iter().map(|e| u64::from(e.count)).sum(), Ordering::Relaxed);
+        }
+    }
+}
+
+impl Requester for Asker {
+    fn request(&self, pages: &[Wanted]) {
+        let extent =
+            |wanted: &Wanted, first, count| Extent { block: wanted.block.0, kind: ExtentKind::Data, first, count };
+        let missed: Vec<_> = pages.iter().map(|wanted| extent(wanted, wanted.page, 1)).collect();
+        self.ask(&missed);
+        let Some(faults) = self.faults.upgrade() else { return };
+        let mut around = Vec::new();
+        for wanted in pages {
+            let Some(states) = faults.states(wanted.block) else { continue };
+            // The rest of a huge page is needed before it can be seen at all.
+            let unit = states.unit_granules();
+            let (first, end) = match unit {
+                1 => (wanted.page + 1, wanted.page.saturating_add(1 + NEIGHBOURS).min(states.pages())),
+                _ => (wanted.page / unit * unit, (wanted.page / unit + 1) * unit),
+            };
+            let mut page = first;
+            while page < end {
+                let start = page;
+                while page < end && states.prefetch(page) {
+                    page += 1;
+                }
+                if page > start {
+                    around.push(extent(wanted, start, (page - start) as u32));
+                }
+                page += 1;
+            }
+        }
+        self.ask(&around);
+    }
+}
+
+/// What serves the guest's faults while pages follow.
+pub(super) struct Following {
+    faults: Arc<FaultService>,
+    asker: Arc<Asker>,
+    closer: Closer,
+    reader: Option<JoinHandle<()>>,
+}
+
+impl Following {
+    fn start(faults: Arc<FaultService>, channel: Channel, place: Arc<Place>) -> Result<Self, Cause> {
+        let closer = channel.closer();
+        let (reader, writer) = channel.split();
+        let asker =
+            Arc::new(Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&faults), asked: AtomicU64::new(0) });
+        faults.start(asker.clone()).map_err(|e| Cause::Faults(e.to_string()))?;
+        let reader = std::thread::Builder::new()
+            .name("wherry-follow".into())
+            .spawn(move || {
+                if let Err(error) = read_answers(reader, &place) {
+                    tracing::debug!(%error, "no more pages come on the urgent channel");
+                }
+            })
+            .map_err(|source| Cause::Os { doing: "starting the thread that reads the urgent channel", source })?;
+        Ok(Self { faults, asker, closer, reader: Some(reader) })
+    }
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.closer.close();
+        if let Some(thread) = self.reader.take()
+            && let Err(panic) = thread.join()
+        {
+            tracing::error!(?panic, "the thread that reads the urgent channel panicked");
+        }
+        self.faults.stop();
+    }
+}
+
+fn read_answers(mut reader: FrameReader, place: &Place) -> Result<(), Cause> {
+    // A guest waits for each of these pages, and those that are pushed have all the time.
+    let _urgent = Urgent::new();
+    reader.set_idle_limit(Duration::from_secs(24 * 3600));
+    loop {
+        let doing = "receiving pages that were asked for";
+        match reader.read_frame().map_err(|source| Cause::Stream { doing, source })? {
+            Frame::Pages { extents, .. } => place.receive_from(&mut reader, &extents)?,
+            other => {
+                let what = format!("{:?} frame on the urgent channel", other.kind());
+                return Err(Cause::Protocol { peer: "source", what });
+            }
+        }
+    }
+}
+
+impl Destination<'_> {
+    /// Before the state is loaded, which may touch guest memory: faults are served from now on, or, if nothing follows,
+    /// there are none.
+    pub(super) fn prepare_faults(&mut self, machine: &Arc<dyn Machine>) -> Result<(), Cause> {
+        let failed = |e: wherry_fault::FaultError| Cause::Faults(e.to_string());
+        let Ok(faults) = machine.faults() else { return Ok(()) };
+        if !self.poise.follow {
+            return faults.unregister_untouched().map_err(failed);
+        }
+        let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
+        for block in machine.ram().blocks() {
+            let id = block.spec().id;
+            let mut whole_from = 0;
+            if let Some(set) = receiving.follow.of(id) {
+                for run in set.runs(0..set.limit()) {
+                    faults.mark_received(id, whole_from..run.start).map_err(failed)?;
+                    whole_from = run.end;
+                }
+            }
+            faults.mark_received(id, whole_from..block.pages()).map_err(failed)?;
+        }
+        receiving.place.follow(faults.clone());
+        let channel = receiving.urgent.take().ok_or_else(no_setup)?;
+        receiving.following = Some(Following::start(faults.clone(), channel, receiving.place.clone())?);
+        Ok(())
+    }
+
+    pub(super) fn postcopy(&mut self) -> Result<Phase, Cause> {
+        match self.await_all_pages() {
+            Ok(()) => {
+                self.feed(DestinationInput::AllPages);
+                Ok(Phase::Done)
+            }
+            Err(cause) => {
+                self.feed(DestinationInput::LinkLost);
+                Err(cause)
+            }
+        }
+    }
+
+    fn await_all_pages(&mut self) -> Result<(), Cause> {
+        let mut told = Instant::now();
+        loop {
+            let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
+            let Some(following) = &receiving.following else { return Err(no_setup()) };
+            if following.faults.is_complete() {
+                break;
+            }
+            let control = self.host.control()?;
+            let woken = control.wait(&[receiving.receivers.bell()], Instant::now() + LOOK, Duration::ZERO)?;
+            if woken.other.is_some() {
+                while let Some(news) = receiving.receivers.next() {
+                    match news {
+                        News::Round(round) => receiving.rounds = receiving.rounds.max(round),
+                        News::Failed(cause) => return Err(self.explain(cause)),
+                        News::Released(channel) => receiving.receivers.give_back(*channel),
+                    }
+                }
+            }
+            if woken.control
+                && let Some((about, body)) = self.host.control()?.read_any()?
+            {
+                self.decided(&about, &body)?;
+            }
+            let control = self.host.control()?;
+            if control.heard.elapsed() > control.silence_limit() {
+                return Err(control.silent("send the pages that follow", control.heard.elapsed()));
+            }
+            if told.elapsed() >= PROGRESS {
+                told = Instant::now();
+                self.count();
+                self.count_requests();
+                self.journey.tell(EventKind::Progress, |_| {});
+            }
+        }
+        self.count_requests();
+        // Before the source is told: from here on it may be gone.
+        let machine = self.host.machine.clone().ok_or_else(no_setup)?;
+        if let Ok(faults) = machine.faults() {
+            faults.unregister_guest_maps().map_err(|e| Cause::Faults(e.to_string()))?;
+        }
+        self.host.control()?.send(Body::Complete(Empty {}))
+    }
+
+    fn count_requests(&self) {
+        let following = self.receiving.as_ref().and_then(|r| r.following.as_ref());
+        let asked = following.map_or(0, |f| f.asker.asked.load(Ordering::Relaxed));
+        self.journey.update(|job| job.memory_postcopy_requests = asked);
+    }
+}

@@ -1,0 +1,248 @@
+//! Phase `Postcopy`: the VM runs at the destination, and what it lacks is here.
+//!
+//! ```text
+//!   Switchover   Follow: which pages are not there yet
+//!                PageService starts, then Offer
+//!   Postcopy     all data channels push what follows, as one round, from where the guest faults on
+//!                the urgent channel's thread answers requests beside it
+//!                Complete from the destination -> Done
+//! ```
+//!
+//! Nobody writes this memory any more, so a page may be sent twice: what comes second finds the first and is dropped.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use wherry_memory::{GRANULE, PageSet};
+use wherry_stream::message::{Body, Empty, Follow};
+use wherry_stream::{Channel, Closer, Frame};
+
+use super::Source;
+use super::precopy::no_setup;
+use super::round::Round;
+use crate::dirty::Dirty;
+use crate::error::Cause;
+use crate::journey::EventKind;
+use crate::ownership::SourceInput;
+use crate::priority::Urgent;
+use crate::progress::Phase;
+
+/// Numbers in one `Follow` message.
+const RUNS: usize = 1 << 16;
+/// How often subscribers hear of progress.
+const PROGRESS: Duration = Duration::from_millis(100);
+/// How often the peer hears from us while it only receives.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+
+/// The thread that answers requests.
+pub(super) struct PageService {
+    round: Arc<Round>,
+    answered: Arc<AtomicU64>,
+    closer: Closer,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl PageService {
+    fn start(channel: Channel, round: Arc<Round>) -> Result<Self, Cause> {
+        let answered = Arc::new(AtomicU64::new(0));
+        let closer = channel.closer();
+        let (asked, count) = (round.clone(), answered.clone());
+        let thread = std::thread::Builder::new()
+            .name("wherry-urgent".into())
+            .spawn(move || {
+                if let Err(error) = serve(channel, &asked, &count) {
+                    // The control channel will say what became of the peer.
+                    tracing::debug!(%error, "no more requests are answered");
+                }
+            })
+            .map_err(|source| Cause::Os { doing: "starting the thread that answers requests", source })?;
+        Ok(Self { round, answered, closer, thread: Some(thread) })
+    }
+}
+
+impl Drop for PageService {
+    fn drop(&mut self) {
+        self.closer.close();
+        if let Some(thread) = self.thread.take()
+            && let Err(panic) = thread.join()
+        {
+            tracing::error!(?panic, "the thread that answers requests panicked");
+        }
+    }
+}
+
+/// Answers until the channel ends.
+fn serve(mut channel: Channel, round: &Round, answered: &AtomicU64) -> Result<(), Cause> {
+    // A guest waits for each answer, and the push has all the time.
+    let _urgent = Urgent::new();
+    // Nothing is asked for as long as nothing is missed.
+    channel.reader.set_idle_limit(Duration::from_secs(24 * 3600));
+    loop {
+        let doing = "waiting for requests";
+        match channel.reader.read_frame().map_err(|source| Cause::Stream { doing, source })? {
+            Frame::Request(extents) => {
+                for extent in &extents {
+                    round.answer(&mut channel, extent)?;
+                    answered.fetch_add(extent.count.into(), Ordering::Relaxed);
+                }
+                if let Some(extent) = extents.first() {
+                    round.steer(wherry_memory::BlockId(extent.block), extent.first);
+                }
+            }
+            other => {
+                let what = format!("{:?} frame on the urgent channel", other.kind());
+                return Err(Cause::Protocol { peer: "destination", what });
+            }
+        }
+    }
+}
+
+impl Source {
+    /// Says what follows, and has requests for it answered from now on.
+    pub(super) fn announce(&mut self, set: Dirty) -> Result<(), Cause> {
+        let control = self.host.control()?;
+        for (block, set) in self.machine.ram().blocks().iter().zip(&set.0) {
+            let block = u32::from(block.spec().id.0);
+            let mut runs = Vec::new();
+            let mut told = 0;
+            for run in set.runs(0..set.limit()) {
+                runs.extend([run.start - told, run.end - run.start]);
+                told = run.end;
+                if runs.len() >= RUNS {
+                    control.send(Body::Follow(Follow { block, runs: std::mem::take(&mut runs) }))?;
+                }
+            }
+            if !runs.is_empty() {
+                control.send(Body::Follow(Follow { block, runs }))?;
+            }
+        }
+        let bytes = set.pages() * GRANULE;
+        self.journey.update(|job| {
+            job.memory_remaining = bytes;
+            job.data_remaining = bytes;
+            job.data_total = job.data_processed + bytes;
+        });
+        let running = self.running.as_mut().ok_or_else(no_setup)?;
+        let channel = running.urgent.take().ok_or_else(no_setup)?;
+        let round = Arc::new(Round::following(&running.shared, running.rounds, set));
+        running.service = Some(PageService::start(channel, round)?);
+        Ok(())
+    }
+
+    pub(super) fn postcopy(&mut self) -> Result<Phase, Cause> {
+        match self.push() {
+            Ok(()) => {
+                self.feed(SourceInput::AllServed);
+                Ok(Phase::Done)
+            }
+            Err(cause) => {
+                self.feed(SourceInput::LinkLost);
+                Err(cause)
+            }
+        }
+    }
+
+    /// Sends all that follows, and returns when the destination has it.
+    fn push(&mut self) -> Result<(), Cause> {
+        let running = self.running.as_mut().ok_or_else(no_setup)?;
+        let (round, answered) = match &running.service {
+            Some(service) => (service.round.clone(), service.answered.clone()),
+            None => return Err(no_setup()),
+        };
+        let pages = round.set.pages();
+        let channels = running.senders.len();
+        running.senders.begin(&round, channels);
+        let base = self.journey.job();
+        let wire = running.senders.wire_bytes();
+        let (mut told, mut alive, mut pushing) = (Instant::now(), Instant::now(), true);
+        loop {
+            let control = self.host.control()?;
+            let running = self.running.as_mut().ok_or_else(no_setup)?;
+            let news = running.senders.news();
+            let others = [news];
+            let woken = control.wait(if pushing { &others } else { &[] }, Instant::now() + PROGRESS, Duration::ZERO)?;
+            if woken.other.is_some() && running.senders.finished()? {
+                pushing = false;
+            }
+            if woken.control {
+                match control.read()? {
+                    None | Some(Body::Pong(Empty {})) => {}
+                    // The data channels may still have acknowledgements to read; nobody needs them.
+                    Some(Body::Complete(Empty {})) => break,
+                    Some(other) => return Err(control.protocol(format!("{} in postcopy", other.kind()))),
+                }
+            }
+            if alive.elapsed() > SIGN_OF_LIFE {
+                if control.heard.elapsed() > control.silence_limit() {
+                    return Err(control.silent("answer a ping", control.heard.elapsed()));
+                }
+                alive = Instant::now();
+                control.send(Body::Ping(Empty {}))?;
+            }
+            if told.elapsed() >= PROGRESS {
+                told = Instant::now();
+                let sent = running.senders.wire_bytes() - wire;
+                let remaining = pages.saturating_sub(round.done()) * GRANULE;
+                self.journey.tell(EventKind::Progress, |job| {
+                    job.data_processed = base.data_processed + sent;
+                    job.memory_remaining = remaining;
+                    job.data_remaining = remaining;
+                    job.memory_postcopy_requests = answered.load(Ordering::Relaxed);
+                });
+            }
+        }
+        let sent = running_bytes(self) - wire;
+        self.journey.update(|job| {
+            job.data_processed = base.data_processed + sent;
+            job.data_total = job.data_processed;
+            job.memory_processed = base.memory_processed + round.normal() * GRANULE;
+            job.memory_normal = base.memory_normal + round.normal();
+            job.memory_normal_bytes = base.memory_normal_bytes + round.normal() * GRANULE;
+            job.memory_constant = base.memory_constant + round.zero();
+            job.memory_postcopy_requests = answered.load(Ordering::Relaxed);
+        });
+        Ok(())
+    }
+}
+
+fn running_bytes(source: &Source) -> u64 {
+    source.running.as_ref().map_or(0, |running| running.senders.wire_bytes())
+}
+
+/// Takes a message about what follows into the set of its block, from where the last one about it ended.
+pub(crate) fn take_follow(set: &mut PageSet, from: &mut u64, runs: &[u64]) -> Result<(), String> {
+    let (pairs, rest) = runs.as_chunks::<2>();
+    if !rest.is_empty() {
+        return Err("an odd number of runs".into());
+    }
+    for [skip, follow] in pairs {
+        let start = from.checked_add(*skip);
+        let end = start.and_then(|start| start.checked_add(*follow));
+        let (Some(start), Some(end)) = (start, end.filter(|end| *end <= set.limit() && *follow > 0)) else {
+            return Err(format!("{follow} pages after {skip} skipped from {from} on, of {}", set.limit()));
+        };
+        set.insert_range(start..end);
+        *from = end;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_that_leave_their_block_or_are_empty_are_refused() {
+        let mut set = PageSet::new(100);
+        let mut from = 0;
+        take_follow(&mut set, &mut from, &[10, 5, 0, 5]).unwrap();
+        take_follow(&mut set, &mut from, &[70, 10]).unwrap();
+        assert_eq!(set.runs(0..100).collect::<Vec<_>>(), [10..20, 90..100]);
+        assert_eq!(from, 100);
+        for runs in [&[0, 1][..], &[1], &[u64::MAX, 2], &[0, 0]] {
+            assert!(take_follow(&mut set, &mut from, runs).is_err(), "{runs:?}");
+        }
+    }
+}

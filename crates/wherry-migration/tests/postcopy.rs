@@ -1,0 +1,270 @@
+//! Journeys in which memory follows the switch.
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use support::proxy::Proxy;
+use support::{FakeMachine, Load, Wire, World, assert_same_memory, at, await_that, block, random_vm};
+use wherry_memory::{BlockSpec, GRANULE, PageSize};
+use wherry_migration::machine::Machine;
+use wherry_migration::progress::Phase;
+use wherry_migration::testpoint::Point;
+use wherry_migration::{JourneyError, Mode};
+
+const MIB: u64 = 1 << 20;
+
+fn guest(blocks: &[BlockSpec]) -> Arc<FakeMachine> {
+    FakeMachine::new(random_vm(), blocks, Arc::default())
+}
+
+/// Whether faults can be served here.
+fn permitted() -> bool {
+    let permitted = wherry_fault::Userfault::open().map(|_| ());
+    if let Err(error) = &permitted {
+        println!("SKIPPED: {error}");
+    }
+    permitted.is_ok()
+}
+
+/// Has the guest at the destination work as soon as it runs there.
+fn keep_working(world: &World, load: Load) {
+    // The builder's machine exists before the journey reaches this point.
+    let built = world.builder.built.clone();
+    at(&world.destination_journey, Point::DestinationLoaded, move || {
+        built.lock().unwrap().as_ref().unwrap().set_load(load);
+    });
+}
+
+#[test]
+fn a_vm_runs_at_once_and_its_memory_follows() {
+    if !permitted() {
+        return;
+    }
+    for wire in [Wire::Unix, Wire::Tcp] {
+        let mut world = World::new(wire);
+        world.source_options.mode = Mode::Postcopy;
+        let machine = guest(&[block(0, 0, 64 * MIB), block(7, 1 << 32, 32 * MIB)]);
+        machine.fill(0, 0..3000, 1);
+        machine.fill(0, 5000..5001, 2);
+        machine.zero(0, 6000..6100);
+        machine.fill(1, 100..3000, 3);
+        machine.power_on(Load::NONE);
+        let (sent, received) = world.journey(&machine, None);
+        let sent = sent.unwrap();
+        let (there, arrived) = received.unwrap();
+        assert_eq!((sent.phase, arrived.phase), (Phase::Done, Phase::Done), "{wire:?}");
+        assert!(world.built().is_running() && !machine.is_running());
+        assert_same_memory(&*machine, &*there);
+        assert!(sent.rounds.is_empty(), "rounds were sent before the switch: {:?}", sent.rounds);
+        assert!(sent.blackout.is_some() && sent.memory_remaining == 0);
+    }
+}
+
+#[test]
+fn a_guest_that_works_on_while_its_memory_follows_finds_every_page_and_loses_no_write() {
+    if !permitted() {
+        return;
+    }
+    for seed in 0..4 {
+        let mut world = World::new(if seed % 2 == 0 { Wire::Unix } else { Wire::Tcp });
+        world.source_options.mode = Mode::Postcopy;
+        world.source_options.channels = Some(1 + seed as u16 % 3);
+        let machine = guest(&[block(0, 0, 64 * MIB)]);
+        machine.fill(0, 0..16384, seed + 1);
+        let load = Load { rate: 60_000, pages: 16_384, zero_one_in: 5 };
+        machine.power_on(load);
+        keep_working(&world, load);
+        let (sent, received) = world.journey(&machine, None);
+        let sent = sent.unwrap();
+        let there = received.unwrap().0;
+        let built = world.built();
+        built.set_load(Load::NONE);
+        // What the guest at the destination wrote, it wrote over what the source had: replay it there.
+        built.units().stop(Duration::from_secs(5)).unwrap();
+        machine.replay_until(built.cpu.writes(), load);
+        assert_same_memory(&*machine, &*there);
+        assert!(built.cpu.writes() > 0, "seed {seed}: the guest never wrote there");
+        assert!(sent.memory_postcopy_requests > 0, "seed {seed}: nothing was ever missed");
+    }
+}
+
+#[test]
+fn a_guest_that_never_converges_is_followed_by_hybrid() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Tcp);
+    world.source_options.mode = Mode::Hybrid;
+    world.source_options.bandwidth = Some(40 * MIB);
+    world.source_options.downtime_limit = Duration::from_millis(2);
+    let machine = guest(&[block(0, 0, 64 * MIB)]);
+    machine.fill(0, 0..8192, 7);
+    let load = Load { rate: 200_000, pages: 16_000, zero_one_in: 0 };
+    machine.power_on(load);
+    keep_working(&world, load);
+    let (sent, received) = world.journey(&machine, None);
+    let sent = sent.unwrap();
+    let there = received.unwrap().0;
+    let built = world.built();
+    built.units().stop(Duration::from_secs(5)).unwrap();
+    machine.replay_until(built.cpu.writes(), load);
+    assert_same_memory(&*machine, &*there);
+    assert!(!sent.rounds.is_empty(), "it began with precopy");
+    assert!(sent.rounds.iter().all(|r| r.throttle == 0), "a guest that can be followed was slowed down");
+}
+
+#[test]
+fn hybrid_stays_with_precopy_for_a_guest_that_converges() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Unix);
+    world.source_options.mode = Mode::Hybrid;
+    let machine = guest(&[block(0, 0, 32 * MIB)]);
+    machine.fill(0, 0..4000, 9);
+    machine.power_on(Load { rate: 1000, pages: 500, zero_one_in: 0 });
+    let (sent, received) = world.journey(&machine, None);
+    let sent = sent.unwrap();
+    assert_same_memory(&*machine, &*received.unwrap().0);
+    assert_eq!(sent.memory_postcopy_requests, 0);
+    assert!(!sent.rounds.is_empty());
+}
+
+#[test]
+fn a_hybrid_migration_switches_when_it_is_told_to() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Unix);
+    world.source_options.mode = Mode::Hybrid;
+    world.source_options.downtime_limit = Duration::from_millis(1);
+    let machine = guest(&[block(0, 0, 64 * MIB)]);
+    machine.fill(0, 0..8192, 7);
+    machine.power_on(Load { rate: 100_000, pages: 16_000, zero_one_in: 0 });
+    let (journey, count) = (world.source_journey.clone(), Arc::new(AtomicU64::new(0)));
+    let rounds = count.clone();
+    world.source_journey.set_test_hook(move |point| {
+        if point == Point::SourceRound {
+            rounds.fetch_add(1, Ordering::SeqCst);
+            journey.switch_to_postcopy();
+        }
+    });
+    let (sent, received) = world.journey(&machine, None);
+    sent.unwrap();
+    received.unwrap();
+    assert_eq!(count.load(Ordering::SeqCst), 1, "it went on with precopy after it was told to switch");
+}
+
+#[test]
+fn a_load_that_touches_missing_memory_is_served() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Unix);
+    world.source_options.mode = Mode::Postcopy;
+    let machine = guest(&[block(0, 0, 16 * MIB)]);
+    machine.fill(0, 0..4000, 5);
+    machine.power_on(Load::NONE);
+    world.builder.script.touch_on_restore(3333);
+    let (sent, received) = world.journey(&machine, None);
+    sent.unwrap();
+    assert_same_memory(&*machine, &*received.unwrap().0);
+    assert_eq!(world.builder.script.count("touched"), 1);
+}
+
+#[test]
+fn a_destination_without_userfaultfd_is_named_in_postcopy_and_hybrid_stays_with_precopy() {
+    let mut world = World::new(Wire::Unix);
+    world.source_options.mode = Mode::Postcopy;
+    world.builder.no_faults = Some("no userfaultfd, as told".into());
+    let machine = guest(&[block(0, 0, 16 * MIB)]);
+    machine.fill(0, 0..100, 5);
+    machine.power_on(Load::NONE);
+    let (sent, _) = world.journey(&machine, None);
+    let error = sent.unwrap_err();
+    assert!(matches!(error, JourneyError::Refused(_)), "{error}");
+    assert!(error.to_string().contains("no userfaultfd, as told"), "{error}");
+    assert!(machine.is_running());
+
+    let mut world = World::new(Wire::Unix);
+    world.source_options.mode = Mode::Hybrid;
+    world.builder.no_faults = Some("no userfaultfd, as told".into());
+    let (sent, received) = world.journey(&machine, None);
+    sent.unwrap();
+    assert_same_memory(&*machine, &*received.unwrap().0);
+}
+
+#[test]
+fn a_link_that_is_lost_before_the_run_is_recorded_leaves_the_vm_at_the_source() {
+    if !permitted() {
+        return;
+    }
+    for point in [Point::SourceStopped, Point::SourceSaved, Point::SourceOffered, Point::SourceReady] {
+        let mut world = World::new(Wire::Unix);
+        world.source_options.mode = Mode::Postcopy;
+        let machine = guest(&[block(0, 0, 16 * MIB)]);
+        machine.fill(0, 0..4000, 5);
+        machine.power_on(Load::NONE);
+        let journey = world.source_journey.clone();
+        at(&world.source_journey, point, move || {
+            journey.cancel();
+        });
+        let (sent, received) = world.journey(&machine, None);
+        assert!(matches!(sent, Err(JourneyError::Cancelled)), "{point:?}: {sent:?}");
+        assert!(received.is_err(), "{point:?}");
+        await_that("the guest at the source runs", || machine.is_running());
+        assert!(!world.built().is_running(), "{point:?}: it runs at the destination, too");
+    }
+}
+
+#[test]
+fn blocks_of_huge_pages_are_placed_whole() {
+    if !permitted() {
+        return;
+    }
+    let spec = BlockSpec { page_size: PageSize::Huge2M, ..block(0, 0, 32 * MIB) };
+    let Some(_pages) = support::HugePages::permit() else {
+        println!("SKIPPED: no huge pages can be had here");
+        return;
+    };
+    let mut world = World::new(Wire::Tcp);
+    world.source_options.mode = Mode::Postcopy;
+    let machine = guest(&[spec]);
+    machine.fill(0, 0..(8 * MIB / GRANULE), 5);
+    let load = Load { rate: 20_000, pages: 12 * MIB / GRANULE, zero_one_in: 0 };
+    machine.power_on(load);
+    keep_working(&world, load);
+    let (sent, received) = world.journey(&machine, None);
+    sent.unwrap();
+    let there = received.unwrap().0;
+    let built = world.built();
+    built.units().stop(Duration::from_secs(5)).unwrap();
+    machine.replay_until(built.cpu.writes(), load);
+    assert_same_memory(&*machine, &*there);
+}
+
+#[test]
+fn a_link_that_is_lost_while_memory_follows_is_told_of_at_both_ends_and_nothing_runs_at_the_source() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Tcp);
+    world.source_options.mode = Mode::Postcopy;
+    let machine = guest(&[block(0, 0, 256 * MIB)]);
+    machine.fill(0, 0..65_536, 5);
+    machine.power_on(Load::NONE);
+    let proxy = Proxy::new(world.listener.local_endpoint());
+    let link = proxy.handle();
+    at(&world.destination_journey, Point::DestinationRunning, move || link.cut());
+    let (sent, received) = world.journey(&machine, Some(proxy.endpoint()));
+    let received = received.map(|(_, job)| job);
+    assert!(matches!(received, Err(JourneyError::Paused(_))), "{received:?}");
+    // Whether the source has heard that it runs there is a matter of microseconds.
+    assert!(matches!(sent, Err(JourneyError::Paused(_) | JourneyError::InDoubt(_))), "{sent:?}");
+    assert_eq!(world.destination_journey.job().phase, Phase::Paused);
+    assert!(!machine.is_running());
+}
