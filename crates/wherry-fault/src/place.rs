@@ -227,3 +227,157 @@ impl<'a> Cursor<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::VecDeque;
+
+    use super::*;
+
+    const BASE: u64 = 0x7000_0000;
+    const UNIT: u64 = 2 << 20;
+
+    /// Answers what a test has prepared, and remembers what it was asked.
+    #[derive(Default)]
+    struct Kernel {
+        answers: RefCell<VecDeque<Outcome>>,
+        asked: RefCell<Vec<(&'static str, u64, u64)>>,
+        /// Unless answers are left, this is the answer.
+        then: Option<Outcome>,
+    }
+
+    impl Kernel {
+        fn with(answers: &[Outcome]) -> Self {
+            Self { answers: RefCell::new(answers.iter().copied().collect()), ..Self::default() }
+        }
+
+        fn answer(&self, call: &'static str, start: u64, len: u64) -> Result<Outcome, UffdError> {
+            self.asked.borrow_mut().push((call, (start - BASE) / GRANULE, len / GRANULE));
+            Ok(self.answers.borrow_mut().pop_front().or(self.then).unwrap_or(Outcome::Done))
+        }
+
+        fn asked(&self) -> Vec<(&'static str, u64, u64)> {
+            self.asked.borrow().clone()
+        }
+    }
+
+    impl Calls for Kernel {
+        fn continue_range(&self, start: u64, len: u64, _: bool) -> Result<Outcome, UffdError> {
+            self.answer("continue", start, len)
+        }
+        fn copy(&self, start: u64, source: &[u8], _: bool) -> Result<Outcome, UffdError> {
+            self.answer("copy", start, source.len() as u64)
+        }
+        fn zeropage(&self, start: u64, len: u64, _: bool) -> Result<Outcome, UffdError> {
+            self.answer("zeropage", start, len)
+        }
+        fn wake(&self, start: u64, len: u64) -> Result<(), UffdError> {
+            self.asked.borrow_mut().push(("wake", (start - BASE) / GRANULE, len / GRANULE));
+            Ok(())
+        }
+    }
+
+    fn target<'a>(calls: &'a Kernel, unit: u64, drain: &'a dyn Fn()) -> Target<'a> {
+        Target { calls, base: BASE, unit, drain }
+    }
+
+    fn no_hole(at: u64) -> Result<(), Stopped> {
+        panic!("asked about a hole at {at:#x}")
+    }
+
+    #[test]
+    fn a_partial_answer_is_gone_on_from_where_it_ended() {
+        let kernel = Kernel::with(&[Outcome::Partial(3 * GRANULE), Outcome::Partial(GRANULE)]);
+        target(&kernel, GRANULE, &|| ()).in_place(2 * GRANULE..10 * GRANULE, true, &mut no_hole).unwrap();
+        assert_eq!(kernel.asked(), [("continue", 2, 8), ("continue", 5, 5), ("continue", 6, 4)]);
+    }
+
+    #[test]
+    fn an_answer_of_nothing_done_has_events_read_and_the_call_repeated() {
+        let kernel = Kernel::with(&[Outcome::Again, Outcome::Partial(GRANULE), Outcome::Again]);
+        let drained = std::cell::Cell::new(0);
+        let drain = || drained.set(drained.get() + 1);
+        target(&kernel, GRANULE, &drain).in_place(0..2 * GRANULE, true, &mut no_hole).unwrap();
+        assert_eq!(kernel.asked(), [("continue", 0, 2), ("continue", 0, 2), ("continue", 1, 1), ("continue", 1, 1)]);
+        assert_eq!(drained.get(), 2);
+    }
+
+    #[test]
+    fn a_page_that_is_there_is_woken_and_stepped_over_alone() {
+        let kernel = Kernel::with(&[Outcome::Partial(2 * GRANULE), Outcome::Exists]);
+        target(&kernel, GRANULE, &|| ()).in_place(0..8 * GRANULE, true, &mut no_hole).unwrap();
+        assert_eq!(kernel.asked(), [("continue", 0, 8), ("continue", 2, 6), ("wake", 2, 1), ("continue", 3, 5)]);
+        let kernel = Kernel::with(&[Outcome::Exists]);
+        target(&kernel, UNIT, &|| ()).in_place(0..2 * UNIT, true, &mut no_hole).unwrap();
+        assert_eq!(kernel.asked(), [("continue", 0, 1024), ("wake", 0, 512), ("continue", 512, 512)], "a whole unit");
+    }
+
+    #[test]
+    fn a_hole_is_asked_about_and_what_follows_is_mapped() {
+        let kernel = Kernel::with(&[Outcome::Partial(GRANULE), Outcome::Fault]);
+        let mut holes = Vec::new();
+        let place = |at| {
+            holes.push(at / GRANULE);
+            Ok(())
+        };
+        target(&kernel, GRANULE, &|| ()).in_place(0..4 * GRANULE, true, &mut { place }).unwrap();
+        assert_eq!(kernel.asked(), [("continue", 0, 4), ("continue", 1, 3), ("continue", 2, 2)]);
+        assert_eq!(holes, [1]);
+        let kernel = Kernel::with(&[Outcome::Fault]);
+        let refused = |at| Err(Stopped { at, reason: "a bug".into() });
+        let stopped = target(&kernel, GRANULE, &|| ()).in_place(0..GRANULE, true, &mut { refused }).unwrap_err();
+        assert_eq!((stopped.at, stopped.reason.as_str()), (0, "a bug"));
+    }
+
+    #[test]
+    fn nothing_counts_as_placed_that_the_kernel_has_not_answered_for() {
+        for (answer, reason) in [
+            (Outcome::Gone, "process has gone"),
+            (Outcome::NotRegistered, "not registered"),
+            (Outcome::NoMemory, "no memory"),
+            (Outcome::Partial(100), "no whole units"),
+            (Outcome::Partial(8 * GRANULE), "no whole units"),
+        ] {
+            let kernel = Kernel::with(&[Outcome::Partial(GRANULE), answer]);
+            let target = target(&kernel, GRANULE, &|| ());
+            let stopped = target.in_place(0..4 * GRANULE, true, &mut no_hole).unwrap_err();
+            assert_eq!(stopped.at, GRANULE, "{answer:?}");
+            assert!(stopped.reason.contains(reason), "{}", stopped.reason);
+            let kernel = Kernel::with(&[Outcome::Partial(GRANULE), answer]);
+            let target = Target { calls: &kernel, ..target };
+            let staged = [0; 4 * GRANULE as usize];
+            assert_eq!(target.copy(0, &staged, true, &mut no_hole).unwrap_err().at, GRANULE, "{answer:?}");
+        }
+    }
+
+    #[test]
+    fn a_copy_takes_away_what_occupies_its_page_and_gives_up_if_that_comes_back_for_ever() {
+        let staged = [0; 3 * GRANULE as usize];
+        let kernel = Kernel::with(&[Outcome::Partial(GRANULE), Outcome::Exists]);
+        let mut taken = Vec::new();
+        let mut take = |at| {
+            taken.push(at / GRANULE);
+            Ok(())
+        };
+        target(&kernel, GRANULE, &|| ()).copy(0, &staged, true, &mut take).unwrap();
+        assert_eq!(kernel.asked(), [("copy", 0, 3), ("copy", 1, 2), ("copy", 1, 2)]);
+        assert_eq!(taken, [1]);
+        let kernel = Kernel { then: Some(Outcome::Exists), ..Kernel::default() };
+        let stopped = target(&kernel, GRANULE, &|| ()).copy(0, &staged, true, &mut |_| Ok(())).unwrap_err();
+        assert!(stopped.reason.contains("keeps allocating"), "{}", stopped.reason);
+    }
+
+    #[test]
+    fn zeros_are_made_by_zeropage_or_in_large_pages_by_a_copy_and_what_is_there_is_mapped() {
+        let kernel = Kernel::with(&[Outcome::Partial(GRANULE), Outcome::Exists, Outcome::Exists]);
+        target(&kernel, GRANULE, &|| ()).zero(0..4 * GRANULE, &[]).unwrap();
+        assert_eq!(
+            kernel.asked(),
+            [("zeropage", 0, 4), ("zeropage", 1, 3), ("continue", 1, 1), ("wake", 1, 1), ("zeropage", 2, 2)]
+        );
+        let kernel = Kernel::default();
+        target(&kernel, UNIT, &|| ()).zero(0..2 * UNIT, &vec![0; UNIT as usize]).unwrap();
+        assert_eq!(kernel.asked(), [("copy", 0, 512), ("copy", 512, 512)]);
+    }
+}

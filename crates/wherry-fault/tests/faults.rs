@@ -6,6 +6,7 @@ mod support;
 
 use std::io::Read;
 use std::sync::Arc;
+use std::sync::mpsc::TryRecvError;
 
 use support::{BLOCK, Lab, PAGE, permitted, requests, until};
 use wherry_fault::{FaultError, FaultService, PageState, SourceId, Trouble, Want, Wanted};
@@ -304,7 +305,7 @@ fn stopping_with_faults_outstanding_leaves_no_thread_waiting_and_no_descriptor()
     touches.iter().for_each(|touch| assert_eq!(touch.bytes(), (0, 0)));
     assert!(lab.service.statistics().sources.is_empty());
     assert_eq!(lab.service.waiting(), 0);
-    assert!(lab.requests.recv().is_err(), "the requester is still held by a thread");
+    assert_eq!(lab.requests.try_recv(), Err(TryRecvError::Disconnected), "a thread still has the requester");
     lab.service.stop();
     let (requester, _requests) = requests();
     assert!(matches!(lab.service.start(requester), Err(FaultError::Started("stopped"))));

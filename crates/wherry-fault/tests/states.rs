@@ -137,8 +137,8 @@ fn nothing_is_filled_twice_and_no_wake_is_lost_under_load() {
             }
         }
         assert!(states.is_complete());
-        for page in 0..PAGES as usize {
-            assert_eq!(filled[page].load(Ordering::SeqCst), 1, "page {page} in units of {unit}");
+        for (page, filled) in filled.iter().enumerate() {
+            assert_eq!(filled.load(Ordering::SeqCst), 1, "page {page} in units of {unit}");
         }
         for unit in 0..(PAGES / unit) as usize {
             let (waits, wakes) = (waiting[unit].load(Ordering::SeqCst), woken[unit].load(Ordering::SeqCst));

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -37,11 +37,24 @@ pub fn requests() -> (Arc<Requests>, Receiver<Wanted>) {
     (Arc::new(Requests(Mutex::new(sender))), receiver)
 }
 
+/// The pages that were requested.
+pub struct Requested(Mutex<Receiver<Wanted>>);
+
+impl Requested {
+    pub fn try_recv(&self) -> Result<Wanted, TryRecvError> {
+        self.0.lock().unwrap().try_recv()
+    }
+
+    pub fn recv(&self) -> Result<Wanted, RecvTimeoutError> {
+        self.0.lock().unwrap().recv_timeout(DEADLINE)
+    }
+}
+
 /// One block, registered, and its service running.
 pub struct Lab {
     pub service: Arc<FaultService>,
     pub block: Arc<Block>,
-    pub requests: Receiver<Wanted>,
+    pub requests: Requested,
 }
 
 impl Lab {
@@ -62,7 +75,7 @@ impl Lab {
         service.register_guest_maps().unwrap();
         let (requester, requests) = requests();
         service.start(requester).unwrap();
-        Self { service, block, requests }
+        Self { service, block, requests: Requested(Mutex::new(requests)) }
     }
 
     /// What a channel does: claims, writes through the engine map, hands over.
@@ -110,7 +123,7 @@ impl Lab {
     }
 
     pub fn wanted(&self) -> Wanted {
-        self.requests.recv_timeout(DEADLINE).expect("no page was requested in time")
+        self.requests.recv().expect("no page was requested in time")
     }
 
     /// Waits for the next trouble. A thread that faulted goes on before the service has told of it.
