@@ -62,46 +62,36 @@ impl FaultService {
         }
         let mut stale = Vec::new();
         for run in faults.states.filling_runs(pages.clone()) {
-            for data in faults.block.data_runs(bytes(&run)) {
-                stale.push(data.map_err(|source| FaultError::Os { what: "looking for holes", source })?);
-            }
+            stale.extend(faults.data(run)?);
         }
         let mut next = pages.start;
-        for data in stale {
-            match fill.way() {
-                Way::InPlace => faults.zero(&data)?,
-                Way::Copy => faults.block.punch(data.clone())?,
+        for run in stale {
+            let by_copy = fill.way() == Way::Copy;
+            if by_copy {
+                faults.block.punch(bytes(&run))?;
+            } else {
+                faults.zero(&run)?;
             }
-            let run = data.start / GRANULE..data.end / GRANULE;
             self.shared.publish(faults, next..run.start, true, true);
-            self.shared.publish(faults, run.clone(), fill.way() == Way::Copy, true);
+            self.shared.publish(faults, run.clone(), by_copy, true);
             next = run.end;
         }
         self.shared.publish(faults, next..pages.end, true, true);
         Ok(())
     }
 
-    /// Marks pages that are whole before the switch: precopy brought them, or they are holes and zero. What is in
-    /// memory is told from the memfd (in blocks of large pages, from our maps).
+    /// Marks pages that are whole before the switch: precopy brought them, or they are holes and zero.
+    ///
+    /// This is done in the blackout, so the memfd is not asked which they are (it takes long to answer for much memory):
+    /// that a page of them was punched is found out only once it has been placed.
     pub fn mark_received(&self, block: BlockId, pages: Range<u64>) -> Result<(), FaultError> {
         let faults = self.shared.block_with(block, &pages)?;
-        let mut waited = Vec::new();
         // Faults that wait already are events that nobody has read: whoever reads them looks at the state.
-        let alone = !self.has_started();
-        let mut mark = |pages: Range<u64>, hole| match alone {
-            true => faults.states.preset_received(pages, hole),
-            false => waited.extend(faults.states.mark_received(pages, hole)),
-        };
-        let mut next = pages.start;
-        for data in faults.block.data_runs(bytes(&pages)) {
-            let data = data.map_err(|source| FaultError::Os { what: "looking for holes", source })?;
-            let run = data.start / GRANULE..data.end.div_ceil(GRANULE);
-            mark(next..run.start, true);
-            mark(run.clone(), false);
-            next = run.end;
+        if !self.has_started() {
+            faults.states.preset_received(pages, true);
+            return Ok(());
         }
-        mark(next..pages.end, true);
-        for page in waited {
+        for page in faults.states.mark_received(pages, true) {
             self.shared.resolve(faults, faults.states.unit_of(page));
         }
         Ok(())

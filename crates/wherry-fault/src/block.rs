@@ -6,6 +6,8 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 use wherry_memory::{Block, BlockId, GRANULE};
 
 use crate::{FaultError, PageStates, Way, lock};
@@ -47,13 +49,39 @@ impl BlockFaults {
         self.zeros.get_or_init(|| vec![0; self.unit() as usize])
     }
 
-    /// Zeroes bytes that are in memory and that the caller has claimed.
-    pub fn zero(&self, bytes: &Range<u64>) -> Result<(), FaultError> {
-        let len = bytes.end - bytes.start;
-        let start = self.block.engine_range(bytes.start, len)?;
+    /// Zeroes pages that are in memory and that the caller has claimed.
+    pub fn zero(&self, pages: &Range<u64>) -> Result<(), FaultError> {
+        let len = (pages.end - pages.start) * GRANULE;
+        let start = self.block.engine_range(pages.start * GRANULE, len)?;
         // SAFETY: inside the engine map, and the caller owns the pages until it publishes them.
         unsafe { start.write_bytes(0, len as usize) };
         Ok(())
+    }
+
+    /// The runs of pages inside a range that are in memory. Made for ranges far smaller than the block: `SEEK_HOLE` has
+    /// no end to stop at, and would walk over all that is in memory behind the range.
+    pub fn data(&self, pages: Range<u64>) -> Result<Vec<Range<u64>>, FaultError> {
+        let failed = |source| FaultError::Os { what: "looking for holes", source };
+        let bytes = pages.start * GRANULE..pages.end * GRANULE;
+        if self.unit() != GRANULE {
+            let runs = self.block.data_runs(bytes).map(|run| run.map(|r| r.start / GRANULE..r.end / GRANULE));
+            return runs.collect::<Result<_, _>>().map_err(failed);
+        }
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        let mut at = bytes.start;
+        while at < bytes.end {
+            let data = match seek(self.block.fd(), SeekFrom::Data(at)) {
+                Ok(data) if data < bytes.end => data / GRANULE,
+                Ok(_) | Err(Errno::NXIO) => break,
+                Err(error) => return Err(failed(error.into())),
+            };
+            match runs.last_mut() {
+                Some(run) if run.end == data => run.end += 1,
+                _ => runs.push(data..data + 1),
+            }
+            at = (data + 1) * GRANULE;
+        }
+        Ok(runs)
     }
 
     /// Has a page of the file allocated, as zeros, if it is a hole.
@@ -87,15 +115,10 @@ impl BlockFaults {
 
     /// Punches pages, and looks whether they are gone.
     fn take_out(&self, pages: Range<u64>) -> Result<(), FaultError> {
-        let range = pages.start * GRANULE..pages.end * GRANULE;
-        let scan = |e| FaultError::Os { what: "looking for holes", source: e };
-        let data: Vec<_> = self.block.data_runs(range).collect::<Result<_, _>>().map_err(scan)?;
-        for run in data {
-            self.block.punch(run.clone())?;
-            if let Some(left) = self.block.data_runs(run).next() {
-                let left = left.map_err(scan)?;
-                let (start, end) = (left.start / GRANULE, left.end.div_ceil(GRANULE));
-                return Err(FaultError::StillData { block: self.id(), start, end });
+        for run in self.data(pages)? {
+            self.block.punch(run.start * GRANULE..run.end * GRANULE)?;
+            if let Some(left) = self.data(run)?.first() {
+                return Err(FaultError::StillData { block: self.id(), start: left.start, end: left.end });
             }
         }
         Ok(())

@@ -31,12 +31,21 @@ impl FaultService {
     }
 }
 
+/// Where the mapper goes on.
+#[derive(Default)]
+pub(crate) struct Cursor {
+    block: usize,
+    page: u64,
+    /// Up to here pages were in memory when it was asked.
+    data_end: u64,
+}
+
 /// Passes over all blocks until everything is received and placed, or the service is stopped.
 pub(crate) fn run(shared: &Arc<Shared>) {
     loop {
         // Asked before the pass: what is complete then, the pass has seen whole.
         let complete = shared.blocks.iter().all(|b| b.states.is_complete());
-        *lock(&shared.cursor) = (0, 0);
+        *lock(&shared.cursor) = Cursor::default();
         loop {
             if shared.stopping.load(Ordering::SeqCst) {
                 return;
@@ -64,23 +73,24 @@ impl Shared {
         let mut mapped = Mapped::default();
         let mut cursor = lock(&self.cursor);
         while mapped.pages < budget {
-            let Some(block) = self.blocks.get(cursor.0) else {
-                *cursor = (0, 0);
+            let Some(block) = self.blocks.get(cursor.block) else {
+                *cursor = Cursor::default();
                 mapped.wrapped = true;
                 break;
             };
-            let limit = block.states.pages();
-            let os = |source| FaultError::Os { what: "looking for holes", source };
-            let Some(data) =
-                block.block.data_runs(cursor.1 * GRANULE..limit * GRANULE).next().transpose().map_err(os)?
-            else {
-                *cursor = (cursor.0 + 1, 0);
+            if cursor.page >= cursor.data_end {
+                // Asked once for each run: the kernel walks over all of it to find its end.
+                let rest = cursor.page * GRANULE..block.states.pages() * GRANULE;
+                let os = |source| FaultError::Os { what: "looking for holes", source };
+                match block.block.data_runs(rest).next().transpose().map_err(os)? {
+                    Some(data) => (cursor.page, cursor.data_end) = (data.start / GRANULE, data.end.div_ceil(GRANULE)),
+                    None => *cursor = Cursor { block: cursor.block + 1, ..Cursor::default() },
+                }
                 continue;
-            };
-            let start = data.start / GRANULE;
-            let step = STEP.max(block.states.unit_granules()).min(budget.max(block.states.unit_granules()));
-            let end = (data.end / GRANULE).min(start + step).max(start + 1);
-            cursor.1 = end;
+            }
+            let step = STEP.min(budget).max(block.states.unit_granules());
+            let (start, end) = (cursor.page, cursor.data_end.min(cursor.page + step));
+            cursor.page = end;
             for run in block.states.unplaced_runs(start..end) {
                 mapped.pages += self.map_run(block, run)?;
             }

@@ -119,8 +119,8 @@ pub(crate) struct Shared {
     pub background_pages: AtomicU64,
     pub punched_pages: AtomicU64,
     pub replaced_pages: AtomicU64,
-    /// Where the background mapper goes on: block and granule.
-    pub cursor: Mutex<(usize, u64)>,
+    /// Where the background mapper goes on.
+    pub cursor: Mutex<crate::mapper::Cursor>,
     /// Ends the background mapper's pauses.
     pub mapper: (Mutex<()>, Condvar),
 }

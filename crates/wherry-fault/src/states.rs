@@ -187,7 +187,9 @@ impl PageStates {
     pub fn settle(&self, page: u64, hole: bool) -> Option<Published> {
         let hole = if hole { HOLE } else { 0 };
         let before = self.update(page, |bits| (bits & STATE == FILLING).then_some(RECEIVED | hole)).ok()?;
-        Some(self.arrived(page, before))
+        let published = self.settled(page, before);
+        self.received.fetch_add(1, Ordering::AcqRel);
+        Some(published)
     }
 
     /// Gives up a page whose channel died; `true` if somebody waits, and then it stays requested and the caller must
@@ -213,13 +215,16 @@ impl PageStates {
     pub fn mark_received(&self, range: Range<u64>, hole: bool) -> Vec<u64> {
         let hole = if hole { HOLE } else { 0 };
         let mut waited = Vec::new();
+        let mut count = 0;
         for page in range {
-            if let Ok(before) = self.update(page, |bits| (bits & STATE < FILLING).then_some(RECEIVED | hole))
-                && self.arrived(page, before).waited
-            {
-                waited.push(page);
+            if let Ok(before) = self.update(page, |bits| (bits & STATE < FILLING).then_some(RECEIVED | hole)) {
+                count += 1;
+                if self.settled(page, before).waited {
+                    waited.push(page);
+                }
             }
         }
+        self.received.fetch_add(count, Ordering::AcqRel);
         waited
     }
 
@@ -335,9 +340,9 @@ impl PageStates {
         self.runs(range, |bits| bits & (STATE | PLACED) == RECEIVED)
     }
 
-    /// Counts a page that has just become received.
-    fn arrived(&self, page: u64, before: u8) -> Published {
-        let published = match self.unit_word(page) {
+    /// What follows from a page having just become received; its bits were `before`.
+    fn settled(&self, page: u64, before: u8) -> Published {
+        match self.unit_word(page) {
             None => Published { whole: true, waited: before & WAIT != 0 },
             Some(unit) => {
                 let count = unit.fetch_add(1, Ordering::AcqRel);
@@ -348,9 +353,7 @@ impl PageStates {
                 }
                 Published { whole, waited }
             }
-        };
-        self.received.fetch_add(1, Ordering::AcqRel);
-        published
+        }
     }
 
     fn pick(&self, of: impl Fn(u8) -> bool) -> Vec<u64> {

@@ -8,7 +8,7 @@ use std::io::Read;
 use std::sync::Arc;
 use std::sync::mpsc::TryRecvError;
 
-use support::{BLOCK, Lab, PAGE, permitted, requests, until};
+use support::{BLOCK, Lab, PAGE, Touch, permitted, requests, until};
 use wherry_fault::{FaultError, FaultService, PageState, SourceId, Trouble, Want, Wanted};
 use wherry_memory::{BlockSpec, PageSize, Ram};
 
@@ -177,10 +177,33 @@ fn what_precopy_brought_and_what_was_never_there_is_whole_before_the_switch() {
     assert_eq!(lab.touch(2).bytes(), (0, 0));
     assert!(lab.requests.try_recv().is_err());
     assert!(lab.service.take_troubles().is_empty(), "an ordinary hole was taken for a punched page");
-    // A page that was in memory when it was marked is no ordinary hole.
+    // A page that was placed is no ordinary hole.
+    assert_eq!(lab.service.map_background(u64::MAX).unwrap().pages, 1);
     lab.block.punch(9 * PAGE..10 * PAGE).unwrap();
     assert_eq!(lab.touch(9).bytes(), (0, 0));
     assert!(matches!(lab.trouble(), Trouble::Punched { page: 9, .. }));
+}
+
+#[test]
+fn pages_that_are_marked_before_the_service_starts_are_whole_for_faults_that_wait_already() {
+    let Some(()) = permitted() else { return };
+    let spec = BlockSpec { id: BLOCK, guest_base: 0, size: 64 * PAGE, page_size: PageSize::Base };
+    let ram = Arc::new(Ram::create(&[spec]).unwrap());
+    let service = FaultService::new(ram.clone()).unwrap();
+    service.register_guest_maps().unwrap();
+    // SAFETY: inside the engine map.
+    unsafe { ram.blocks()[0].engine_range(3 * PAGE, PAGE).unwrap().write_bytes(4, PAGE as usize) };
+    let guest = ram.blocks()[0].guest_map() as u64;
+    let touches = [3, 5, 60].map(|page| Touch::read(guest + page * PAGE, format!("page {page}")));
+    service.mark_received(BLOCK, 0..60).unwrap();
+    assert_eq!(service.states(BLOCK).unwrap().received_count(), 60);
+    let (requester, requests) = requests();
+    service.start(requester).unwrap();
+    assert_eq!((touches[0].bytes(), touches[1].bytes()), ((4, 4), (0, 0)));
+    assert_eq!(requests.recv_timeout(support::DEADLINE).unwrap().page, 60);
+    assert!(service.states(BLOCK).unwrap().claim(60));
+    service.received_zero(BLOCK, 60..61).unwrap();
+    assert_eq!(touches[2].bytes(), (0, 0));
 }
 
 #[test]
