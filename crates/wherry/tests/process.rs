@@ -133,7 +133,7 @@ fn bad_arguments_end_with_2() {
     refused(&["run", "--api", "x", "--cmdline", "date=1M"], "date");
     refused(&["run", "--api", "x", "--id", "12"], "hexadecimal");
     refused(&["receive", "--api", "x", "--listen", "here"], "tcp:HOST:PORT");
-    refused(&["migrate", "--api", "x", "--to", "tcp:h:1", "--mode", "postcopy"], "not in this version");
+    refused(&["migrate", "--api", "x", "--to", "tcp:h:1", "--mode", "teleport"], "hybrid");
     refused(&["migrate", "--api", "x", "--to", "tcp:h:1", "--channels", "0"], "channels");
     refused(&["resolve", "--api", "x", "--as", "both"], "source or destination");
     refused(&["status", "--api", "x", "--log", "a=b=c"], "--log");
