@@ -380,4 +380,60 @@ mod tests {
         target(&kernel, UNIT, &|| ()).zero(0..2 * UNIT, &vec![0; UNIT as usize]).unwrap();
         assert_eq!(kernel.asked(), [("copy", 0, 512), ("copy", 512, 512)]);
     }
+
+    /// The same against the kernel: a page in the middle is mapped, one is a hole, and a thread waits behind them.
+    #[test]
+    fn a_waiter_three_pages_behind_one_that_is_there_wakes() {
+        use wherry_memory::{Block, BlockId, BlockSpec, PageSize};
+        let uffd = match Userfault::open() {
+            Ok(uffd) => uffd,
+            Err(error) => return println!("SKIPPED: {error}"),
+        };
+        let spec = BlockSpec { id: BlockId(0), guest_base: 0, size: 8 * GRANULE, page_size: PageSize::Base };
+        let block = Block::create(spec).unwrap();
+        let base = block.guest_map() as u64;
+        uffd.register(base, spec.size, crate::Mode::MISSING_MINOR).unwrap();
+        for page in (0..8).filter(|page| *page != 3) {
+            put(&block, page);
+        }
+        assert_eq!(uffd.continue_range(base + 2 * GRANULE, GRANULE, true).unwrap(), Outcome::Done);
+        let waiter = std::thread::spawn(move || get(base + 5 * GRANULE));
+        let (mut faults, started) = (Vec::new(), Instant::now());
+        while faults.is_empty() {
+            assert!(started.elapsed() < Duration::from_secs(20), "no fault was read in time");
+            uffd.read_events(&mut faults).unwrap();
+            std::thread::yield_now();
+        }
+        assert!(faults[0].minor && !faults[0].write);
+        assert_eq!(faults[0].address, base + 5 * GRANULE);
+        assert_eq!(uffd.continue_range(base, 8 * GRANULE, true).unwrap(), Outcome::Partial(2 * GRANULE));
+        assert_eq!(uffd.continue_range(base + 2 * GRANULE, 6 * GRANULE, true).unwrap(), Outcome::Exists);
+        let target = Target { calls: &uffd, base, unit: GRANULE, drain: &|| () };
+        let mut holes = Vec::new();
+        let mut fill = |at| {
+            holes.push(at / GRANULE);
+            target.zero(at..at + GRANULE, &[])
+        };
+        target.in_place(0..8 * GRANULE, true, &mut fill).unwrap();
+        assert_eq!(holes, [3]);
+        while !waiter.is_finished() {
+            assert!(started.elapsed() < Duration::from_secs(20), "the waiter was not woken in time");
+            std::thread::yield_now();
+        }
+        assert_eq!(waiter.join().unwrap(), 5);
+        assert_eq!([get(base + 3 * GRANULE), get(base + 7 * GRANULE)], [0, 7]);
+    }
+
+    #[expect(unsafe_code, reason = "writes through the engine map")]
+    fn put(block: &wherry_memory::Block, page: u64) {
+        let at = block.engine_range(page * GRANULE, GRANULE).unwrap();
+        // SAFETY: one page inside the engine map.
+        unsafe { at.write_bytes(page as u8, GRANULE as usize) };
+    }
+
+    #[expect(unsafe_code, reason = "touches a page as a guest does")]
+    fn get(address: u64) -> u8 {
+        // SAFETY: the callers give addresses inside the guest map.
+        unsafe { (address as *const u8).read_volatile() }
+    }
 }

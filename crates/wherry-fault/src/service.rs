@@ -348,7 +348,7 @@ impl FaultService {
         Ok(())
     }
 
-    /// Starts the thread `wherry-fault-map`, which places what is received and not placed yet, while faults go first.
+    /// Starts the thread `wherry-map`, which places what is received and not placed yet, while faults go first.
     /// It ends when everything is received and placed. To be called after `Run`.
     pub fn start_mapper(&self) -> Result<(), FaultError> {
         let mut threads = lock(&self.threads);
@@ -356,7 +356,7 @@ impl FaultService {
             return Err(FaultError::Started("stopped"));
         }
         let shared = self.shared.clone();
-        threads.running.push(spawn("wherry-fault-map", move || crate::mapper::run(&shared))?);
+        threads.running.push(spawn("wherry-map", move || crate::mapper::run(&shared))?);
         Ok(())
     }
 
