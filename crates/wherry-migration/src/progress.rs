@@ -72,6 +72,21 @@ pub struct Blackout {
     pub total_us: u64,
 }
 
+/// How it was while memory followed, as the destination measured it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Postcopy {
+    /// From the start of the guest at the destination until all of its memory was there.
+    pub duration_us: u64,
+    /// Page faults of the guest that were served.
+    pub faults: u64,
+    /// From reading a fault to its page being visible: half of them took no longer. A power of two.
+    pub fault_p50_us: u64,
+    /// 99 of 100 took no longer. A power of two.
+    pub fault_p99_us: u64,
+    /// The longest.
+    pub fault_max_us: u64,
+}
+
 /// A journey as it stands, and as it ended.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Job {
@@ -129,6 +144,8 @@ pub struct Job {
     pub rounds: Vec<Round>,
     /// Parts of the blackout, when it is over.
     pub blackout: Option<Blackout>,
+    /// How it was while memory followed, when all of it is there.
+    pub postcopy: Option<Postcopy>,
     /// Why it failed, was cancelled or is in doubt.
     pub error: Option<String>,
 }

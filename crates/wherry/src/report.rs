@@ -141,6 +141,17 @@ pub fn journey(job: &Job) -> String {
             b.total_us, b.stop_us, b.last_pages_us, b.state_us, b.network_us, b.load_us, b.start_us
         );
     }
+    if let Some(p) = &job.postcopy {
+        let _ = writeln!(
+            text,
+            "  postcopy {}: {} page faults served, half within {} us, 99 % within {} us, the longest {} us",
+            time(p.duration_us),
+            p.faults,
+            p.fault_p50_us,
+            p.fault_p99_us,
+            p.fault_max_us
+        );
+    }
     if job.io_stall_us > 0 {
         let _ = writeln!(text, "  devices waited {} before the blackout", time(job.io_stall_us));
     }

@@ -14,20 +14,21 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use wherry_fault::{FaultService, Requester, Wanted};
+use wherry_fault::{FaultService, Requester, SourceId, Wanted};
 use wherry_memory::{BlockId, PageSet, Ram};
-use wherry_stream::message::{Body, Empty, Follow as FollowMessage};
+use wherry_stream::message::{Body, Complete, Follow as FollowMessage};
 use wherry_stream::{Channel, Closer, Extent, ExtentKind, Frame, FrameReader, FrameWriter, MAX_EXTENTS};
 
 use super::place::Place;
 use super::receivers::News;
-use super::{Destination, no_setup};
+use super::{Destination, no_setup, since};
 use crate::error::Cause;
 use crate::journey::{EventKind, lock};
 use crate::machine::Machine;
 use crate::ownership::DestinationInput;
+use crate::predict::us;
 use crate::priority::Urgent;
-use crate::progress::Phase;
+use crate::progress::{Phase, Postcopy};
 use crate::source::take_follow;
 
 /// Pages after one that is missed that are asked for with it: a guest that touches one often touches the next.
@@ -210,7 +211,8 @@ impl Destination<'_> {
     }
 
     fn await_all_pages(&mut self) -> Result<(), Cause> {
-        let mut told = Instant::now();
+        let begun = Instant::now();
+        let mut told = begun;
         loop {
             let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
             let Some(following) = &receiving.following else { return Err(no_setup()) };
@@ -250,7 +252,25 @@ impl Destination<'_> {
         if let Ok(faults) = machine.faults() {
             faults.unregister_guest_maps().map_err(|e| Cause::Faults(e.to_string()))?;
         }
-        self.host.control()?.send(Body::Complete(Empty {}))
+        let statistics = machine.faults().map(|faults| faults.statistics()).unwrap_or_default();
+        let guest = statistics.source(SourceId::GUEST);
+        let at = |fraction| guest.and_then(|s| s.latency.quantile(fraction)).map_or(0, us);
+        let complete = Complete {
+            faults: guest.map_or(0, |s| s.faults),
+            p50_us: at(0.5),
+            p99_us: at(0.99),
+            max_us: guest.map_or(0, |s| us(s.latency.largest())),
+        };
+        self.journey.update(|job| {
+            job.postcopy = Some(Postcopy {
+                duration_us: since(begun),
+                faults: complete.faults,
+                fault_p50_us: complete.p50_us,
+                fault_p99_us: complete.p99_us,
+                fault_max_us: complete.max_us,
+            });
+        });
+        self.host.control()?.send(Body::Complete(complete))
     }
 
     fn count_requests(&self) {

@@ -26,8 +26,9 @@ use crate::dirty::Dirty;
 use crate::error::Cause;
 use crate::journey::EventKind;
 use crate::ownership::SourceInput;
+use crate::predict::us;
 use crate::priority::Urgent;
-use crate::progress::Phase;
+use crate::progress::{Phase, Postcopy};
 
 /// Numbers in one `Follow` message.
 const RUNS: usize = 1 << 16;
@@ -154,10 +155,11 @@ impl Source {
         let pages = round.set.pages();
         let channels = running.senders.len();
         running.senders.begin(&round, channels);
+        let begun = Instant::now();
         let base = self.journey.job();
         let wire = running.senders.wire_bytes();
         let (mut told, mut alive, mut pushing) = (Instant::now(), Instant::now(), true);
-        loop {
+        let complete = loop {
             let control = self.host.control()?;
             let running = self.running.as_mut().ok_or_else(no_setup)?;
             let news = running.senders.news();
@@ -170,7 +172,7 @@ impl Source {
                 match control.read()? {
                     None | Some(Body::Pong(Empty {})) => {}
                     // The data channels may still have acknowledgements to read; nobody needs them.
-                    Some(Body::Complete(Empty {})) => break,
+                    Some(Body::Complete(complete)) => break complete,
                     Some(other) => return Err(control.protocol(format!("{} in postcopy", other.kind()))),
                 }
             }
@@ -192,7 +194,7 @@ impl Source {
                     job.memory_postcopy_requests = answered.load(Ordering::Relaxed);
                 });
             }
-        }
+        };
         let sent = running_bytes(self) - wire;
         self.journey.update(|job| {
             job.data_processed = base.data_processed + sent;
@@ -202,6 +204,13 @@ impl Source {
             job.memory_normal_bytes = base.memory_normal_bytes + round.normal() * GRANULE;
             job.memory_constant = base.memory_constant + round.zero();
             job.memory_postcopy_requests = answered.load(Ordering::Relaxed);
+            job.postcopy = Some(Postcopy {
+                duration_us: us(begun.elapsed()),
+                faults: complete.faults,
+                fault_p50_us: complete.p50_us,
+                fault_p99_us: complete.p99_us,
+                fault_max_us: complete.max_us,
+            });
         });
         Ok(())
     }

@@ -58,10 +58,16 @@ impl Figures {
 pub struct Way {
     /// Who and how.
     pub name: String,
-    /// From the command to the first heartbeat at the destination.
+    /// From the command to the first heartbeat at the destination; by postcopy, until all memory is there.
     pub total: Figures,
     /// From the last heartbeat at the source to the first at the destination.
     pub blackout: Figures,
+    /// The largest gap the guest itself has seen (Wherry only).
+    pub gap: Figures,
+    /// From reading a page fault to its page being visible: half of them took no longer (postcopy).
+    pub fault_p50: Figures,
+    /// 99 of 100 took no longer.
+    pub fault_p99: Figures,
 }
 
 impl Way {
@@ -144,21 +150,34 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
         resume(&here).await?;
     }
 
-    let mut own = Way::new(concat!("Wherry ", env!("CARGO_PKG_VERSION"), " precopy"));
+    let mut own = [
+        (Mode::Precopy, Way::new(concat!("Wherry ", env!("CARGO_PKG_VERSION"), " precopy"))),
+        (Mode::Postcopy, Way::new(concat!("Wherry ", env!("CARGO_PKG_VERSION"), " postcopy"))),
+    ];
     let image = engine::image(options.data, options.data)?;
     for number in 1..=options.runs {
         say(&format!("run {number} of {}", options.runs));
         raw.push(Duration::from_secs_f64(engine::raw(&image, options.data, 2)?));
-        let mut there =
-            Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
-        let limit = Some(options.downtime_limit);
-        let moving = Move { number, mode: Mode::Precopy, verify: false, downtime_limit_ms: limit, quiet: true };
-        let leg = travel(&moving, &mut here, &mut there, &ram).await?;
-        own.total.push(Duration::from_micros(leg.total_us));
-        own.blackout.push(Duration::from_micros(leg.blackout_us));
-        ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
-        here.wait_for_end(START).await?;
-        here = there;
+        for (mode, way) in &mut own {
+            let name = format!("{mode:?}-{number}");
+            let mut there = Process::start(directory, &name, &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
+            let limit = Some(options.downtime_limit);
+            let moving = Move { number, mode: *mode, verify: false, downtime_limit_ms: limit, quiet: true };
+            let leg = travel(&moving, &mut here, &mut there, &ram).await?;
+            way.blackout.push(Duration::from_micros(leg.blackout_us));
+            way.gap.push(Duration::from_micros(leg.guest_gap_us));
+            match &leg.job.postcopy {
+                None => way.total.push(Duration::from_micros(leg.total_us)),
+                Some(postcopy) => {
+                    way.total.push(Duration::from_micros(leg.job.time_elapsed_us));
+                    way.fault_p50.push(Duration::from_micros(postcopy.fault_p50_us));
+                    way.fault_p99.push(Duration::from_micros(postcopy.fault_p99_us));
+                }
+            }
+            ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
+            here.wait_for_end(START).await?;
+            here = there;
+        }
         if rivals.is_empty() {
             continue;
         }
@@ -168,7 +187,7 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
         }
         resume(&here).await?;
     }
-    let mut ways = vec![own];
+    let mut ways: Vec<_> = own.into_iter().map(|(_, way)| way).collect();
     ways.extend(rivals.into_iter().map(|rival| rival.way));
     Ok(ways)
 }
@@ -258,6 +277,14 @@ impl Results {
         }
         text.push_str(&report::table(&rows));
         text.push('\n');
+        for way in self.ways.iter().filter(|way| way.gap.median_us > 0) {
+            text.push_str(&format!("\n{}: largest gap in the guest {}", way.name, way.gap.text()));
+            if way.fault_p50.median_us > 0 {
+                let (half, most) = (way.fault_p50.text(), way.fault_p99.text());
+                text.push_str(&format!("; a page fault, read to visible: p50 {half}, p99 {most}"));
+            }
+        }
+        text.push_str("\nBy postcopy, command to running is until all memory is there.\n");
         text
     }
 }
