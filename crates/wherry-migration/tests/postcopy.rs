@@ -89,6 +89,8 @@ fn a_guest_that_works_on_while_its_memory_follows_finds_every_page_and_loses_no_
         assert_same_memory(&*machine, &*there);
         assert!(built.cpu.writes() > 0, "seed {seed}: the guest never wrote there");
         assert!(sent.memory_postcopy_requests > 0, "seed {seed}: nothing was ever missed");
+        let postcopy = sent.postcopy.unwrap();
+        assert!(postcopy.faults > 0 && postcopy.fault_max_us > 0, "seed {seed}: {postcopy:?}");
     }
 }
 

@@ -247,12 +247,12 @@ impl Destination<'_> {
             }
         }
         self.count_requests();
-        // Before the source is told: from here on it may be gone.
         let machine = self.host.machine.clone().ok_or_else(no_setup)?;
+        let statistics = machine.faults().map(|faults| faults.statistics()).unwrap_or_default();
+        // Before the source is told: from here on it may be gone.
         if let Ok(faults) = machine.faults() {
             faults.unregister_guest_maps().map_err(|e| Cause::Faults(e.to_string()))?;
         }
-        let statistics = machine.faults().map(|faults| faults.statistics()).unwrap_or_default();
         let guest = statistics.source(SourceId::GUEST);
         let at = |fraction| guest.and_then(|s| s.latency.quantile(fraction)).map_or(0, us);
         let complete = Complete {
