@@ -207,6 +207,13 @@ impl<'a> Destination<'a> {
             Some(DestinationState::Ready | DestinationState::InDoubt | DestinationState::Declined)
         );
         let paused = matches!(self.state(), Some(DestinationState::LacksPages | DestinationState::Paused));
+        if paused && let Some(machine) = &self.host.machine {
+            // Where nobody serves its faults any more, a guest that runs would find zeros. Who waits for a page is
+            // brought out of the guest by the stop.
+            if let Err(error) = machine.units().stop(self.options.timeouts.stop) {
+                tracing::error!(%error, "the guest was not brought to rest");
+            }
+        }
         // Threads first: they write into the machine's memory.
         self.receiving = None;
         self.host.machine = None;

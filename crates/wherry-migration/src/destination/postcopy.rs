@@ -33,6 +33,8 @@ use crate::source::take_follow;
 
 /// Pages after one that is missed that are asked for with it: a guest that touches one often touches the next.
 const NEIGHBOURS: u64 = 7;
+/// Pages asked for in one extent, at most: a huge page.
+const MOST: u32 = 512;
 /// How often it is looked whether every page is there.
 const LOOK: Duration = Duration::from_millis(5);
 /// How often subscribers hear of progress.
@@ -87,19 +89,30 @@ impl Requester for Asker {
     fn request(&self, pages: &[Wanted]) {
         let extent =
             |wanted: &Wanted, first, count| Extent { block: wanted.block.0, kind: ExtentKind::Data, first, count };
-        let missed: Vec<_> = pages.iter().map(|wanted| extent(wanted, wanted.page, 1)).collect();
+        let mut missed: Vec<Extent> = Vec::with_capacity(pages.len());
+        for wanted in pages {
+            match missed.last_mut() {
+                Some(last)
+                    if last.block == wanted.block.0
+                        && last.first + u64::from(last.count) == wanted.page
+                        && last.count < MOST =>
+                {
+                    last.count += 1;
+                }
+                _ => missed.push(extent(wanted, wanted.page, 1)),
+            }
+        }
         self.ask(&missed);
         let Some(faults) = self.faults.upgrade() else { return };
         let mut around = Vec::new();
         for wanted in pages {
             let Some(states) = faults.states(wanted.block) else { continue };
-            // The rest of a huge page is needed before it can be seen at all.
-            let unit = states.unit_granules();
-            let (first, end) = match unit {
-                1 => (wanted.page + 1, wanted.page.saturating_add(1 + NEIGHBOURS).min(states.pages())),
-                _ => (wanted.page / unit * unit, (wanted.page / unit + 1) * unit),
-            };
-            let mut page = first;
+            // Of a huge page the service wants the rest by itself.
+            if states.unit_granules() > 1 {
+                continue;
+            }
+            let end = wanted.page.saturating_add(1 + NEIGHBOURS).min(states.pages());
+            let mut page = wanted.page + 1;
             while page < end {
                 let start = page;
                 while page < end && states.prefetch(page) {
