@@ -115,6 +115,9 @@ pub struct SourceOptions {
     /// How long a source in doubt asks on before it returns [`InDoubt`](crate::JourneyError::InDoubt); `None`: until
     /// it is answered or resolved.
     pub doubt: Option<Duration>,
+    /// How long a source tries to take up a link that was lost while memory follows, before it returns
+    /// [`Paused`](crate::JourneyError::Paused); `None`: until it succeeds.
+    pub recover: Option<Duration>,
 }
 
 impl Default for SourceOptions {
@@ -131,6 +134,7 @@ impl Default for SourceOptions {
             records: default_records(),
             timeouts: Timeouts::default(),
             doubt: None,
+            recover: None,
         }
     }
 }
@@ -149,6 +153,9 @@ pub struct DestinationOptions {
     /// How long a destination that was ready and lost its source keeps the state before it returns
     /// [`InDoubt`](crate::JourneyError::InDoubt); `None`: until the source comes back or it is resolved.
     pub doubt: Option<Duration>,
+    /// How long a destination that lacks pages waits for a source that it has lost, before it gives the VM up and returns
+    /// [`Paused`](crate::JourneyError::Paused); `None`: until it comes.
+    pub recover: Option<Duration>,
 }
 
 impl Default for DestinationOptions {
@@ -159,6 +166,7 @@ impl Default for DestinationOptions {
             timeouts: Timeouts::default(),
             wait_for_source: None,
             doubt: None,
+            recover: None,
         }
     }
 }

@@ -4,7 +4,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use support::proxy::Proxy;
@@ -13,7 +13,7 @@ use wherry_memory::{BlockSpec, GRANULE, PageSize};
 use wherry_migration::machine::Machine;
 use wherry_migration::progress::Phase;
 use wherry_migration::testpoint::Point;
-use wherry_migration::{JourneyError, Mode};
+use wherry_migration::{Event, EventKind, JourneyError, Mode};
 
 const MIB: u64 = 1 << 20;
 
@@ -250,12 +250,14 @@ fn blocks_of_huge_pages_are_placed_whole() {
 }
 
 #[test]
-fn a_link_that_is_lost_while_memory_follows_is_told_of_at_both_ends_and_nothing_runs_at_the_source() {
+fn a_link_that_stays_lost_is_told_of_at_both_ends_and_nothing_runs_at_the_source() {
     if !permitted() {
         return;
     }
     let mut world = World::new(Wire::Tcp);
     world.source_options.mode = Mode::Postcopy;
+    world.source_options.recover = Some(Duration::from_secs(1));
+    world.destination_options.recover = Some(Duration::from_secs(1));
     let machine = guest(&[block(0, 0, 256 * MIB)]);
     machine.fill(0, 0..65_536, 5);
     machine.power_on(Load::NONE);
@@ -269,4 +271,67 @@ fn a_link_that_is_lost_while_memory_follows_is_told_of_at_both_ends_and_nothing_
     assert!(matches!(sent, Err(JourneyError::Paused(_) | JourneyError::InDoubt(_))), "{sent:?}");
     assert_eq!(world.destination_journey.job().phase, Phase::Paused);
     assert!(!machine.is_running());
+}
+
+#[test]
+fn a_link_that_is_lost_again_and_again_is_taken_up_and_no_page_is_lost() {
+    if !permitted() {
+        return;
+    }
+    let mut pauses = 0;
+    for seed in 1..=6 {
+        let mut world = World::new(Wire::Tcp);
+        let events = (world.source_journey.subscribe(), world.destination_journey.subscribe());
+        world.source_options.mode = Mode::Postcopy;
+        world.source_options.channels = Some(1 + seed as u16 % 3);
+        let machine = guest(&[block(0, 0, 128 * MIB), block(3, 1 << 32, 16 * MIB)]);
+        machine.fill(0, 0..32_768, seed);
+        machine.fill(1, 100..2000, seed + 1);
+        let load = Load { rate: 40_000, pages: 32_768, zero_one_in: 7 };
+        machine.power_on(load);
+        let proxy = Proxy::new(world.listener.local_endpoint());
+        let (link, built) = (proxy.handle(), world.builder.built.clone());
+        let running = Arc::new(AtomicBool::new(false));
+        let (seen, over) = (running.clone(), Arc::new(AtomicBool::new(false)));
+        world.destination_journey.set_test_hook(move |point| match point {
+            Point::DestinationLoaded => built.lock().unwrap().as_ref().unwrap().set_load(load),
+            Point::DestinationRunning => seen.store(true, Ordering::SeqCst),
+            _ => {}
+        });
+        let ended = over.clone();
+        let cutter = std::thread::spawn(move || {
+            let mut random = support::Random(seed * 77 + 1);
+            let mut cuts = 0;
+            while !ended.load(Ordering::SeqCst) && cuts < 8 {
+                if !running.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                    continue;
+                }
+                // The moment is the test's subject, not a wait.
+                std::thread::sleep(Duration::from_micros(random.below(30_000)));
+                link.cut();
+                std::thread::sleep(Duration::from_micros(random.below(20_000)));
+                link.mend();
+                cuts += 1;
+            }
+            cuts
+        });
+        let (sent, received) = world.journey(&machine, Some(proxy.endpoint()));
+        over.store(true, Ordering::SeqCst);
+        let cuts = cutter.join().unwrap();
+        let sent = sent.unwrap_or_else(|e| panic!("seed {seed}, {cuts} cuts: {e}"));
+        let there = received.unwrap_or_else(|e| panic!("seed {seed}, {cuts} cuts: {e}")).0;
+        assert!(cuts > 0, "seed {seed}: the link was never cut");
+        let paused = |event: &Event| event.kind == EventKind::Phase && event.job.phase == Phase::Paused;
+        let seen = (events.0.try_iter().filter(paused).count(), events.1.try_iter().filter(paused).count());
+        println!("seed {seed}: {cuts} cuts, paused {seen:?}");
+        pauses += seen.0.min(seen.1);
+        assert_eq!(sent.phase, Phase::Done);
+        let built = world.built();
+        built.set_load(Load::NONE);
+        built.units().stop(Duration::from_secs(5)).unwrap();
+        machine.replay_until(built.cpu.writes(), load);
+        assert_same_memory(&*machine, &*there);
+    }
+    assert!(pauses >= 6, "only {pauses} cuts were felt at both ends");
 }

@@ -254,7 +254,7 @@ pub struct Message {
     /// What it says.
     #[prost(
         oneof = "Body",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28"
     )]
     pub body: Option<Body>,
 }
@@ -337,6 +337,12 @@ pub enum Body {
     /// Destination: every page that was to follow is there.
     #[prost(message, tag = "26")]
     Complete(Complete),
+    /// Source, on a new connection after a lost one: what do you lack? Answered with [`Follow`](Self::Follow) messages.
+    #[prost(message, tag = "27")]
+    Resume(Empty),
+    /// Destination: that was all; open the channels.
+    #[prost(message, tag = "28")]
+    Resumed(Empty),
 }
 
 impl Body {
@@ -368,6 +374,8 @@ impl Body {
             Body::Aborted(_) => "Aborted",
             Body::Follow(_) => "Follow",
             Body::Complete(_) => "Complete",
+            Body::Resume(_) => "Resume",
+            Body::Resumed(_) => "Resumed",
         }
     }
 }
@@ -465,6 +473,8 @@ mod tests {
             Body::Aborted(Empty {}),
             Body::Follow(Follow::default()),
             Body::Complete(Complete::default()),
+            Body::Resume(Empty {}),
+            Body::Resumed(Empty {}),
         ];
         let page = include_str!("../../../docs/wire.md");
         let rows = page.lines().skip_while(|l| !l.starts_with("| message |")).skip(2);

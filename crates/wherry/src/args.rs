@@ -129,8 +129,7 @@ pub struct Receive {
 pub enum Mode {
     /// All of it before the switchover
     Precopy,
-    /// The switchover first; memory follows while the guest runs at the destination. A link that is lost then cannot be
-    /// taken up again in this version
+    /// The switchover first; memory follows while the guest runs at the destination
     Postcopy,
     /// Precopy, and postcopy if it does not converge
     Hybrid,

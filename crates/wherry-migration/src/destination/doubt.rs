@@ -97,7 +97,7 @@ fn attend(
 }
 
 /// The source's next word, on the connection there is or on a new one, within `limit`.
-fn next_word(
+pub(super) fn next_word(
     listener: &Listener,
     journey: &Journey,
     owner: &mut DestinationDriver,

@@ -1,7 +1,7 @@
 //! The destination of a journey: it builds a machine, receives a VM into it and runs it.
 //!
 //! ```text
-//! Setup -> Precopy <-> Switchover -> [Postcopy ->] Done
+//! Setup -> Precopy <-> Switchover -> [Postcopy <-> Paused ->] Done
 //!   |         |            |   \--> InDoubt -> Done
 //!   v         v            v           |
 //! Cancelled / Failed (nothing runs here) <--/
@@ -66,11 +66,12 @@ pub fn receive(
             Phase::Switchover => destination.switchover(),
             Phase::InDoubt => destination.in_doubt(),
             Phase::Postcopy => destination.postcopy(),
+            Phase::Paused => destination.paused(),
             Phase::Done => match destination.done() {
                 Ok(arrived) => return Ok(arrived),
                 Err(cause) => Err(cause),
             },
-            Phase::None | Phase::Paused | Phase::Cancelled | Phase::Failed => {
+            Phase::None | Phase::Cancelled | Phase::Failed => {
                 Err(Cause::Option(format!("a destination does nothing in phase {phase:?}")))
             }
         };

@@ -16,14 +16,16 @@ use std::time::{Duration, Instant};
 
 use wherry_fault::{FaultService, Requester, SourceId, Wanted};
 use wherry_memory::{BlockId, PageSet, Ram};
-use wherry_stream::message::{Body, Complete, Follow as FollowMessage};
+use wherry_stream::message::{Body, Complete, Empty, Follow as FollowMessage};
 use wherry_stream::{Channel, Closer, Extent, ExtentKind, Frame, FrameReader, FrameWriter, MAX_EXTENTS};
 
+use super::doubt::next_word;
 use super::place::Place;
-use super::receivers::News;
+use super::receivers::{News, Receivers};
 use super::{Destination, no_setup, since};
 use crate::error::Cause;
 use crate::journey::{EventKind, lock};
+use crate::link::TICK;
 use crate::machine::Machine;
 use crate::ownership::DestinationInput;
 use crate::predict::us;
@@ -35,6 +37,8 @@ use crate::source::take_follow;
 const NEIGHBOURS: u64 = 7;
 /// Pages asked for in one extent, at most: a huge page.
 const MOST: u32 = 512;
+/// Numbers in one `Follow` message.
+const RUNS: usize = 1 << 16;
 /// How often it is looked whether every page is there.
 const LOOK: Duration = Duration::from_millis(5);
 /// How often subscribers hear of progress.
@@ -143,26 +147,49 @@ impl Following {
         let asker =
             Arc::new(Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&faults), asked: AtomicU64::new(0) });
         faults.start(asker.clone()).map_err(|e| Cause::Faults(e.to_string()))?;
-        let reader = std::thread::Builder::new()
-            .name("wherry-follow".into())
-            .spawn(move || {
-                if let Err(error) = read_answers(reader, &place) {
-                    tracing::debug!(%error, "no more pages come on the urgent channel");
-                }
-            })
-            .map_err(|source| Cause::Os { doing: "starting the thread that reads the urgent channel", source })?;
-        Ok(Self { faults, asker, closer, reader: Some(reader) })
+        Ok(Self { faults, asker, closer, reader: Some(spawn_reader(reader, place)?) })
     }
-}
 
-impl Drop for Following {
-    fn drop(&mut self) {
+    /// Ends the urgent channel and its thread. Faults are still read; who asks finds nobody.
+    fn disconnect(&mut self) {
         self.closer.close();
         if let Some(thread) = self.reader.take()
             && let Err(panic) = thread.join()
         {
             tracing::error!(?panic, "the thread that reads the urgent channel panicked");
         }
+    }
+
+    /// Goes on over a new urgent channel: what was asked for and has not come is asked for again.
+    fn reconnect(&mut self, channel: Channel, place: Arc<Place>) -> Result<(), Cause> {
+        self.disconnect();
+        self.closer = channel.closer();
+        let (reader, writer) = channel.split();
+        self.reader = Some(spawn_reader(reader, place)?);
+        self.asker = Arc::new(Asker {
+            writer: Mutex::new(writer),
+            faults: Arc::downgrade(&self.faults),
+            asked: AtomicU64::new(self.asker.asked.load(Ordering::Relaxed)),
+        });
+        self.faults.recover(self.asker.clone());
+        Ok(())
+    }
+}
+
+fn spawn_reader(reader: FrameReader, place: Arc<Place>) -> Result<JoinHandle<()>, Cause> {
+    std::thread::Builder::new()
+        .name("wherry-follow".into())
+        .spawn(move || {
+            if let Err(error) = read_answers(reader, &place) {
+                tracing::debug!(%error, "no more pages come on the urgent channel");
+            }
+        })
+        .map_err(|source| Cause::Os { doing: "starting the thread that reads the urgent channel", source })
+}
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.disconnect();
         self.faults.stop();
     }
 }
@@ -217,10 +244,94 @@ impl Destination<'_> {
                 Ok(Phase::Done)
             }
             Err(cause) => {
+                tracing::warn!(%cause, "lost the source while memory follows");
                 self.feed(DestinationInput::LinkLost);
-                Err(cause)
+                self.host.why = cause.to_string();
+                Ok(Phase::Paused)
             }
         }
+    }
+
+    /// Without a link: the guest runs as long as it misses nothing, and the source is waited for.
+    pub(super) fn paused(&mut self) -> Result<Phase, Cause> {
+        let begun = Instant::now();
+        self.let_go()?;
+        let why = self.host.why.clone();
+        self.journey.update(|job| job.error = Some(format!("paused: {why}")));
+        loop {
+            let Some(owner) = &mut self.owner else { return Err(no_setup()) };
+            let heard = next_word(self.listener, &self.journey, owner, &mut self.host, TICK * 4)?;
+            match heard {
+                Some((_, Body::Resume(Empty {}))) => match self.take_up() {
+                    Ok(()) => {
+                        self.journey.update(|job| job.error = None);
+                        return Ok(Phase::Postcopy);
+                    }
+                    Err(cause) => {
+                        tracing::debug!(%cause, "the link was lost again");
+                        self.let_go()?;
+                    }
+                },
+                Some((about, body)) => {
+                    self.decided(&about, &body)?;
+                }
+                None => {}
+            }
+            if self.options.recover.is_some_and(|patience| begun.elapsed() >= patience) {
+                return Err(Cause::Silent { peer: "source", what: "come back", waited: begun.elapsed() });
+            }
+        }
+    }
+
+    /// Ends what is left of the old link: pages that were caught half read are missing again.
+    fn let_go(&mut self) -> Result<(), Cause> {
+        self.host.control = None;
+        let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
+        receiving.receivers = Receivers::new(vec![], receiving.place.clone())?;
+        if let Some(following) = &mut receiving.following {
+            following.disconnect();
+        }
+        Ok(())
+    }
+
+    /// The source is back: it is told what is lacking, and sends it over new channels.
+    fn take_up(&mut self) -> Result<(), Cause> {
+        let machine = self.host.machine.clone().ok_or_else(no_setup)?;
+        let faults = machine.faults().map_err(Cause::Faults)?.clone();
+        let Some(owner) = &self.owner else { return Err(no_setup()) };
+        let attempt = owner.owner().attempt().id.0;
+        let control = self.host.control()?;
+        for block in machine.ram().blocks() {
+            let id = block.spec().id;
+            let Some(states) = faults.states(id) else { continue };
+            let received = states.received_set();
+            let (mut runs, mut told, mut page) = (Vec::new(), 0, 0);
+            let ends = received.runs(0..block.pages()).chain(std::iter::once(block.pages()..block.pages()));
+            for run in ends {
+                if page < run.start {
+                    runs.extend([page - told, run.start - page]);
+                    told = run.start;
+                }
+                page = run.end;
+                if runs.len() >= RUNS {
+                    control
+                        .send(Body::Follow(FollowMessage { block: id.0.into(), runs: std::mem::take(&mut runs) }))?;
+                }
+            }
+            if !runs.is_empty() {
+                control.send(Body::Follow(FollowMessage { block: id.0.into(), runs }))?;
+            }
+        }
+        control.send(Body::Resumed(Empty {}))?;
+        let channels = self.journey.job().channels as u16;
+        let (data, urgent) = self.take_channels(attempt, channels, true)?;
+        let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
+        receiving.receivers = Receivers::new(data, receiving.place.clone())?;
+        let place = receiving.place.clone();
+        if let (Some(following), Some(urgent)) = (&mut receiving.following, urgent) {
+            following.reconnect(urgent, place)?;
+        }
+        Ok(())
     }
 
     fn await_all_pages(&mut self) -> Result<(), Cause> {

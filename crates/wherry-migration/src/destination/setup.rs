@@ -171,7 +171,7 @@ impl Destination<'_> {
     }
 
     /// The data channels, and the urgent one if it is expected.
-    fn take_channels(
+    pub(super) fn take_channels(
         &mut self,
         attempt: [u8; 16],
         count: u16,

@@ -1,7 +1,7 @@
 //! The source of a journey: it gives a running VM away.
 //!
 //! ```text
-//! Setup -> Precopy <-> Switchover -> [Postcopy ->] Done
+//! Setup -> Precopy <-> Switchover -> [Postcopy <-> Paused ->] Done
 //!   |         |            |   \--> InDoubt -> Done
 //!   v         v            v           |
 //! Cancelled / Failed (the VM runs on here) <--/
@@ -63,8 +63,9 @@ pub fn send(
             Phase::Switchover => source.switchover(),
             Phase::InDoubt => source.in_doubt(),
             Phase::Postcopy => source.postcopy(),
+            Phase::Paused => source.paused(),
             Phase::Done => return Ok(source.done()),
-            Phase::None | Phase::Paused | Phase::Cancelled | Phase::Failed => {
+            Phase::None | Phase::Cancelled | Phase::Failed => {
                 Err(Cause::Option(format!("a source does nothing in phase {phase:?}")))
             }
         };

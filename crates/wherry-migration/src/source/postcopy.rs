@@ -6,6 +6,7 @@
 //!   Postcopy     all data channels push what follows, as one round, from where the guest faults on
 //!                the urgent channel's thread answers requests beside it
 //!                Complete from the destination -> Done
+//!   Paused       the link is lost: a new one, Resume, what the destination lacks -> Postcopy
 //! ```
 //!
 //! Nobody writes this memory any more, so a page may be sent twice: what comes second finds the first and is dropped.
@@ -17,11 +18,12 @@ use std::time::{Duration, Instant};
 
 use wherry_memory::{GRANULE, PageSet};
 use wherry_stream::message::{Body, Empty, Follow};
-use wherry_stream::{Channel, Closer, Frame};
+use wherry_stream::{Channel, ChannelKind, Closer, Frame};
 
 use super::Source;
 use super::precopy::no_setup;
 use super::round::Round;
+use super::senders::Senders;
 use crate::dirty::Dirty;
 use crate::error::Cause;
 use crate::journey::EventKind;
@@ -34,6 +36,9 @@ use crate::progress::{Phase, Postcopy};
 const RUNS: usize = 1 << 16;
 /// How often subscribers hear of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
+/// Between two attempts to take up a lost link: at first, and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// How often the peer hears from us while it only receives.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
@@ -139,10 +144,78 @@ impl Source {
                 Ok(Phase::Done)
             }
             Err(cause) => {
+                tracing::warn!(%cause, "lost the destination while memory follows");
                 self.feed(SourceInput::LinkLost);
-                Err(cause)
+                self.host.doubt = Some(cause.to_string());
+                Ok(Phase::Paused)
             }
         }
+    }
+
+    /// Without a link: tries to take it up again.
+    pub(super) fn paused(&mut self) -> Result<Phase, Cause> {
+        let begun = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let why = self.host.doubt.clone().unwrap_or_default();
+            self.journey.update(|job| job.error = Some(format!("paused: {why}")));
+            match self.reconnect() {
+                Ok(()) => {
+                    self.journey.update(|job| job.error = None);
+                    self.feed(SourceInput::LinkUp);
+                    return Ok(Phase::Postcopy);
+                }
+                Err(cause) => {
+                    tracing::debug!(%cause, "the link is still lost");
+                    self.host.doubt = Some(cause.to_string());
+                    if self.options.recover.is_some_and(|patience| begun.elapsed() >= patience) {
+                        return Err(cause);
+                    }
+                }
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(LAST_PAUSE);
+        }
+    }
+
+    /// A new connection for the same attempt; what the destination lacks then follows as another round.
+    fn reconnect(&mut self) -> Result<(), Cause> {
+        let Some(owner) = &self.owner else { return Err(no_setup()) };
+        let attempt = *owner.owner().attempt();
+        let running = self.running.as_mut().ok_or_else(no_setup)?;
+        let channels = self.journey.job().channels.max(1) as u16;
+        // Their threads may still be blocked in what is no longer a link.
+        running.service = None;
+        running.senders = Senders::new(vec![])?;
+        self.host.control = None;
+        let mut control = self.connect_control(attempt.to_about())?;
+        control.send(Body::Resume(Empty {}))?;
+        let mut set = Dirty::none(self.machine.ram());
+        let mut told = vec![0; set.0.len()];
+        loop {
+            match control.next("say what it lacks", self.options.timeouts.silent, Duration::ZERO)? {
+                Body::Follow(follow) => {
+                    let mut blocks = self.machine.ram().blocks().iter();
+                    let index = blocks.position(|b| u32::from(b.spec().id.0) == follow.block);
+                    let index = index.ok_or_else(|| control.protocol(format!("RAM block {}", follow.block)))?;
+                    take_follow(&mut set.0[index], &mut told[index], &follow.runs)
+                        .map_err(|what| control.protocol(what))?;
+                }
+                Body::Running(_) => {}
+                Body::Resumed(Empty {}) => break,
+                other => return Err(control.protocol(format!("{} in answer to Resume", other.kind()))),
+            }
+        }
+        let open = |kind, index| self.open(kind, index, attempt.id.0);
+        let data = (0..channels).map(|n| open(ChannelKind::Data, n)).collect::<Result<Vec<_>, _>>()?;
+        let urgent = open(ChannelKind::Urgent, 0)?;
+        let running = self.running.as_mut().ok_or_else(no_setup)?;
+        running.rounds += 1;
+        let round = Arc::new(Round::following(&running.shared, running.rounds, set));
+        running.senders = Senders::new(data)?;
+        running.service = Some(PageService::start(urgent, round)?);
+        self.host.control = Some(control);
+        Ok(())
     }
 
     /// Sends all that follows, and returns when the destination has it.
@@ -170,7 +243,7 @@ impl Source {
             }
             if woken.control {
                 match control.read()? {
-                    None | Some(Body::Pong(Empty {})) => {}
+                    None | Some(Body::Pong(Empty {}) | Body::Running(_)) => {}
                     // The data channels may still have acknowledgements to read; nobody needs them.
                     Some(Body::Complete(complete)) => break complete,
                     Some(other) => return Err(control.protocol(format!("{} in postcopy", other.kind()))),

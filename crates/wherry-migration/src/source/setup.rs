@@ -151,7 +151,7 @@ impl Source {
         Ok(Control::new(channel, about, self.journey.clone(), Side::Destination, silent))
     }
 
-    fn open(&self, kind: ChannelKind, index: u16, attempt: [u8; 16]) -> Result<Channel, Cause> {
+    pub(super) fn open(&self, kind: ChannelKind, index: u16, attempt: [u8; 16]) -> Result<Channel, Cause> {
         let deadline = Instant::now() + self.options.timeouts.connect;
         let doing = "connecting";
         let failed = |source| Cause::Stream { doing, source };

@@ -635,6 +635,7 @@ impl World {
                 records: source_records.path().into(),
                 timeouts: short(),
                 doubt: Some(Duration::from_secs(5)),
+                recover: Some(Duration::from_secs(8)),
                 deadline: Duration::from_secs(30),
                 ..SourceOptions::default()
             },
@@ -643,6 +644,7 @@ impl World {
                 timeouts: short(),
                 wait_for_source: Some(Duration::from_secs(10)),
                 doubt: Some(Duration::from_secs(5)),
+                recover: Some(Duration::from_secs(8)),
                 ..DestinationOptions::default()
             },
             source_records,
