@@ -119,11 +119,13 @@ pub fn journey(job: &Job) -> String {
     if let Some(error) = &job.error {
         let _ = writeln!(text, "  reason: {error}");
     }
-    if job.rounds.is_empty() {
+    if job.rounds.is_empty() && job.postcopy.is_none() {
         return text;
     }
     text.push('\n');
-    text.push_str(&table(&rounds(job)));
+    if !job.rounds.is_empty() {
+        text.push_str(&table(&rounds(job)));
+    }
     let _ = writeln!(
         text,
         "\n  moved {} in all: {} pages with content ({}), {} zero pages, over {} data channel{}",
