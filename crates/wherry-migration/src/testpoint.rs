@@ -86,6 +86,8 @@ points! {
     DestinationStarted = "destination-started",
     /// Destination: the source was told that it runs.
     DestinationRunning = "destination-running",
+    /// Destination, in postcopy: every page is here, and the source has not been told. Precopy does not pass it.
+    PostcopyComplete = "postcopy-complete",
 }
 
 impl fmt::Display for Point {

@@ -335,3 +335,25 @@ fn a_link_that_is_lost_again_and_again_is_taken_up_and_no_page_is_lost() {
     }
     assert!(pauses >= 6, "only {pauses} cuts were felt at both ends");
 }
+
+#[test]
+fn a_link_that_is_lost_with_the_last_word_does_not_leave_the_source_paused() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Tcp);
+    world.source_options.mode = Mode::Postcopy;
+    let machine = guest(&[block(0, 0, 16 * MIB)]);
+    machine.fill(0, 0..2000, 5);
+    machine.power_on(Load::NONE);
+    let proxy = Proxy::new(world.listener.local_endpoint());
+    let link = proxy.handle();
+    // Everything is there, and nobody has said so yet.
+    at(&world.destination_journey, Point::PostcopyComplete, move || {
+        link.cut();
+        link.mend();
+    });
+    let (sent, received) = world.journey(&machine, Some(proxy.endpoint()));
+    assert_eq!(sent.unwrap().phase, Phase::Done);
+    assert_same_memory(&*machine, &*received.unwrap().0);
+}

@@ -51,7 +51,11 @@ fn is_source(point: Point) -> bool {
 }
 
 fn points(source: bool) -> impl Iterator<Item = Point> {
-    Point::ALL.iter().copied().filter(move |point| is_source(*point) == source)
+    Point::ALL
+        .iter()
+        .copied()
+        .filter(|point| *point != Point::PostcopyComplete)
+        .filter(move |point| is_source(*point) == source)
 }
 
 /// How a migration may end for the source after the destination was killed.

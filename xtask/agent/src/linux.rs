@@ -34,8 +34,8 @@ struct Size {
     migrations: u32,
 }
 
-const SAMPLED: Size = Size { memory: "512M", stressors: 1, stress_bytes: "64M", data_mib: 8, migrations: 2 };
-const FULL: Size = Size { memory: "1G", stressors: 2, stress_bytes: "128M", data_mib: 64, migrations: 8 };
+const SAMPLED: Size = Size { memory: "512M", stressors: 1, stress_bytes: "64M", data_mib: 8, migrations: 3 };
+const FULL: Size = Size { memory: "1G", stressors: 2, stress_bytes: "128M", data_mib: 64, migrations: 9 };
 
 /// Runs everything with this kernel; true if all of it held. The label goes before the names of the checks.
 pub fn run(full: bool, kernel: &str, label: &str) -> bool {
@@ -166,9 +166,12 @@ fn migrate(guest: Guest, round: u32) -> Result<Guest> {
     let Guest { vmm: mut source, serial: old_serial, .. } = guest;
     let start = Instant::now();
     let mut arguments = vec!["migrate", "--api", path(&source.api), "--to", &address, "--json"];
-    if round.is_multiple_of(2) {
-        // The way back is checked by hash as well.
-        arguments.push("--verify");
+    match round % 3 {
+        // Checked by hash as well.
+        2 => arguments.push("--verify"),
+        // The guest works on while its memory follows.
+        0 => arguments.extend(["--mode", "postcopy"]),
+        _ => {}
     }
     let report =
         wherry::run(&arguments, MIGRATION).with_context(|| format!("the target says {:?}", target.status()))?;

@@ -32,6 +32,7 @@ use crate::predict::us;
 use crate::priority::Urgent;
 use crate::progress::{Phase, Postcopy};
 use crate::source::take_follow;
+use crate::testpoint::{Point, reach};
 
 /// Pages after one that is missed that are asked for with it: a guest that touches one often touches the next.
 const NEIGHBOURS: u64 = 7;
@@ -394,7 +395,12 @@ impl Destination<'_> {
                 fault_max_us: complete.max_us,
             });
         });
-        self.host.control()?.send(Body::Complete(complete))
+        reach(&self.journey, Point::PostcopyComplete);
+        // If this is lost, the source asks again and is told by whoever stays.
+        if let Err(error) = self.host.control()?.send(Body::Complete(complete)) {
+            tracing::debug!(%error, "the last word was lost");
+        }
+        Ok(())
     }
 
     fn count_requests(&self) {

@@ -19,7 +19,7 @@ use crate::journey::lock;
 
 /// What a receiving thread tells.
 pub(crate) enum News {
-    /// It has acknowledged a round.
+    /// It has received a round, and acknowledges it.
     Round(u32),
     /// It can go on no more.
     Failed(Cause),
@@ -190,9 +190,10 @@ fn work(shared: &Shared, slot: &Slot, mut channel: Channel) {
             Ok(round) => {
                 // Before the acknowledgement, so that whoever knows of the barrier finds them.
                 *lock(&slot.stats) = channel.reader.stats();
-                match acknowledge(&mut channel, round) {
-                    Ok(()) => tell(News::Round(round)),
-                    Err(cause) => return tell(News::Failed(cause)),
+                // Told before it is acknowledged: whoever hears what the source does next has the news, too.
+                tell(News::Round(round));
+                if let Err(cause) = acknowledge(&mut channel, round) {
+                    return tell(News::Failed(cause));
                 }
             }
             Err(cause) => return tell(News::Failed(cause)),

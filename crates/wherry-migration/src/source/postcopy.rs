@@ -18,12 +18,12 @@ use std::time::{Duration, Instant};
 
 use wherry_memory::{GRANULE, PageSet};
 use wherry_stream::message::{Body, Empty, Follow};
-use wherry_stream::{Channel, ChannelKind, Closer, Frame};
+use wherry_stream::{Channel, ChannelKind, Closer, Frame, Meter};
 
-use super::Source;
 use super::precopy::no_setup;
 use super::round::Round;
 use super::senders::Senders;
+use super::{Running, Source};
 use crate::dirty::Dirty;
 use crate::error::Cause;
 use crate::journey::EventKind;
@@ -39,6 +39,8 @@ const PROGRESS: Duration = Duration::from_millis(100);
 /// Between two attempts to take up a lost link: at first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
+/// How long a destination whose data channel has ended may take to say that it has everything.
+const LAST_WORD: Duration = Duration::from_millis(300);
 /// How often the peer hears from us while it only receives.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
@@ -46,6 +48,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 pub(super) struct PageService {
     round: Arc<Round>,
     answered: Arc<AtomicU64>,
+    meter: Meter,
     closer: Closer,
     thread: Option<JoinHandle<()>>,
 }
@@ -53,7 +56,7 @@ pub(super) struct PageService {
 impl PageService {
     fn start(channel: Channel, round: Arc<Round>) -> Result<Self, Cause> {
         let answered = Arc::new(AtomicU64::new(0));
-        let closer = channel.closer();
+        let (closer, meter) = (channel.closer(), channel.writer.meter());
         let (asked, count) = (round.clone(), answered.clone());
         let thread = std::thread::Builder::new()
             .name("wherry-urgent".into())
@@ -64,7 +67,7 @@ impl PageService {
                 }
             })
             .map_err(|source| Cause::Os { doing: "starting the thread that answers requests", source })?;
-        Ok(Self { round, answered, closer, thread: Some(thread) })
+        Ok(Self { round, answered, meter, closer, thread: Some(thread) })
     }
 }
 
@@ -160,9 +163,13 @@ impl Source {
             let why = self.host.doubt.clone().unwrap_or_default();
             self.journey.update(|job| job.error = Some(format!("paused: {why}")));
             match self.reconnect() {
-                Ok(()) => {
+                Ok(lacking) => {
                     self.journey.update(|job| job.error = None);
                     self.feed(SourceInput::LinkUp);
+                    if !lacking {
+                        self.feed(SourceInput::AllServed);
+                        return Ok(Phase::Done);
+                    }
                     return Ok(Phase::Postcopy);
                 }
                 Err(cause) => {
@@ -178,8 +185,9 @@ impl Source {
         }
     }
 
-    /// A new connection for the same attempt; what the destination lacks then follows as another round.
-    fn reconnect(&mut self) -> Result<(), Cause> {
+    /// A new connection for the same attempt; what the destination lacks then follows as another round. `false` if it
+    /// lacks nothing: the link was lost with its last word.
+    fn reconnect(&mut self) -> Result<bool, Cause> {
         let Some(owner) = &self.owner else { return Err(no_setup()) };
         let attempt = *owner.owner().attempt();
         let running = self.running.as_mut().ok_or_else(no_setup)?;
@@ -202,6 +210,10 @@ impl Source {
                         .map_err(|what| control.protocol(what))?;
                 }
                 Body::Running(_) => {}
+                Body::Complete(_) => {
+                    self.host.control = Some(control);
+                    return Ok(false);
+                }
                 Body::Resumed(Empty {}) => break,
                 other => return Err(control.protocol(format!("{} in answer to Resume", other.kind()))),
             }
@@ -215,7 +227,7 @@ impl Source {
         running.senders = Senders::new(data)?;
         running.service = Some(PageService::start(urgent, round)?);
         self.host.control = Some(control);
-        Ok(())
+        Ok(true)
     }
 
     /// Sends all that follows, and returns when the destination has it.
@@ -230,16 +242,26 @@ impl Source {
         running.senders.begin(&round, channels);
         let begun = Instant::now();
         let base = self.journey.job();
-        let wire = running.senders.wire_bytes();
+        let wire = running.wire_bytes();
         let (mut told, mut alive, mut pushing) = (Instant::now(), Instant::now(), true);
+        let mut failed = None;
         let complete = loop {
             let control = self.host.control()?;
             let running = self.running.as_mut().ok_or_else(no_setup)?;
             let news = running.senders.news();
             let others = [news];
             let woken = control.wait(if pushing { &others } else { &[] }, Instant::now() + PROGRESS, Duration::ZERO)?;
-            if woken.other.is_some() && running.senders.finished()? {
-                pushing = false;
+            if woken.other.is_some() {
+                match running.senders.finished() {
+                    Ok(false) => {}
+                    Ok(true) => pushing = false,
+                    // A destination that has everything closes its channels, perhaps before it has acknowledged all: what it
+                    // says on the control channel counts.
+                    Err(cause) => {
+                        pushing = false;
+                        failed = Some((cause, Instant::now()));
+                    }
+                }
             }
             if woken.control {
                 match control.read()? {
@@ -248,6 +270,12 @@ impl Source {
                     Some(Body::Complete(complete)) => break complete,
                     Some(other) => return Err(control.protocol(format!("{} in postcopy", other.kind()))),
                 }
+            }
+            if let Some((cause, at)) = failed.take() {
+                if at.elapsed() >= LAST_WORD {
+                    return Err(cause);
+                }
+                failed = Some((cause, at));
             }
             if alive.elapsed() > SIGN_OF_LIFE {
                 if control.heard.elapsed() > control.silence_limit() {
@@ -258,7 +286,7 @@ impl Source {
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
-                let sent = running.senders.wire_bytes() - wire;
+                let sent = running.wire_bytes() - wire;
                 let remaining = pages.saturating_sub(round.done()) * GRANULE;
                 self.journey.tell(EventKind::Progress, |job| {
                     job.data_processed = base.data_processed + sent;
@@ -268,7 +296,7 @@ impl Source {
                 });
             }
         };
-        let sent = running_bytes(self) - wire;
+        let sent = self.running.as_ref().map_or(0, Running::wire_bytes).saturating_sub(wire);
         self.journey.update(|job| {
             job.data_processed = base.data_processed + sent;
             job.data_total = job.data_processed;
@@ -289,8 +317,11 @@ impl Source {
     }
 }
 
-fn running_bytes(source: &Source) -> u64 {
-    source.running.as_ref().map_or(0, |running| running.senders.wire_bytes())
+impl Running {
+    /// Bytes that have been handed to the kernel, over the data channels and the urgent one.
+    fn wire_bytes(&self) -> u64 {
+        self.senders.wire_bytes() + self.service.as_ref().map_or(0, |service| service.meter.bytes())
+    }
 }
 
 /// Takes a message about what follows into the set of its block, from where the last one about it ended.
