@@ -91,7 +91,7 @@ impl Place {
         let failed = |e: wherry_fault::FaultError| Cause::Faults(e.to_string());
         // While they are held, the way in which pages are placed does not change.
         let mut fills = BTreeMap::new();
-        let mut won = Vec::new();
+        let mut claims = Claims { faults, runs: Vec::new() };
         // In the order of the content: where it goes, or how much of it is read away.
         let mut parts: Vec<(Option<*mut u8>, u64)> = Vec::new();
         let mut zero = 0;
@@ -107,16 +107,21 @@ impl Place {
             };
             let pages = extent.first..extent.first + u64::from(extent.count);
             let mut next = pages.start;
-            for run in states.claim_range(pages.clone()) {
-                if extent.kind == ExtentKind::Zero {
+            let won = states.claim_range(pages.clone());
+            let first = claims.runs.len();
+            claims.runs.extend(won.iter().map(|run| (id, run.clone(), Vec::new())));
+            if extent.kind == ExtentKind::Zero {
+                for run in won {
                     // What precopy brought is old: nobody sees it yet, and nobody will.
                     clear(block, run.start * GRANULE..run.end * GRANULE)?;
                     zero += run.end - run.start;
                     faults.received_zero(id, run).map_err(failed)?;
-                    continue;
                 }
+                claims.runs.truncate(first);
+                continue;
+            }
+            for (_, run, staged) in &mut claims.runs[first..] {
                 let bytes = (run.end - run.start) * GRANULE;
-                let mut staged = Vec::new();
                 let at = match way {
                     Way::InPlace => {
                         let at = base.wrapping_add(((run.start - pages.start) * GRANULE) as usize);
@@ -131,11 +136,8 @@ impl Place {
                 parts.push((None, (run.start - next) * GRANULE));
                 parts.push((Some(at), bytes));
                 next = run.end;
-                won.push((id, run, staged));
             }
-            if extent.kind == ExtentKind::Data {
-                parts.push((None, (pages.end - next) * GRANULE));
-            }
+            parts.push((None, (pages.end - next) * GRANULE));
         }
         parts.retain(|(_, len)| *len > 0);
         let away = parts.iter().filter(|(at, _)| at.is_none()).map(|(_, len)| *len).max().unwrap_or(0);
@@ -147,25 +149,17 @@ impl Place {
             // until this function ends and into which nobody has a reference.
             .map(|(at, len)| unsafe { IoRange::new(at.unwrap_or(scratch), *len as usize) })
             .collect();
-        if !ranges.is_empty()
-            && let Err(source) = reader.read_bulk(&ranges)
-        {
-            for (id, run, _) in won {
-                if let Some(states) = faults.states(id) {
-                    run.for_each(|page| {
-                        states.unclaim(page);
-                    });
-                }
-            }
-            return Err(Cause::Stream { doing: "receiving pages", source });
+        if !ranges.is_empty() {
+            reader.read_bulk(&ranges).map_err(|source| Cause::Stream { doing: "receiving pages", source })?;
         }
-        let normal: u64 = won.iter().map(|(_, run, _)| run.end - run.start).sum();
-        for (id, run, staged) in won {
+        let normal: u64 = claims.runs.iter().map(|(_, run, _)| run.end - run.start).sum();
+        for (id, run, staged) in &claims.runs {
             match staged.is_empty() {
-                true => faults.received(id, run).map_err(failed)?,
-                false => faults.received_copy(id, run, &staged).map_err(failed)?,
+                true => faults.received(*id, run.clone()).map_err(failed)?,
+                false => faults.received_copy(*id, run.clone(), staged).map_err(failed)?,
             }
         }
+        claims.runs.clear();
         self.normal.fetch_add(normal, Ordering::Relaxed);
         self.zero.fetch_add(zero, Ordering::Relaxed);
         Ok(())
@@ -194,6 +188,26 @@ impl Place {
             let bytes = (count * GRANULE) as usize;
             // SAFETY: populating changes no content, and the range is inside the engine map.
             let _ = unsafe { rustix::mm::madvise(base.cast(), bytes, Advice::LinuxPopulateWrite) };
+        }
+    }
+}
+
+/// What a channel has claimed for one frame, with the staged bytes of what is placed by copy. What is still in it when it is
+/// dropped, because something failed, is given up unless it is published: the next link may bring it.
+struct Claims<'a> {
+    faults: &'a FaultService,
+    runs: Vec<(BlockId, Range<u64>, Vec<u8>)>,
+}
+
+impl Drop for Claims<'_> {
+    fn drop(&mut self) {
+        for (id, run, _) in self.runs.drain(..) {
+            if let Some(states) = self.faults.states(id) {
+                run.for_each(|page| {
+                    // Who waits for it is asked for again with the next link: its channel has ended.
+                    states.unclaim(page);
+                });
+            }
         }
     }
 }
@@ -245,6 +259,54 @@ mod tests {
         clear(&block, 1 << 19..1 << 20).unwrap();
         let runs: Vec<_> = block.data_runs(0..1 << 20).map(Result::unwrap).collect();
         assert_eq!(runs, std::iter::once(8192..16384).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_frame_that_fails_half_way_leaves_no_page_claimed() {
+        use std::os::unix::net::UnixStream;
+        use std::time::Duration;
+        use wherry_fault::PageState;
+        use wherry_stream::{ChannelKind, Connection, Greeting, Hello};
+
+        let spec = BlockSpec { id: BlockId(0), guest_base: 0, size: 1 << 20, page_size: PageSize::Base };
+        let ram = Arc::new(Ram::create(&[spec]).unwrap());
+        let extent = |block, first, kind| Extent { block, kind, first, count: 2 };
+        let good = extent(0, 4, ExtentKind::Data);
+        // The last part names a block there is not, or lies beyond its block.
+        let frames = [
+            (vec![good, extent(9, 0, ExtentKind::Data)], 4),
+            (vec![extent(0, 8, ExtentKind::Zero), good, extent(0, 300, ExtentKind::Zero)], 2),
+        ];
+        for (extents, pages_sent) in frames {
+            let faults = FaultService::new(ram.clone()).unwrap();
+            let place = Place::new(ram.clone());
+            place.follow(faults.clone());
+            let (near, far) = UnixStream::pair().unwrap();
+            let deadline = std::time::Instant::now() + Duration::from_secs(5);
+            let table = extents.clone();
+            let source = std::thread::spawn(move || {
+                let near = Connection::from_unix(near, "destination").unwrap();
+                let hello = Hello { kind: ChannelKind::Data, index: 0, attempt: [1; 16] };
+                let mut channel = hello.open(near, deadline).unwrap();
+                let content = vec![7u8; 4096 * pages_sent];
+                channel.writer.set_deadline(Some(deadline));
+                // SAFETY: the bytes live until the call returns.
+                let range = unsafe { IoRange::new(content.as_ptr().cast_mut(), content.len()) };
+                let _ = channel.writer.write_pages(&table, &[range]);
+            });
+            let mut channel = Greeting::read(Connection::from_unix(far, "source").unwrap(), deadline)
+                .and_then(Greeting::accept)
+                .unwrap();
+            channel.reader.read_frame().unwrap();
+            assert!(place.receive(&mut channel, &extents).is_err(), "{extents:?} was taken");
+            let states = faults.states(BlockId(0)).unwrap();
+            for page in 0..256 {
+                let state = states.state(page);
+                assert!(matches!(state, PageState::Missing | PageState::Received), "page {page}: {state:?}");
+                assert!(state == PageState::Missing || (8..10).contains(&page), "page {page} was published");
+            }
+            source.join().unwrap();
+        }
     }
 
     #[test]
