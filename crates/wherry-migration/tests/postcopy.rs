@@ -357,3 +357,25 @@ fn a_link_that_is_lost_with_the_last_word_does_not_leave_the_source_paused() {
     assert_eq!(sent.unwrap().phase, Phase::Done);
     assert_same_memory(&*machine, &*received.unwrap().0);
 }
+
+#[test]
+fn an_urgent_channel_that_is_lost_alone_is_a_lost_link() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Tcp);
+    let events = world.destination_journey.subscribe();
+    world.source_options.mode = Mode::Postcopy;
+    world.source_options.channels = Some(1);
+    let machine = guest(&[block(0, 0, 256 * MIB)]);
+    machine.fill(0, 0..65_536, 5);
+    machine.power_on(Load::NONE);
+    let proxy = Proxy::new(world.listener.local_endpoint());
+    let link = proxy.handle();
+    // Control, data, urgent.
+    at(&world.destination_journey, Point::DestinationRunning, move || link.cut_one(3));
+    let (sent, received) = world.journey(&machine, Some(proxy.endpoint()));
+    assert_eq!(sent.unwrap().phase, Phase::Done);
+    assert_same_memory(&*machine, &*received.unwrap().0);
+    assert!(events.try_iter().any(|event| event.job.phase == Phase::Paused), "the loss was not felt");
+}

@@ -344,6 +344,10 @@ impl Destination<'_> {
             if following.faults.is_complete() {
                 break;
             }
+            // What it claimed and did not get is missing again, and perhaps nobody else brings it.
+            if following.reader.as_ref().is_none_or(JoinHandle::is_finished) {
+                return Err(self.host.control()?.protocol("its urgent channel has ended"));
+            }
             let control = self.host.control()?;
             let woken = control.wait(&[receiving.receivers.bell()], Instant::now() + LOOK, Duration::ZERO)?;
             if woken.other.is_some() {

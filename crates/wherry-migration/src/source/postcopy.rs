@@ -71,6 +71,13 @@ impl PageService {
     }
 }
 
+impl PageService {
+    /// Nobody answers any more: the channel is lost, or the destination asked for what there is not.
+    fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
 impl Drop for PageService {
     fn drop(&mut self) {
         self.closer.close();
@@ -270,6 +277,9 @@ impl Source {
                     Some(Body::Complete(complete)) => break complete,
                     Some(other) => return Err(control.protocol(format!("{} in postcopy", other.kind()))),
                 }
+            }
+            if failed.is_none() && running.service.as_ref().is_none_or(PageService::has_ended) {
+                failed = Some((control.protocol("its urgent channel has ended"), Instant::now()));
             }
             if let Some((cause, at)) = failed.take() {
                 if at.elapsed() >= LAST_WORD {

@@ -119,7 +119,10 @@ impl Round {
         let end = extent.first.saturating_add(extent.count.into());
         if end > block.pages() {
             let (first, pages) = (extent.first, block.pages());
-            return Err(wrong(format!("it asks for pages {first} to {end} of RAM block {}, which has {pages}", index)));
+            return Err(wrong(format!(
+                "it asks for pages {first} to {end} of RAM block {}, which has {pages}",
+                extent.block
+            )));
         }
         if u64::from(extent.count) > CHUNK_PAGES {
             return Err(wrong(format!("it asks for {} pages at once; {CHUNK_PAGES} are possible", extent.count)));

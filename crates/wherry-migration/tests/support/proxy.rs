@@ -89,6 +89,13 @@ impl Link {
         }
     }
 
+    /// One connection ends, counted from 1 in the order in which they were made since the last cut.
+    pub fn cut_one(&self, connection: usize) {
+        for stream in self.streams.lock().unwrap().iter().skip(2 * (connection - 1)).take(2) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// New connections can be made again.
     pub fn mend(&self) {
         self.faults.cut.store(false, Ordering::SeqCst);
