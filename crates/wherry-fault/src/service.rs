@@ -304,16 +304,17 @@ impl FaultService {
                 return Err(FaultError::Incomplete { block: block.id(), missing });
             }
         }
-        match self.remove(SourceId::GUEST) {
-            Err(FaultError::NoSource(_)) => Err(FaultError::NotRegistered),
-            result => result,
-        }
+        self.unregister()
     }
 
     /// Ends that although nothing was said of any page: everything was received before the switch, by somebody who did
     /// not tell this service.
     pub fn unregister_untouched(&self) -> Result<(), FaultError> {
         let _admin = lock(&self.admin);
+        self.unregister()
+    }
+
+    fn unregister(&self) -> Result<(), FaultError> {
         match self.remove(SourceId::GUEST) {
             Err(FaultError::NoSource(_)) => Err(FaultError::NotRegistered),
             result => result,

@@ -13,6 +13,9 @@ use crate::journey::{Journey, Side};
 /// Nobody sleeps longer than this without looking whether the journey was cancelled.
 pub(crate) const TICK: Duration = Duration::from_millis(50);
 
+/// How often the peer hears from us while it only receives.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+
 /// Why a wait ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Woken {
@@ -236,6 +239,19 @@ impl Control {
     /// For an answer that takes no work.
     pub(crate) fn silence_limit(&self) -> Duration {
         self.silent
+    }
+
+    /// Asks for a sign of life now and then, and fails when there has been none for too long. `asked`: when it was last
+    /// asked for.
+    pub(crate) fn keep_alive(&mut self, asked: &mut Instant) -> Result<(), Cause> {
+        if asked.elapsed() <= SIGN_OF_LIFE {
+            return Ok(());
+        }
+        if self.heard.elapsed() > self.silent {
+            return Err(self.silent("answer a ping", self.heard.elapsed()));
+        }
+        *asked = Instant::now();
+        self.send(Body::Ping(Empty {}))
     }
 
     /// Round trip of the control channel.

@@ -41,8 +41,6 @@ const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// How long a destination whose data channel has ended may take to say that it has everything.
 const LAST_WORD: Duration = Duration::from_millis(300);
-/// How often the peer hears from us while it only receives.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// The thread that answers requests.
 pub(super) struct PageService {
@@ -287,13 +285,7 @@ impl Source {
                 }
                 failed = Some((cause, at));
             }
-            if alive.elapsed() > SIGN_OF_LIFE {
-                if control.heard.elapsed() > control.silence_limit() {
-                    return Err(control.silent("answer a ping", control.heard.elapsed()));
-                }
-                alive = Instant::now();
-                control.send(Body::Ping(Empty {}))?;
-            }
+            control.keep_alive(&mut alive)?;
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
                 let sent = running.wire_bytes() - wire;

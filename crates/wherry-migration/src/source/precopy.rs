@@ -18,8 +18,6 @@ use crate::testpoint::{Point, reach};
 
 /// A round of so many pages is sent by this thread over one channel: waking others takes longer than sending it.
 pub(super) const ALONE_PAGES: u64 = 512;
-/// How often the peer hears from us while it only receives.
-const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 /// How often subscribers hear of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
 
@@ -182,13 +180,7 @@ impl Running {
                     Some(other) => return Err(control.protocol(format!("{} during a round", other.kind()))),
                 }
             }
-            if alive.elapsed() > SIGN_OF_LIFE {
-                if control.heard.elapsed() > control.silence_limit() {
-                    return Err(control.silent("answer a ping", control.heard.elapsed()));
-                }
-                alive = Instant::now();
-                control.send(Body::Ping(Empty {}))?;
-            }
+            control.keep_alive(&mut alive)?;
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
                 let sent = self.senders.wire_bytes() - wire;
