@@ -34,7 +34,7 @@ const TICK: &str = "LAB TICK";
 /// Ways to use the lab.
 #[derive(Debug, Subcommand)]
 pub enum Lab {
-    /// A stock Linux guest in Wherry: boots, works, is migrated twice, goes on.
+    /// A stock Linux guest in Wherry: boots, works, is migrated three times, goes on.
     Linux {
         /// More rounds, more memory, more load.
         #[arg(long)]
