@@ -149,6 +149,10 @@ impl Builder for ImageBuilder {
         let ram = fresh(size).map_err(|e| refused(&e))?;
         Ok(Arc::new(Image::new(ram, &description.vm).map_err(|e| refused(&e))?))
     }
+
+    fn runs(&self, _: &Arc<dyn Machine>) {
+        // An image does nothing by itself.
+    }
 }
 
 fn fresh(size: u64) -> Result<Arc<Ram>, MemoryError> {

@@ -32,6 +32,9 @@ pub enum JourneyError {
     /// good, and its memory is what the destination lacks.
     #[error("paused: the VM runs at the destination without some of its memory: {0}")]
     Paused(#[source] Cause),
+    /// Either end: the VM ran at the destination without some of its memory, and what it lacked is gone, or it is.
+    #[error("the VM is lost: {0}")]
+    Lost(#[source] Cause),
     /// Source: it failed, and the VM could not be started again here.
     #[error("the migration failed ({cause}) and the VM could not be started again here: {undo}")]
     Stuck {
@@ -153,6 +156,15 @@ pub enum Cause {
     /// A thread of the engine ended in a way that is a bug.
     #[error("engine thread {0} panicked; this is a bug in Wherry")]
     Panicked(String),
+    /// Postcopy that can never be finished.
+    #[error("{0}")]
+    Lost(String),
+    /// The link is given up for another one, as the user wished.
+    #[error("a new link was asked for")]
+    Recover,
+    /// The VM has ended while its memory followed.
+    #[error("the VM has ended: {0}")]
+    VmEnded(String),
     /// Decided by `resolve`.
     #[error("resolved by hand: the VM belongs to the {0}")]
     Resolved(&'static str),

@@ -5,14 +5,14 @@
 
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use serde::{Deserialize, Serialize};
-use wherry_stream::Closer;
+use wherry_stream::{Closer, Endpoint, Listener};
 
 use crate::progress::{Job, Phase};
 use crate::testpoint::Point;
@@ -74,17 +74,35 @@ struct Inner {
     job: Mutex<Job>,
     subscribers: Mutex<Vec<Sender<Event>>>,
     cancel: AtomicU8,
-    postcopy: AtomicBool,
+    /// Whether the rest may follow, or why not; known when both sides have agreed.
+    may_follow: Mutex<Result<(), &'static str>>,
+    wishes: Mutex<Wishes>,
     downtime_limit_us: AtomicU64,
     /// Bytes per second; 0: no limit.
     bandwidth: AtomicU64,
     resolution: Mutex<Option<Side>>,
-    /// Readable after `cancel` and `resolve`, so that whoever waits for a peer hears of it at once.
+    /// Readable after `cancel`, `resolve` and every other wish, so that whoever waits for a peer hears of it at once.
     alarm: Option<OwnedFd>,
     test_hook: OnceLock<TestHook>,
     /// Connections that `cancel` ends, because somebody is blocked in a call on them; by ticket.
     closers: Mutex<Vec<(u64, Closer)>>,
     tickets: AtomicU64,
+}
+
+/// What the user wants of a journey under way, until it is done.
+#[derive(Default)]
+struct Wishes {
+    switch: bool,
+    recover: Option<Recover>,
+    ended: Option<String>,
+}
+
+/// How a lost link is to be taken up.
+pub(crate) enum Recover {
+    /// Source: at once, and if there is an address, over that.
+    To(Option<Endpoint>),
+    /// Destination: here.
+    At(Listener),
 }
 
 /// While it lives, `cancel` ends a connection.
@@ -127,7 +145,8 @@ impl Journey {
                 job: Mutex::default(),
                 subscribers: Mutex::default(),
                 cancel: AtomicU8::new(OPEN),
-                postcopy: AtomicBool::new(false),
+                may_follow: Mutex::new(Err("it has not been agreed yet")),
+                wishes: Mutex::default(),
                 downtime_limit_us: AtomicU64::new(UNSET),
                 bandwidth: AtomicU64::new(UNSET),
                 resolution: Mutex::default(),
@@ -178,14 +197,73 @@ impl Journey {
         receiver
     }
 
-    /// Asks a hybrid migration to switch now: what is left follows. Looked at after every round; without effect on a
-    /// migration that cannot.
-    pub fn switch_to_postcopy(&self) {
-        self.inner.postcopy.store(true, Ordering::Relaxed);
+    /// Asks a hybrid migration to switch now, in the middle of a round: what is left follows. The error says why it will
+    /// not; a migration that has switched by itself meanwhile is none.
+    pub fn switch_to_postcopy(&self) -> Result<(), &'static str> {
+        match self.job().phase {
+            Phase::Setup | Phase::Precopy => (*lock(&self.inner.may_follow))?,
+            Phase::Switchover | Phase::Postcopy | Phase::Paused => return Ok(()),
+            _ => return Err("it is over, or has not begun"),
+        }
+        lock(&self.inner.wishes).switch = true;
+        self.ring();
+        Ok(())
     }
 
     pub(crate) fn wants_postcopy(&self) -> bool {
-        self.inner.postcopy.load(Ordering::Relaxed)
+        lock(&self.inner.wishes).switch
+    }
+
+    pub(crate) fn set_may_follow(&self, may: Result<(), &'static str>) {
+        *lock(&self.inner.may_follow) = may;
+    }
+
+    /// Source: takes up the link at once, over another address if one is given, and gives up the present one if there is
+    /// still one. `false` unless memory follows.
+    pub fn recover(&self, to: Option<Endpoint>) -> bool {
+        self.wish_recovery(Recover::To(to))
+    }
+
+    /// Destination: waits for the source to come back at another place. `false` unless memory follows.
+    pub fn recover_at(&self, listener: Listener) -> bool {
+        self.wish_recovery(Recover::At(listener))
+    }
+
+    fn wish_recovery(&self, how: Recover) -> bool {
+        if !matches!(self.job().phase, Phase::Postcopy | Phase::Paused) {
+            return false;
+        }
+        lock(&self.inner.wishes).recover = Some(how);
+        self.ring();
+        true
+    }
+
+    pub(crate) fn wants_recovery(&self) -> bool {
+        lock(&self.inner.wishes).recover.is_some()
+    }
+
+    pub(crate) fn take_recovery(&self) -> Option<Recover> {
+        lock(&self.inner.wishes).recover.take()
+    }
+
+    /// Destination: the VM that runs here has ended although memory still follows. The source is told, and the journey
+    /// ends. Its vCPUs must have left the guest for good.
+    pub fn vm_ended(&self, why: impl Into<String>) {
+        lock(&self.inner.wishes).ended = Some(why.into());
+        self.ring();
+    }
+
+    pub(crate) fn has_vm_ended(&self) -> Option<String> {
+        lock(&self.inner.wishes).ended.clone()
+    }
+
+    /// Sleeps until `limit` has passed or the user wants something.
+    pub(crate) fn nap(&self, limit: Duration) {
+        let Some(alarm) = self.alarm() else { return std::thread::sleep(limit) };
+        let timeout = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: i64::from(limit.subsec_nanos()) };
+        // An interrupted nap is a short one.
+        let _ = poll(&mut [PollFd::new(&alarm, PollFlags::IN)], Some(&timeout));
+        self.quiet();
     }
 
     /// Changes the limit for the blackout; looked at after every round.

@@ -116,6 +116,12 @@ pub trait Builder: Send + Sync {
     /// Compares the description with what this host can run, and builds the machine. Everything that is lacking is
     /// refused by name here, before a byte of memory moves.
     fn build(&self, description: &MachineDescription, wants: Wants) -> Result<Arc<dyn Machine>, Refusal>;
+
+    /// The VM runs on this machine, and memory still follows: it may be paused and ended from now on, while the engine
+    /// works on. Whoever ends it says so with [`Journey::vm_ended`](crate::Journey::vm_ended). Called once, in
+    /// [`Phase::Postcopy`](crate::progress::Phase::Postcopy); a VM that is whole comes from
+    /// [`receive`](crate::destination::receive).
+    fn runs(&self, machine: &Arc<dyn Machine>);
 }
 
 impl MachineDescription {

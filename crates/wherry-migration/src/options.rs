@@ -14,11 +14,11 @@ pub const MAX_CHANNELS: u16 = 16;
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Memory first, then the switch.
-    #[default]
     Precopy,
     /// The switch first; memory follows while the VM runs at the destination.
     Postcopy,
-    /// Precopy, and postcopy if it does not converge or is asked for.
+    /// Precopy, and postcopy if it does not converge or is asked for; just precopy if the destination cannot do more.
+    #[default]
     Hybrid,
 }
 
@@ -99,10 +99,13 @@ pub struct SourceOptions {
     pub bandwidth: Option<u64>,
     /// How memory follows.
     pub mode: Mode,
+    /// Postcopy: free memory here as it is sent. A link that is lost then cannot be taken up, and the VM is lost with it.
+    pub release: bool,
     /// Hash all RAM and state at the stop and before the start, and refuse to run on a difference. Takes its time in
     /// the blackout: about 0.1 s for each GiB in use.
     pub verify: bool,
-    /// A precopy that has not converged by then fails, and the VM runs on at the source. Default 15 minutes.
+    /// A precopy that has not converged by then fails, and the VM runs on at the source; a hybrid switches. Default 15
+    /// minutes.
     pub deadline: Duration,
     /// Slow the vCPUs down step by step when precopy does not converge. Default true.
     pub auto_converge: bool,
@@ -126,7 +129,8 @@ impl Default for SourceOptions {
             channels: None,
             downtime_limit: Duration::from_millis(5),
             bandwidth: None,
-            mode: Mode::Precopy,
+            mode: Mode::default(),
+            release: false,
             verify: false,
             deadline: Duration::from_secs(15 * 60),
             auto_converge: true,

@@ -71,7 +71,7 @@ impl Liar {
 
     /// Goes on to the offer, which `change` may falsify. What the destination answers.
     fn offer(mut self, change: impl FnOnce(&mut Offer)) -> Body {
-        self.say(Body::Poise(Poise { narrow: false, round: 1, follow: false }));
+        self.say(Body::Poise(Poise { narrow: false, round: 1, ..Poise::default() }));
         assert_eq!(self.hear(), Body::Poised(Empty {}));
         self.data.writer.write_round_end(1).unwrap();
         self.data.reader.read_frame().unwrap();

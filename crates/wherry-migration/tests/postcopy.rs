@@ -58,6 +58,7 @@ fn a_vm_runs_at_once_and_its_memory_follows() {
         let (there, arrived) = received.unwrap();
         assert_eq!((sent.phase, arrived.phase), (Phase::Done, Phase::Done), "{wire:?}");
         assert!(world.built().is_running() && !machine.is_running());
+        assert_eq!(world.builder.runs.load(Ordering::SeqCst), 1, "the VMM was not told that it runs");
         assert_same_memory(&*machine, &*there);
         assert!(sent.rounds.is_empty(), "rounds were sent before the switch: {:?}", sent.rounds);
         assert!(sent.blackout.is_some() && sent.memory_remaining == 0);
@@ -152,7 +153,7 @@ fn a_hybrid_migration_switches_when_it_is_told_to() {
     world.source_journey.set_test_hook(move |point| {
         if point == Point::SourceRound {
             rounds.fetch_add(1, Ordering::SeqCst);
-            journey.switch_to_postcopy();
+            journey.switch_to_postcopy().unwrap();
         }
     });
     let (sent, received) = world.journey(&machine, None);

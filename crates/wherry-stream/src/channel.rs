@@ -4,7 +4,7 @@
 //! is allocated only as its bytes arrive. After a pages frame the content still lies in the socket: the caller must take
 //! it with [`FrameReader::read_bulk`], straight into the memory it belongs to, before the next frame can be read.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -134,6 +134,13 @@ impl Channel {
     /// Who is at the other end, for messages.
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// The process that connected, if it is on this host (a UNIX socket) and can be seen from here: a pidfd, readable
+    /// when that process has died. To be called as long as it cannot have died.
+    pub fn peer_process(&self) -> Option<OwnedFd> {
+        let credentials = rustix::net::sockopt::socket_peercred(self.reader.as_fd()).ok()?;
+        rustix::process::pidfd_open(credentials.pid, rustix::process::PidfdFlags::empty()).ok()
     }
 
     /// A handle that ends the channel.

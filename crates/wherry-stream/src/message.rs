@@ -18,7 +18,7 @@
 //!     | <- Ready, or Abort with the reason          |
 //!     | records; Run                             -> |   takes locks, starts
 //!     | <- Running, or NotRun with the reason       |
-//!     | (postcopy: pages follow; <- Complete)       |
+//!     | (postcopy: pages follow; <- Complete, Ended)|
 //!     | Confirm                                  -> |
 //!     | Query (on any new connection, in doubt)  -> |
 //!     | <- Running / NotRun / StillReady / Unknown  |
@@ -95,6 +95,9 @@ pub struct Poise {
     /// Pages that are not there yet follow when the VM runs at the destination.
     #[prost(bool, tag = "3")]
     pub follow: bool,
+    /// The source frees those pages as it sends them: a link that is lost then cannot be taken up.
+    #[prost(bool, tag = "4")]
+    pub release: bool,
 }
 
 /// Pages of a block that the destination does not have, or has as they were: they follow. Said between the stop and the
@@ -254,7 +257,7 @@ pub struct Message {
     /// What it says.
     #[prost(
         oneof = "Body",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29"
     )]
     pub body: Option<Body>,
 }
@@ -343,6 +346,9 @@ pub enum Body {
     /// Destination: that was all; open the channels.
     #[prost(message, tag = "28")]
     Resumed(Empty),
+    /// Destination: the VM has ended there; nothing more of it is needed.
+    #[prost(message, tag = "29")]
+    Ended(Reason),
 }
 
 impl Body {
@@ -376,6 +382,7 @@ impl Body {
             Body::Complete(_) => "Complete",
             Body::Resume(_) => "Resume",
             Body::Resumed(_) => "Resumed",
+            Body::Ended(_) => "Ended",
         }
     }
 }
@@ -475,6 +482,7 @@ mod tests {
             Body::Complete(Complete::default()),
             Body::Resume(Empty {}),
             Body::Resumed(Empty {}),
+            Body::Ended(Reason::default()),
         ];
         let page = include_str!("../../../docs/wire.md");
         let rows = page.lines().skip_while(|l| !l.starts_with("| message |")).skip(2);

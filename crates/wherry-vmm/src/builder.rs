@@ -94,6 +94,10 @@ impl Builder for VmBuilder {
     fn build(&self, description: &MachineDescription, wants: Wants) -> Result<Arc<dyn Machine>, Refusal> {
         Ok(self.build_vm(description, wants)?)
     }
+
+    fn runs(&self, _: &Arc<dyn Machine>) {
+        // Whoever wants it before all of its memory is here calls `take_built`.
+    }
 }
 
 /// Registers the guest maps, which nobody has touched, before KVM hears of them.

@@ -41,12 +41,16 @@ pub enum Command {
     Pause(Control),
     /// Let a paused VM run
     Resume(Control),
+    /// Have a migration under way go on by postcopy: the VM runs at its destination at once, and memory follows
+    Switch(Control),
+    /// Take up the lost link of a VM whose memory follows it, over another address if need be
+    Recover(Recover),
     /// Decide who owns a VM that is in doubt, when the other end is known to be dead or fenced
     Resolve(Resolve),
     /// Show where a VM and its migration stand
     Status(Control),
     /// End a VM and its process
-    Stop(Control),
+    Stop(Stop),
     /// Show it all: the built-in probe guest, moved live several times and verified
     Demo(Demo),
     /// Measure moves, beside raw loopback TCP and, where it is installed, beside QEMU
@@ -155,7 +159,7 @@ pub struct Migrate {
     #[arg(long, value_name = "ADDRESS", value_parser = address)]
     pub to: String,
     /// How memory is carried
-    #[arg(long, default_value = "precopy", value_parser = mode)]
+    #[arg(long, default_value = "hybrid", value_parser = mode)]
     pub mode: Mode,
     /// Data channels [default: chosen from the cores of both hosts]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=16))]
@@ -163,16 +167,20 @@ pub struct Migrate {
     /// Blackout to stay below, in milliseconds [default: 5]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     pub downtime_limit: Option<u64>,
-    /// Most bytes per second on the wire while the guest runs, such as 100M [default: no limit]
+    /// Most bytes per second on the wire while the guest runs, such as 100M; pages it waits for are not held back
+    /// [default: no limit]
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub bandwidth: Option<u64>,
-    /// Seconds after which a migration that does not converge is given up [default: 900]
+    /// Seconds after which a precopy that does not converge is given up, or a hybrid switches [default: 900]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: Option<u64>,
     /// Hash all RAM and state at the stop and before the start, and refuse to run on a difference (lengthens the
     /// blackout)
     #[arg(long)]
     pub verify: bool,
+    /// Postcopy: free memory here as it is sent. A link that is lost then cannot be taken up, and the VM is lost with it
+    #[arg(long, conflicts_with = "verify")]
+    pub release: bool,
 }
 
 /// Options of every command to a process that is there.
@@ -184,6 +192,31 @@ pub struct Control {
     /// Answer in JSON on stdout
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `recover`.
+#[derive(Debug, Args)]
+pub struct Recover {
+    /// Which end, and how to report.
+    #[command(flatten)]
+    pub control: Control,
+    /// At the source: where the destination is from now on [default: where it was]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    pub to: Option<String>,
+    /// At the destination: where to wait for the source from now on
+    #[arg(long, value_name = "ADDRESS", value_parser = address, conflicts_with = "to")]
+    pub listen: Option<String>,
+}
+
+/// Options of `stop`.
+#[derive(Debug, Args)]
+pub struct Stop {
+    /// Which process, and how to report.
+    #[command(flatten)]
+    pub control: Control,
+    /// Also if what it holds may be the only copy of a VM, or memory that a VM elsewhere still needs
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// Options of `resolve`.

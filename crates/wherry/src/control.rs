@@ -1,4 +1,4 @@
-//! Commands that one request does: pause, resume, cancel, resolve, status, stop.
+//! Commands that one request does: pause, resume, cancel, switch, recover, resolve, status, stop.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,9 +8,9 @@ use serde::Serialize;
 use wherry_migration::Side;
 use wherry_migration::ownership::VmId;
 use wherry_migration::progress::{Job, Phase};
-use wherry_vmm::api::types::{ErrorCode, ResolveRequest, VmInfo, VmState};
+use wherry_vmm::api::types::{ErrorCode, RecoverRequest, ResolveRequest, StopRequest, VmInfo, VmState};
 
-use crate::args::{ANSWER, Control, Resolve};
+use crate::args::{ANSWER, Control, Recover, Resolve, Stop};
 use crate::client::{Client, ClientError};
 use crate::migrate::{End, intervene};
 use crate::{DID_NOT, HAPPENED, IN_DOUBT, records, report, runtime};
@@ -91,6 +91,36 @@ pub fn cancel(options: &Control) -> Result<u8> {
     finish(options.json, &job, job.phase == Phase::Cancelled)
 }
 
+/// `wherry switch`: asks, and waits until the migration is over.
+pub fn switch(options: &Control) -> Result<u8> {
+    let client = Client::new(&options.api);
+    let end = runtime()?.block_on(intervene(&client, "/migration/switch", &serde_json::json!({})));
+    let job = last_word(end.with_context(|| at("switching to postcopy", &options.api))?)?;
+    finish(options.json, &job, job.phase == Phase::Done)
+}
+
+/// `wherry recover`: takes up the link, and waits until the migration is over. At the destination it only says where to
+/// wait.
+pub fn recover(options: &Recover) -> Result<u8> {
+    let api = &options.control.api;
+    let client = Client::new(api);
+    let request = RecoverRequest { to: options.to.clone(), listen: options.listen.clone() };
+    if options.listen.is_some() {
+        let job: Job = runtime()?
+            .block_on(client.put_json("/migration/recover", &request, ANSWER))
+            .with_context(|| at("recovering the migration", api))?;
+        if options.control.json {
+            print_json(&job)?;
+        } else {
+            print("the source is waited for there; have it come with `wherry recover --to`\n");
+        }
+        return Ok(HAPPENED);
+    }
+    let end = runtime()?.block_on(intervene(&client, "/migration/recover", &request));
+    let job = last_word(end.with_context(|| at("recovering the migration", api))?)?;
+    finish(options.control.json, &job, job.phase == Phase::Done)
+}
+
 /// `wherry resolve`: decides, and waits until it is known what came of it.
 pub fn resolve(options: &Resolve) -> Result<u8> {
     let Some(api) = &options.api else { return resolve_record(options) };
@@ -138,10 +168,11 @@ fn finish(json: bool, job: &Job, wanted: bool) -> Result<u8> {
 }
 
 /// `wherry stop`: answers when the process is gone, so that its name can be used again.
-pub fn stop(options: &Control) -> Result<u8> {
+pub fn stop(options: &Stop) -> Result<u8> {
+    let Stop { control: options, force } = options;
     let client = Client::new(&options.api);
     let stopped: Result<VmInfo, String> = runtime()?.block_on(async {
-        let info = match client.put::<VmInfo>("/vm/stop", STOP).await {
+        let info = match client.put_json::<VmInfo>("/vm/stop", &StopRequest { force: *force }, STOP).await {
             // The only state in which a stop is refused.
             Err(ClientError::Refused { code: ErrorCode::WrongState, message }) => return Ok(Err(message)),
             info => info.with_context(|| at("stopping the VM", &options.api))?,

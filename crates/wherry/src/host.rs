@@ -154,7 +154,7 @@ fn signals(service: Arc<Service>, api: PathBuf) -> Result<()> {
                 asked = true;
                 let service = service.clone();
                 tokio::task::spawn_blocking(move || {
-                    if let Err(error) = service.stop() {
+                    if let Err(error) = service.stop(false) {
                         eprintln!("error: {error}. A second signal ends the process all the same");
                     }
                 });

@@ -57,6 +57,8 @@ fn main() -> ExitCode {
         Command::Cancel(options) => control::cancel(&options),
         Command::Pause(options) => control::pause(&options),
         Command::Resume(options) => control::resume(&options),
+        Command::Switch(options) => control::switch(&options),
+        Command::Recover(options) => control::recover(&options),
         Command::Resolve(options) => control::resolve(&options),
         Command::Status(options) => control::status(&options),
         Command::Stop(options) => control::stop(&options),

@@ -18,7 +18,7 @@ use crate::args::{ANSWER, Migrate};
 use crate::client::{Client, ClientError, Events};
 use crate::{DID_NOT, HAPPENED, IN_DOUBT, control, report, runtime};
 
-/// How long a journey may be in doubt before this command leaves it so. The source goes on asking.
+/// How long a journey may be in doubt or paused before this command leaves it so. The source goes on trying.
 const DOUBT: Duration = Duration::from_secs(10);
 
 /// `wherry migrate`
@@ -32,6 +32,7 @@ pub fn migrate(options: &Migrate) -> Result<u8> {
         bandwidth: options.bandwidth,
         timeout_s: options.timeout,
         verify: options.verify,
+        release: options.release,
     };
     let show = Show::new(options.control.json);
     let end = runtime()?
@@ -40,9 +41,15 @@ pub fn migrate(options: &Migrate) -> Result<u8> {
     let job = match end {
         End::Over(job) => job,
         End::Vanished(job, error) => {
+            let what = match job.phase {
+                Phase::Postcopy | Phase::Paused => {
+                    "The VM runs there, and lacks what had not followed yet: it is lost unless that was nothing"
+                }
+                _ => "Its VM is gone with it unless the other end has taken it over",
+            };
             eprintln!(
-                "error: the process that was migrating the VM to {} has gone in phase {}: {error}. Its VM is gone with \
-                 it unless the other end has taken it over: ask there with `wherry status`",
+                "error: the process that was migrating the VM to {} has gone in phase {}: {error}. {what}: ask there with \
+                 `wherry status`",
                 options.to,
                 report::phase(job.phase)
             );
@@ -63,6 +70,15 @@ pub fn migrate(options: &Migrate) -> Result<u8> {
                 job.error.as_deref().unwrap_or("it was cancelled; the VM runs on where it was")
             );
             DID_NOT
+        }
+        Phase::Paused => {
+            eprintln!(
+                "error: the VM runs at {}, and the link was lost before all of its memory was there ({}). Both ends keep \
+                 what they have and go on trying; `wherry recover` tries at once, over another address if need be",
+                job.peer,
+                job.error.as_deref().unwrap_or("the reason is not known")
+            );
+            IN_DOUBT
         }
         _ => {
             eprintln!(
@@ -142,12 +158,12 @@ async fn follow(
             return Ok(End::Over(last));
         }
         match (last.phase, doubt) {
-            (Phase::InDoubt, None) => doubt = Some(Instant::now() + DOUBT),
-            (Phase::InDoubt, Some(limit)) if Instant::now() >= limit => {
+            (Phase::InDoubt | Phase::Paused, None) => doubt = Some(Instant::now() + DOUBT),
+            (Phase::InDoubt | Phase::Paused, Some(limit)) if Instant::now() >= limit => {
                 show.end();
                 return Ok(End::Over(last));
             }
-            (Phase::InDoubt, Some(_)) => {}
+            (Phase::InDoubt | Phase::Paused, Some(_)) => {}
             _ => doubt = None,
         }
     }

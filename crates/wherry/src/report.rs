@@ -98,6 +98,11 @@ fn rounds(job: &Job) -> Vec<Vec<String>> {
     rows
 }
 
+/// Whether a journey that failed has cost the VM, which the engine says in words.
+fn is_lost(job: &Job) -> bool {
+    job.error.as_ref().is_some_and(|error| error.starts_with("the VM is lost"))
+}
+
 /// The end of a journey.
 pub fn journey(job: &Job) -> String {
     let mut text = String::new();
@@ -110,7 +115,11 @@ pub fn journey(job: &Job) -> String {
             time(job.downtime_us)
         ),
         Phase::Cancelled => writeln!(text, "The migration was cancelled; the VM runs on where it was."),
+        Phase::Failed if is_lost(job) => writeln!(text, "The VM is lost."),
         Phase::Failed => writeln!(text, "The migration failed; the VM runs on where it was."),
+        Phase::Paused => {
+            writeln!(text, "The VM runs at {}, and the link was lost before all of its memory was there.", job.peer)
+        }
         Phase::InDoubt => {
             writeln!(text, "The VM is in doubt: it was given away, and nobody knows whether it was taken.")
         }

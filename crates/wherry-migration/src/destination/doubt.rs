@@ -40,7 +40,7 @@ impl Destination<'_> {
                 }
             }
             let Some(owner) = &mut self.owner else { return Err(super::no_setup()) };
-            if let Some((about, body)) = next_word(self.listener, &self.journey, owner, &mut self.host, TICK * 4)?
+            if let Some((about, body)) = next_word(&self.listener, &self.journey, owner, &mut self.host, TICK * 4)?
                 && let Some(phase) = self.decided(&about, &body)?
             {
                 return Ok(phase);
@@ -59,7 +59,7 @@ impl Destination<'_> {
         let mut host = std::mem::take(&mut self.host);
         let begun = Instant::now();
         while !owner.is_over() && begun.elapsed() < CONFIRM && host.control.as_ref().is_some_and(|c| !c.broken) {
-            let _ = attend(self.listener, &self.journey, &mut owner, &mut host, CONFIRM - begun.elapsed());
+            let _ = attend(&self.listener, &self.journey, &mut owner, &mut host, CONFIRM - begun.elapsed());
         }
         if owner.is_over() {
             return;
@@ -127,14 +127,24 @@ pub(super) fn next_word(
             return Ok(None);
         }
     }
-    let Some(greeting) = greet(listener, journey, deadline.saturating_duration_since(Instant::now()))? else {
-        return Ok(None);
-    };
+    take_connection(listener, journey, owner, host, deadline.saturating_duration_since(Instant::now()))?;
+    Ok(None)
+}
+
+/// Takes the control connection with which the source comes back, if it does so within `limit`.
+pub(super) fn take_connection(
+    listener: &Listener,
+    journey: &Journey,
+    owner: &mut DestinationDriver,
+    host: &mut Host,
+    limit: Duration,
+) -> Result<(), Cause> {
+    let Some(greeting) = greet(listener, journey, limit)? else { return Ok(()) };
     let attempt = owner.owner().attempt();
     let hello = greeting.hello();
     if hello.attempt != attempt.id.0 || hello.kind != ChannelKind::Control {
         let _ = greeting.refuse(HelloRefusal::Busy);
-        return Ok(None);
+        return Ok(());
     }
     match greeting.accept() {
         Ok(channel) => {
@@ -144,5 +154,5 @@ pub(super) fn next_word(
         }
         Err(error) => tracing::debug!(%error, "the source came back and went again"),
     }
-    Ok(None)
+    Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Setup -> Precopy <-> Switchover -> [Postcopy <-> Paused ->] Done
-//!   |         |            |   \--> InDoubt -> Done
+//!   |         |            |   \--> InDoubt -> Done     \--> Failed (lost)
 //!   v         v            v           |
 //! Cancelled / Failed (nothing runs here) <--/
 //! ```
@@ -20,6 +20,7 @@ mod receivers;
 mod setup;
 mod switchover;
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -35,7 +36,7 @@ use self::postcopy::{Follow, Following};
 use self::receivers::Receivers;
 use crate::error::{Cause, JourneyError};
 use crate::journey::{EventKind, Journey};
-use crate::link::random_id;
+use crate::link::{Control, random_id};
 use crate::machine::{Builder, Machine};
 use crate::options::DestinationOptions;
 use crate::ownership::{DestinationDriver, DestinationInput, DestinationState, Word};
@@ -43,7 +44,7 @@ use crate::predict::us;
 use crate::progress::{Blackout, Job, Phase};
 
 /// Waits at `listener` for a source, has `builder` build the machine it describes, receives the VM and runs it. Returns
-/// when it runs here, or is known not to.
+/// when it runs here with all of its memory, or is known not to. (In postcopy it runs before: see [`Builder::runs`].)
 ///
 /// On [`InDoubt`](JourneyError::InDoubt) the machine is gone with the call, and so nothing runs here; it is returned
 /// only when [`DestinationOptions::doubt`] has passed. On every other error nothing runs here either.
@@ -100,7 +101,8 @@ struct Receiving {
 }
 
 struct Destination<'a> {
-    listener: &'a Listener,
+    /// Where the source comes back to; another one than it came to, if the user wished so.
+    listener: Listener,
     builder: &'a dyn Builder,
     options: DestinationOptions,
     journey: Journey,
@@ -110,15 +112,21 @@ struct Destination<'a> {
     receiving: Option<Receiving>,
     /// What the source announced of the switchover.
     poise: Poise,
+    /// The source's process, if it is on this host.
+    source_process: Option<OwnedFd>,
+    /// The builder has been told that the VM runs without all of its memory.
+    told: bool,
+    /// The source has come back before its old link was known to be lost.
+    came_back: Option<Control>,
 }
 
 impl<'a> Destination<'a> {
-    fn new(listener: &'a Listener, builder: &'a dyn Builder, options: DestinationOptions, journey: Journey) -> Self {
+    fn new(listener: &Listener, builder: &'a dyn Builder, options: DestinationOptions, journey: Journey) -> Self {
         journey.update(|job| {
             *job = Job { role: "destination".into(), memory_page_size: GRANULE, ..Job::default() };
         });
         Self {
-            listener,
+            listener: listener.clone(),
             builder,
             options,
             host: Host::new(journey.clone()),
@@ -127,6 +135,9 @@ impl<'a> Destination<'a> {
             owner: None,
             receiving: None,
             poise: Poise::default(),
+            source_process: None,
+            told: false,
+            came_back: None,
         }
     }
 
@@ -208,7 +219,12 @@ impl<'a> Destination<'a> {
             Some(DestinationState::Ready | DestinationState::InDoubt | DestinationState::Declined)
         );
         let paused = matches!(self.state(), Some(DestinationState::LacksPages | DestinationState::Paused));
-        if paused && let Some(machine) = &self.host.machine {
+        let lost = matches!(cause, Cause::Lost(_));
+        let ended = matches!(cause, Cause::VmEnded(_));
+        if (paused || lost)
+            && !ended
+            && let Some(machine) = &self.host.machine
+        {
             // Where nobody serves its faults any more, a guest that runs would find zeros. Who waits for a page is
             // brought out of the guest by the stop.
             if let Err(error) = machine.units().stop(self.options.timeouts.stop) {
@@ -220,7 +236,8 @@ impl<'a> Destination<'a> {
         self.host.machine = None;
         let error = match cause {
             cause if in_doubt => JourneyError::InDoubt(cause),
-            cause if paused => JourneyError::Paused(cause),
+            cause if lost => JourneyError::Lost(cause),
+            cause if paused && !ended => JourneyError::Paused(cause),
             _ if self.journey.is_cancelled() => JourneyError::NotHere(Cause::Cancelled),
             Cause::Refused(reasons) => JourneyError::Refused(reasons),
             cause => JourneyError::NotHere(cause),

@@ -9,22 +9,24 @@
 //! A page is claimed by the first channel that brings it, before a byte of it is read; what comes later is read away.
 //! When every page is there the guest maps are unregistered, and the machine is like any other.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use wherry_fault::{FaultService, Requester, SourceId, Wanted};
 use wherry_memory::{BlockId, PageSet, Ram};
-use wherry_stream::message::{Body, Complete, Empty, Follow as FollowMessage};
+use wherry_stream::message::{Body, Complete, Empty, Follow as FollowMessage, Reason};
 use wherry_stream::{Channel, Closer, Extent, ExtentKind, Frame, FrameReader, FrameWriter, MAX_EXTENTS};
 
-use super::doubt::next_word;
+use super::doubt::{next_word, take_connection};
 use super::place::Place;
 use super::receivers::{News, Receivers};
 use super::{Destination, no_setup, since};
 use crate::error::Cause;
-use crate::journey::{EventKind, lock};
+use crate::journey::{EventKind, Recover, lock};
 use crate::link::TICK;
 use crate::machine::Machine;
 use crate::ownership::DestinationInput;
@@ -239,15 +241,26 @@ impl Destination<'_> {
     }
 
     pub(super) fn postcopy(&mut self) -> Result<Phase, Cause> {
+        if !std::mem::replace(&mut self.told, true) {
+            let machine = self.host.machine.clone().ok_or_else(no_setup)?;
+            self.builder.runs(&machine);
+        }
         match self.await_all_pages() {
             Ok(()) => {
                 self.feed(DestinationInput::AllPages);
                 Ok(Phase::Done)
             }
+            Err(cause @ Cause::VmEnded(_)) => Err(cause),
             Err(cause) => {
                 tracing::warn!(%cause, "lost the source while memory follows");
                 self.feed(DestinationInput::LinkLost);
                 self.host.why = cause.to_string();
+                if self.poise.release {
+                    return Err(self.pages_lost(&format!(
+                        "the link to the source was lost ({}), and the source has freed what it had sent, as it was asked to",
+                        self.host.why
+                    )));
+                }
                 Ok(Phase::Paused)
             }
         }
@@ -261,7 +274,11 @@ impl Destination<'_> {
         self.journey.update(|job| job.error = Some(format!("paused: {why}")));
         loop {
             let Some(owner) = &mut self.owner else { return Err(no_setup()) };
-            let heard = next_word(self.listener, &self.journey, owner, &mut self.host, TICK * 4)?;
+            let heard = next_word(&self.listener, &self.journey, owner, &mut self.host, TICK * 4)?;
+            if let Some(why) = self.journey.has_vm_ended() {
+                return Err(Cause::VmEnded(why));
+            }
+            self.look_elsewhere();
             match heard {
                 Some((_, Body::Resume(Empty {}))) => match self.take_up() {
                     Ok(()) => {
@@ -276,6 +293,9 @@ impl Destination<'_> {
                 Some((about, body)) => {
                     self.decided(&about, &body)?;
                 }
+                None if self.source_has_died() => {
+                    return Err(self.pages_lost("the source's process has died with memory that the VM lacks"));
+                }
                 None => {}
             }
             if self.options.recover.is_some_and(|patience| begun.elapsed() >= patience) {
@@ -284,9 +304,30 @@ impl Destination<'_> {
         }
     }
 
+    /// Nobody has what the VM lacks.
+    fn pages_lost(&mut self, why: &str) -> Cause {
+        self.feed(DestinationInput::PagesLost);
+        Cause::Lost(why.into())
+    }
+
+    /// Known only of a process on this host; of any other all that can be seen is that it does not come.
+    fn source_has_died(&self) -> bool {
+        let Some(process) = &self.source_process else { return false };
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        matches!(poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)), Ok(1))
+    }
+
+    /// Waits for the source at another place from now on, if the user wishes so.
+    fn look_elsewhere(&mut self) {
+        if let Some(Recover::At(listener)) = self.journey.take_recovery() {
+            tracing::info!(at = %listener.local_endpoint(), "the source is waited for at another place");
+            self.listener = listener;
+        }
+    }
+
     /// Ends what is left of the old link: pages that were caught half read are missing again.
     fn let_go(&mut self) -> Result<(), Cause> {
-        self.host.control = None;
+        self.host.control = self.came_back.take();
         let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
         receiving.receivers = Receivers::new(vec![], receiving.place.clone())?;
         if let Some(following) = &mut receiving.following {
@@ -349,8 +390,12 @@ impl Destination<'_> {
                 return Err(self.host.control()?.protocol("its urgent channel has ended"));
             }
             let control = self.host.control()?;
-            let woken = control.wait(&[receiving.receivers.bell()], Instant::now() + LOOK, Duration::ZERO)?;
-            if woken.other.is_some() {
+            let woken = control.wait(
+                &[receiving.receivers.bell(), self.listener.as_fd()],
+                Instant::now() + LOOK,
+                Duration::ZERO,
+            )?;
+            if woken.other == Some(0) {
                 while let Some(news) = receiving.receivers.next() {
                     match news {
                         News::Round(round) => receiving.rounds = receiving.rounds.max(round),
@@ -359,6 +404,14 @@ impl Destination<'_> {
                     }
                 }
             }
+            if woken.other == Some(1) && self.source_comes_back()? {
+                return Err(Cause::Recover);
+            }
+            if let Some(why) = self.journey.has_vm_ended() {
+                self.host.control()?.send(Body::Ended(Reason { text: why.clone() }))?;
+                return Err(Cause::VmEnded(why));
+            }
+            self.look_elsewhere();
             if woken.control
                 && let Some((about, body)) = self.host.control()?.read_any()?
             {
@@ -405,6 +458,23 @@ impl Destination<'_> {
             tracing::debug!(%error, "the last word was lost");
         }
         Ok(())
+    }
+
+    /// Whether somebody who has connected is the source, on a new link.
+    fn source_comes_back(&mut self) -> Result<bool, Cause> {
+        let Some(owner) = &mut self.owner else { return Err(no_setup()) };
+        let old = self.host.control.take();
+        take_connection(&self.listener, &self.journey, owner, &mut self.host, Duration::ZERO)?;
+        match self.host.control.take() {
+            Some(control) => {
+                self.came_back = Some(control);
+                Ok(true)
+            }
+            None => {
+                self.host.control = old;
+                Ok(false)
+            }
+        }
     }
 
     fn count_requests(&self) {

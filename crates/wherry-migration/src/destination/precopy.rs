@@ -50,7 +50,7 @@ impl Destination<'_> {
                 }
             }
             if woken.other == Some(1)
-                && let Some(greeting) = self.greet(self.listener, Duration::ZERO)?
+                && let Some(greeting) = self.greet(&self.listener, Duration::ZERO)?
             {
                 let _ = greeting.refuse(HelloRefusal::Busy);
             }

@@ -8,13 +8,16 @@ use wherry_stream::message::{About, Accept, Begin, Body, Refuse};
 use wherry_stream::{Channel, ChannelKind, Greeting, HelloRefusal, Listener, StreamError};
 
 use super::Destination;
+use super::host::Host;
 use crate::error::Cause;
 use crate::features;
 use crate::journey::{Journey, Side};
 use crate::link::{Control, TICK, hex, printable};
 use crate::machine::{Machine, MachineDescription, Wants};
 use crate::options::{MAX_CHANNELS, Mode};
+use crate::ownership::{Attempt, DestinationDriver, DestinationInput, Finding, Message, Word};
 use crate::predict::usual_destination_us;
+use crate::records::Records;
 use crate::testpoint::{Point, reach};
 
 /// No machine has more blocks, units or larger parts than this; a description that claims so is refused.
@@ -32,20 +35,28 @@ pub(super) struct Agreed {
 
 impl Destination<'_> {
     pub(super) fn setup(&mut self) -> Result<(Agreed, Instant), Cause> {
-        let channel = self.wait_for_source()?;
-        let begun = Instant::now();
-        reach(&self.journey, Point::DestinationConnected);
-        let attempt = channel.hello.attempt;
-        let peer = channel.peer().to_owned();
+        let silent = self.options.timeouts.silent;
+        let (mut control, attempt, begin, begun) = loop {
+            let channel = self.wait_for_source()?;
+            let begun = Instant::now();
+            reach(&self.journey, Point::DestinationConnected);
+            let attempt = channel.hello.attempt;
+            let process = channel.peer_process();
+            let mut control = Control::greeting(channel, self.journey.clone(), Side::Source, silent);
+            match control.next("say what it wants to move", silent, Duration::ZERO)? {
+                Body::Begin(begin) => {
+                    self.source_process = process;
+                    break (control, attempt, begin, begun);
+                }
+                body @ (Body::Resume(_) | Body::Query(_) | Body::Run(_)) => self.answer_stranger(control, &body)?,
+                other => return Err(control.protocol(format!("{} where Begin was due", other.kind()))),
+            }
+        };
+        let peer = control.peer_address().to_owned();
         self.journey.update(|job| {
             job.peer = peer;
             job.attempt = hex(&attempt);
         });
-        let mut control = Control::greeting(channel, self.journey.clone(), Side::Source, self.options.timeouts.silent);
-        let begin = match control.next("say what it wants to move", self.options.timeouts.silent, Duration::ZERO)? {
-            Body::Begin(begin) => begin,
-            other => return Err(control.protocol(format!("{} where Begin was due", other.kind()))),
-        };
         if control.about.attempt != attempt {
             return Err(control.protocol("Begin is about another attempt than its channel"));
         }
@@ -77,11 +88,38 @@ impl Destination<'_> {
         Ok((Agreed { data, urgent, verify: begin.verify }, begun))
     }
 
+    /// Somebody asks for a VM of which this process knows nothing: the answer is in what an earlier process has recorded.
+    fn answer_stranger(&self, mut control: Control, body: &Body) -> Result<(), Cause> {
+        let attempt = Attempt::from_about(&control.about).map_err(|e| Cause::Ownership(e.to_string()))?;
+        tracing::info!(
+            word = body.kind(),
+            from = control.peer_address(),
+            "asked about a VM that is not in this process"
+        );
+        let claim = Records::open(&self.options.records).and_then(|r| r.claim(attempt.vm, Side::Destination));
+        let answered = match claim.map(DestinationDriver::restarted) {
+            Ok(Some(mut driver)) => {
+                let mut host = Host::new(self.journey.clone());
+                host.control = Some(control);
+                driver.feed(DestinationInput::Message(Message { attempt, word: Word::Query }), &mut host);
+                Ok(())
+            }
+            _ => match Word::Unknown(Finding::Nothing).to_body("") {
+                Some(body) => control.send(body),
+                None => Ok(()),
+            },
+        };
+        if let Err(error) = answered {
+            tracing::debug!(%error, "who asked has gone");
+        }
+        Ok(())
+    }
+
     /// Waits for a control channel. Whoever else connects is told why not, and does not end the wait.
     fn wait_for_source(&self) -> Result<Channel, Cause> {
         let begun = Instant::now();
         loop {
-            if let Some(greeting) = self.greet(self.listener, TICK * 2)? {
+            if let Some(greeting) = self.greet(&self.listener, TICK * 2)? {
                 if greeting.hello().kind == ChannelKind::Control {
                     return greeting.accept().map_err(|source| Cause::Stream { doing: "greeting the source", source });
                 }
@@ -190,7 +228,7 @@ impl Destination<'_> {
             {
                 return Err(control.protocol(format!("{} before its data channels were open", other.kind())));
             }
-            let Some(greeting) = self.greet(self.listener, TICK)? else { continue };
+            let Some(greeting) = self.greet(&self.listener, TICK)? else { continue };
             let hello = greeting.hello();
             if hello.attempt != attempt {
                 let _ = greeting.refuse(HelloRefusal::Busy);

@@ -113,8 +113,10 @@ pub enum SourceInput {
     LinkLost,
     /// There is a link again.
     LinkUp,
-    /// Postcopy: the destination has every page.
+    /// Postcopy: the destination has every page, or needs no more.
     AllServed,
+    /// Postcopy: what the destination lacks is gone from here.
+    PagesLost,
     /// From outside: whose it is. See `docs/ownership.md` for what must be true.
     Resolve(Side),
     /// A word arrived.
@@ -289,6 +291,7 @@ impl SourceOwner {
             }
             (S::Serving, In::LinkLost) => self.enter(S::Paused, vec![Report(Notice::Paused)]),
             (S::Paused, In::LinkUp) => self.enter(S::Serving, vec![]),
+            (S::Serving | S::Paused, In::PagesLost) => self.enter(S::Gone, vec![Discard, Report(Notice::Lost)]),
             (S::Serving | S::Paused | S::Gone, In::Abort) => vec![Report(Notice::TooLate)],
 
             (S::DiedIntended | S::DiedCommitted | S::DiedKept, In::Timeout | In::LinkUp) => vec![self.say(Word::Query)],
@@ -333,6 +336,11 @@ impl SourceOwner {
             (S::Kept { settled: false }, Word::Abort | Word::Aborted) => {
                 self.state = S::Kept { settled: true };
                 vec![self.forget()]
+            }
+
+            // It ran there without all of its memory, and died with its process: what is here is of no use to anyone.
+            (S::Serving | S::Paused, Word::Unknown(Finding::DiedRunning)) => {
+                self.enter(S::Gone, vec![Discard, Report(Notice::Lost)])
             }
 
             (S::Gone, Word::Running) => vec![self.say(Word::Confirm)],

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Setup -> Precopy <-> Switchover -> [Postcopy <-> Paused ->] Done
-//!   |         |            |   \--> InDoubt -> Done
+//!   |         |            |   \--> InDoubt -> Done     \--> Failed (lost)
 //!   v         v            v           |
 //! Cancelled / Failed (the VM runs on here) <--/
 //! ```
@@ -110,6 +110,8 @@ struct Source {
     blackout: Blackout,
     /// When the first sharer was told to stop.
     stopped_at: Option<Instant>,
+    /// Why the VM ended at the destination before all of its memory was there.
+    ended: Option<String>,
 }
 
 impl Source {
@@ -134,6 +136,7 @@ impl Source {
             running: None,
             blackout: Blackout::default(),
             stopped_at: None,
+            ended: None,
         }
     }
 
@@ -142,10 +145,11 @@ impl Source {
         // Only now, with the guest running elsewhere, is what costs time taken down: threads, dirty logs.
         self.running = None;
         let blackout = self.blackout;
+        let ended = self.ended.take();
         self.journey.tell(EventKind::Phase, |job| {
             job.blackout = Some(blackout);
             job.downtime_us = blackout.total_us;
-            job.error = None;
+            job.error = ended.map(|why| format!("the VM has ended there before all of its memory had followed: {why}"));
             job.memory_remaining = 0;
             job.data_remaining = 0;
         });
@@ -159,6 +163,10 @@ impl Source {
         match &cause {
             Cause::Peer { .. } => self.hear(Word::Abort),
             _ => self.feed(SourceInput::Abort),
+        }
+        if matches!(cause, Cause::Lost(_)) {
+            self.running = None;
+            return self.end(Phase::Failed, JourneyError::Lost(cause));
         }
         match self.state() {
             Some(SourceState::RunRecorded | SourceState::InDoubt) => {

@@ -7,6 +7,7 @@
 //!                the urgent channel's thread answers requests beside it
 //!                Complete from the destination -> Done
 //!   Paused       the link is lost: a new one, Resume, what the destination lacks -> Postcopy
+//!                memory was freed as it was sent, or the destination died -> Lost
 //! ```
 //!
 //! Nobody writes this memory any more, so a page may be sent twice: what comes second finds the first and is dropped.
@@ -17,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use wherry_memory::{GRANULE, PageSet};
-use wherry_stream::message::{Body, Empty, Follow};
+use wherry_stream::message::{Body, Empty, Follow, Reason};
 use wherry_stream::{Channel, ChannelKind, Closer, Frame, Meter};
 
 use super::precopy::no_setup;
@@ -26,8 +27,9 @@ use super::senders::Senders;
 use super::{Running, Source};
 use crate::dirty::Dirty;
 use crate::error::Cause;
-use crate::journey::EventKind;
-use crate::ownership::SourceInput;
+use crate::journey::{EventKind, Recover};
+use crate::link::printable;
+use crate::ownership::{SourceInput, SourceState, Word};
 use crate::predict::us;
 use crate::priority::Urgent;
 use crate::progress::{Phase, Postcopy};
@@ -140,7 +142,7 @@ impl Source {
         });
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         let channel = running.urgent.take().ok_or_else(no_setup)?;
-        let round = Arc::new(Round::following(&running.shared, running.rounds, set));
+        let round = Arc::new(Round::following(&running.shared, running.rounds, set, self.options.release));
         running.service = Some(PageService::start(channel, round)?);
         Ok(())
     }
@@ -165,6 +167,12 @@ impl Source {
         let begun = Instant::now();
         let mut pause = FIRST_PAUSE;
         loop {
+            if let Some(Recover::To(to)) = self.journey.take_recovery() {
+                pause = FIRST_PAUSE;
+                self.to = to.unwrap_or_else(|| self.to.clone());
+                let peer = self.to.to_string();
+                self.journey.update(|job| job.peer = peer);
+            }
             let why = self.host.doubt.clone().unwrap_or_default();
             self.journey.update(|job| job.error = Some(format!("paused: {why}")));
             match self.reconnect() {
@@ -177,17 +185,30 @@ impl Source {
                     }
                     return Ok(Phase::Postcopy);
                 }
+                Err(cause @ Cause::Lost(_)) => return Err(cause),
                 Err(cause) => {
                     tracing::debug!(%cause, "the link is still lost");
-                    self.host.doubt = Some(cause.to_string());
+                    if self.options.release && begun.elapsed() >= self.options.timeouts.silent {
+                        return Err(self.released());
+                    }
                     if self.options.recover.is_some_and(|patience| begun.elapsed() >= patience) {
                         return Err(cause);
                     }
+                    self.host.doubt = Some(cause.to_string());
                 }
             }
-            std::thread::sleep(pause);
+            self.journey.nap(pause);
             pause = (pause * 2).min(LAST_PAUSE);
         }
+    }
+
+    /// Memory was freed as it was sent, so there is nothing to recover from.
+    fn released(&mut self) -> Cause {
+        self.feed(SourceInput::PagesLost);
+        Cause::Lost(format!(
+            "the link was lost ({}) and memory had been freed here as it was sent, as was asked for: recovery is refused",
+            self.host.doubt.as_deref().unwrap_or("unknown")
+        ))
     }
 
     /// A new connection for the same attempt; what the destination lacks then follows as another round. `false` if it
@@ -203,6 +224,7 @@ impl Source {
         self.host.control = None;
         let mut control = self.connect_control(attempt.to_about())?;
         control.send(Body::Resume(Empty {}))?;
+        let to = self.to.clone();
         let mut set = Dirty::none(self.machine.ram());
         let mut told = vec![0; set.0.len()];
         loop {
@@ -220,15 +242,31 @@ impl Source {
                     return Ok(false);
                 }
                 Body::Resumed(Empty {}) => break,
+                Body::Unknown(reason) => {
+                    let reason = printable(&reason.text);
+                    self.hear(Word::of(&Body::Unknown(Reason { text: reason.clone() })).ok_or_else(no_setup)?);
+                    return Err(match self.state() {
+                        Some(SourceState::Gone) => Cause::Lost(format!("{to} answers: {reason}")),
+                        _ => Cause::Peer { peer: "destination", reason },
+                    });
+                }
+                Body::Ended(reason) => {
+                    self.ended = Some(printable(&reason.text));
+                    self.host.control = Some(control);
+                    return Ok(false);
+                }
                 other => return Err(control.protocol(format!("{} in answer to Resume", other.kind()))),
             }
+        }
+        if self.options.release && set.pages() > 0 {
+            return Err(self.released());
         }
         let open = |kind, index| self.open(kind, index, attempt.id.0);
         let data = (0..channels).map(|n| open(ChannelKind::Data, n)).collect::<Result<Vec<_>, _>>()?;
         let urgent = open(ChannelKind::Urgent, 0)?;
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         running.rounds += 1;
-        let round = Arc::new(Round::following(&running.shared, running.rounds, set));
+        let round = Arc::new(Round::following(&running.shared, running.rounds, set, false));
         running.senders = Senders::new(data)?;
         running.service = Some(PageService::start(urgent, round)?);
         self.host.control = Some(control);
@@ -245,6 +283,7 @@ impl Source {
         let pages = round.set.pages();
         let channels = running.senders.len();
         running.senders.begin(&round, channels);
+        round.release_rest()?;
         let begun = Instant::now();
         let base = self.journey.job();
         let wire = running.wire_bytes();
@@ -273,6 +312,10 @@ impl Source {
                     None | Some(Body::Pong(Empty {}) | Body::Running(_)) => {}
                     // The data channels may still have acknowledgements to read; nobody needs them.
                     Some(Body::Complete(complete)) => break complete,
+                    Some(Body::Ended(reason)) => {
+                        self.ended = Some(printable(&reason.text));
+                        return Ok(());
+                    }
                     Some(other) => return Err(control.protocol(format!("{} in postcopy", other.kind()))),
                 }
             }
@@ -286,6 +329,9 @@ impl Source {
                 failed = Some((cause, at));
             }
             control.keep_alive(&mut alive)?;
+            if self.journey.wants_recovery() {
+                return Err(Cause::Recover);
+            }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
                 let sent = running.wire_bytes() - wire;

@@ -35,13 +35,19 @@ impl Source {
             reach(&self.journey, Point::SourceRound);
             let throttle = running.convergence.throttle();
             let begun = Instant::now();
-            let (round, sent) = running.send_round(self.host.control()?, &self.journey, set)?;
+            let late = running.started + self.options.deadline;
+            let can_follow = running.urgent.is_some();
+            let cut = Cut { wanted: can_follow, late };
+            let (round, sent, left) = running.send_round(self.host.control()?, &self.journey, set, cut)?;
             let took = begun.elapsed();
             running.predictor.learn(sent, took);
 
             let since = running.collected.elapsed();
             running.collected = Instant::now();
             running.tracker.collect(&mut running.pending)?;
+            if let Some(left) = &left {
+                running.pending.union(left);
+            }
             let dirty = running.pending.pages();
             let dirty_rate = (dirty as f64 / since.as_secs_f64().max(1e-6)) as u64;
             let predicted = running.predictor.blackout(dirty * GRANULE);
@@ -76,7 +82,6 @@ impl Source {
 
             let limit = self.journey.downtime_limit(self.options.downtime_limit);
             // A guest that can be followed need not be slowed down.
-            let can_follow = running.urgent.is_some() && !self.options.verify;
             let verdict = running.convergence.judge(
                 pages * GRANULE,
                 dirty * GRANULE,
@@ -84,10 +89,10 @@ impl Source {
                 limit,
                 self.options.auto_converge && !can_follow,
             );
-            if verdict == Verdict::Stop {
+            if verdict == Verdict::Stop && left.is_none() {
                 return Ok(Phase::Switchover);
             }
-            let late = running.started.elapsed() > self.options.deadline;
+            let late = Instant::now() > late;
             if can_follow && (late || running.convergence.is_hopeless() || self.journey.wants_postcopy()) {
                 tracing::info!(round = number, dirty, "the rest follows the switch");
                 running.follow = true;
@@ -113,11 +118,31 @@ pub(super) fn no_setup() -> Cause {
     Cause::Option("a source that was not set up has nothing to send".into())
 }
 
+/// Whether a round may end early because the rest can follow: on demand, and when the deadline of precopy has passed.
+#[derive(Clone, Copy)]
+pub(super) struct Cut {
+    wanted: bool,
+    late: Instant,
+}
+
+impl Default for Cut {
+    fn default() -> Self {
+        Self { wanted: false, late: Instant::now() }
+    }
+}
+
 impl Running {
-    /// Sends one round and returns when the destination has all of it: the round, and the bytes it took on the wire.
-    fn send_round(&mut self, control: &mut Control, journey: &Journey, set: Dirty) -> Result<(Arc<Round>, u64), Cause> {
+    /// Sends one round and returns when the destination has all of it: the round, the bytes it took on the wire, and what
+    /// was not sent because the round was cut.
+    fn send_round(
+        &mut self,
+        control: &mut Control,
+        journey: &Journey,
+        set: Dirty,
+        cut: Cut,
+    ) -> Result<(Arc<Round>, u64, Option<Dirty>), Cause> {
         journey.update(|job| job.memory_iteration = self.rounds);
-        let (round, sent) = if set.pages() <= ALONE_PAGES {
+        let (round, sent, left) = if set.pages() <= ALONE_PAGES {
             let before = self.senders.wire_bytes();
             let round = Arc::new(Round::new(&self.shared, self.rounds, set, true));
             let mut channel = self.senders.channel(0);
@@ -125,9 +150,9 @@ impl Running {
             round.send(&mut channel)?;
             round.await_acknowledgement(&mut channel)?;
             drop((guard, channel));
-            (round, self.senders.wire_bytes() - before)
+            (round, self.senders.wire_bytes() - before, None)
         } else {
-            self.send_wide(control, journey, set, true)?
+            self.send_wide(control, journey, set, Some(cut))?
         };
         journey.update(|job| {
             job.data_processed += sent;
@@ -136,23 +161,23 @@ impl Running {
             job.memory_normal_bytes += round.normal() * GRANULE;
             job.memory_constant += round.zero();
         });
-        Ok((round, sent))
+        Ok((round, sent, left))
     }
 
-    /// Sends a round over all channels, with their threads.
+    /// Sends a round over all channels, with their threads. `cut` is for one that is sent while the guest runs.
     pub(super) fn send_wide(
         &mut self,
         control: &mut Control,
         journey: &Journey,
         set: Dirty,
-        live: bool,
-    ) -> Result<(Arc<Round>, u64), Cause> {
+        cut: Option<Cut>,
+    ) -> Result<(Arc<Round>, u64, Option<Dirty>), Cause> {
         let before = self.senders.wire_bytes();
         let pages = set.pages();
-        let round = Arc::new(Round::new(&self.shared, self.rounds, set, live));
+        let round = Arc::new(Round::new(&self.shared, self.rounds, set, cut.is_some()));
         self.senders.begin(&round, self.senders.len());
-        self.conduct(control, journey, &round, pages)?;
-        Ok((round, self.senders.wire_bytes() - before))
+        let left = self.conduct(control, journey, &round, pages, cut.unwrap_or_default())?;
+        Ok((round, self.senders.wire_bytes() - before, left))
     }
 
     /// Waits until the threads have sent a round, telling of the progress and listening to the destination.
@@ -162,7 +187,9 @@ impl Running {
         journey: &Journey,
         round: &Arc<Round>,
         pages: u64,
-    ) -> Result<(), Cause> {
+        cut: Cut,
+    ) -> Result<Option<Dirty>, Cause> {
+        let mut left = None;
         let mut told = Instant::now();
         let mut alive = Instant::now();
         let base = journey.job();
@@ -172,7 +199,10 @@ impl Running {
             let tick = Instant::now() + PROGRESS;
             let woken = control.wait(&[self.senders.news()], tick, Duration::ZERO)?;
             if woken.other.is_some() && self.senders.finished()? {
-                return Ok(());
+                return Ok(left);
+            }
+            if cut.wanted && left.is_none() && (journey.wants_postcopy() || Instant::now() > cut.late) {
+                left = Some(round.cut());
             }
             if woken.control {
                 match control.read()? {

@@ -4,8 +4,8 @@
 //! channel takes fewer. A chunk goes over one channel and a page is in one chunk, so within a round no page is sent
 //! twice; the rounds of a channel are separated by a barrier that the receiver acknowledges.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use wherry_memory::{Block, BlockId, GRANULE, MemoryError};
@@ -50,6 +50,9 @@ pub(crate) struct Round {
     /// Whether the guest runs: pages are re-armed before they are read, and the bandwidth limit holds.
     live: bool,
     stop: AtomicBool,
+    /// Pages are freed when they have been handed to the kernel: for each chunk, whether that is so. Whoever reads a chunk
+    /// holds its lock.
+    released: Option<Vec<RwLock<bool>>>,
     journey: Journey,
     bandwidth: Option<u64>,
     bucket: Arc<Bucket>,
@@ -89,6 +92,7 @@ impl Round {
             end,
             live,
             stop: AtomicBool::new(false),
+            released: None,
             journey: shared.journey.clone(),
             bandwidth: shared.bandwidth,
             bucket: shared.bucket.clone(),
@@ -97,9 +101,28 @@ impl Round {
 
     /// The pages that follow the switch: sent from where the guest faults on, with a word for every one of them, because
     /// somebody may be waiting.
-    pub(crate) fn following(shared: &Shared, number: u32, set: Dirty) -> Self {
+    ///
+    /// With `release`, memory is freed as it is sent.
+    pub(crate) fn following(shared: &Shared, number: u32, set: Dirty, release: bool) -> Self {
         let round = Self::new(shared, number, set, false);
-        Self { taken: Some((0..round.end).map(|_| AtomicBool::new(false)).collect()), ..round }
+        Self {
+            taken: Some((0..round.end).map(|_| AtomicBool::new(false)).collect()),
+            released: release.then(|| (0..round.end).map(|_| RwLock::new(false)).collect()),
+            ..round
+        }
+    }
+
+    /// Ends a round of precopy early: what no channel has taken yet is not sent. Answers these pages.
+    pub(crate) fn cut(&self) -> Dirty {
+        let from = self.next.swap(self.end, Ordering::SeqCst);
+        let mut left = Dirty::none(self.machine.ram());
+        for (index, set) in self.set.0.iter().enumerate() {
+            let start = from.saturating_sub(self.first[index]) as u64 * CHUNK_PAGES;
+            for run in set.runs(start.min(set.limit())..set.limit()) {
+                left.0[index].insert_range(run);
+            }
+        }
+        left
     }
 
     /// The guest needs this page: what lies around it goes first.
@@ -127,9 +150,22 @@ impl Round {
         if u64::from(extent.count) > CHUNK_PAGES {
             return Err(wrong(format!("it asks for {} pages at once; {CHUNK_PAGES} are possible", extent.count)));
         }
-        let mut batch = Batch::default();
-        self.send_run(channel, &mut batch, block, index, extent.first..end)?;
-        self.flush(channel, &mut batch)
+        let mut batch = Batch { urgent: true, ..Batch::default() };
+        let mut page = extent.first;
+        while page < end {
+            let chunk = page / CHUNK_PAGES;
+            let part = page..end.min((chunk + 1) * CHUNK_PAGES);
+            page = part.end;
+            let lock = self.released.as_ref().map(|r| &r[self.first[index] + chunk as usize]);
+            let gone = lock.map(|lock| lock.read().unwrap_or_else(PoisonError::into_inner));
+            // What is freed is on its way already; here are zeros now.
+            if gone.as_ref().is_none_or(|gone| !**gone) {
+                self.send_run(channel, &mut batch, block, index, part)?;
+                // While the lock is held: after it the bytes may go.
+                self.flush(channel, &mut batch)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes all channels end their part soon.
@@ -170,9 +206,10 @@ impl Round {
             if self.live {
                 Tracker::rearm(&*self.machine, block, range.clone(), set)?;
             }
-            for run in set.runs(range) {
+            for run in set.runs(range.clone()) {
                 self.send_run(channel, batch, block, index, run)?;
             }
+            self.release(channel, batch, block, index, range)?;
             if self.stop.load(Ordering::Relaxed) {
                 return Err(Cause::Cancelled);
             }
@@ -180,6 +217,40 @@ impl Round {
         self.flush(channel, batch)?;
         let doing = "sending the end of a round";
         channel.writer.write_round_end(self.number).map_err(|source| Cause::Stream { doing, source })
+    }
+
+    /// Frees a chunk that was sent, if that was asked for.
+    fn release(
+        &self,
+        channel: &mut Channel,
+        batch: &mut Batch,
+        block: &Block,
+        index: usize,
+        pages: std::ops::Range<u64>,
+    ) -> Result<(), Cause> {
+        let Some(released) = &self.released else { return Ok(()) };
+        self.flush(channel, batch)?;
+        let chunk = self.first[index] + (pages.start / CHUNK_PAGES) as usize;
+        let mut gone = released[chunk].write().unwrap_or_else(PoisonError::into_inner);
+        block.punch(pages.start * GRANULE..pages.end * GRANULE)?;
+        *gone = true;
+        Ok(())
+    }
+
+    /// Frees what is not to be sent at all, if that was asked for.
+    pub(crate) fn release_rest(&self) -> Result<(), Cause> {
+        if self.released.is_none() {
+            return Ok(());
+        }
+        for (block, set) in self.machine.ram().blocks().iter().zip(&self.set.0) {
+            for chunk in 0..set.limit().div_ceil(CHUNK_PAGES) {
+                let pages = chunk * CHUNK_PAGES..((chunk + 1) * CHUNK_PAGES).min(set.limit());
+                if set.runs(pages.clone()).next().is_none() {
+                    block.punch(pages.start * GRANULE..pages.end * GRANULE)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Waits until the receiver has everything that was sent on this channel.
@@ -287,7 +358,7 @@ impl Round {
         // SAFETY: the granules are inside the engine map by the check above, which is mapped as long as the block.
         let is_zero = |page: u64| unsafe { zero::is_zero(at(page)) };
         let (mut zeros, mut page) = (0, pages.start);
-        let limit = self.frame_bytes();
+        let limit = self.frame_bytes(batch);
         while page < pages.end {
             let kind = if is_zero(page) { ExtentKind::Zero } else { ExtentKind::Data };
             let start = page;
@@ -324,22 +395,24 @@ impl Round {
     }
 
     /// With a small limit, frames are small, so that the stream never pauses for long.
-    fn frame_bytes(&self) -> u64 {
-        match self.limit() {
+    fn frame_bytes(&self, batch: &Batch) -> u64 {
+        match self.limit(batch) {
             Some(limit) => (limit / 50).clamp(GRANULE, FRAME_BYTES),
             None => FRAME_BYTES,
         }
     }
 
-    fn limit(&self) -> Option<u64> {
-        if self.live { self.journey.bandwidth(self.bandwidth) } else { None }
+    /// The last pages, in the blackout, are not held back, nor is what a guest waits for.
+    fn limit(&self, batch: &Batch) -> Option<u64> {
+        let runs = self.live || self.taken.is_some();
+        if runs && !batch.urgent { self.journey.bandwidth(self.bandwidth) } else { None }
     }
 
     fn flush(&self, channel: &mut Channel, batch: &mut Batch) -> Result<(), Cause> {
         if batch.extents.is_empty() {
             return Ok(());
         }
-        if let Some(rate) = self.limit() {
+        if let Some(rate) = self.limit(batch) {
             let mut wait = self.bucket.take(batch.bytes + 64, rate, Instant::now());
             while !wait.is_zero() {
                 if self.stop.load(Ordering::Relaxed) {
@@ -368,6 +441,8 @@ struct Batch {
     extents: Vec<Extent>,
     ranges: Vec<IoRange>,
     bytes: u64,
+    /// A guest waits for these.
+    urgent: bool,
 }
 
 fn acknowledged(channel: &mut Channel, number: u32) -> Result<(), Cause> {

@@ -52,7 +52,8 @@ impl Source {
             mode: self.options.mode.as_str().into(),
             channels: channels.into(),
             verify: self.options.verify,
-            features: features::offered(self.options.mode.may_follow()),
+            // What is hashed before the switch cannot follow it.
+            features: features::offered(self.options.mode.may_follow() && !self.options.verify),
             machine: description.encode_to_vec(),
         }))?;
         let accept = match control.next("build the machine", self.options.timeouts.build, Duration::ZERO)? {
@@ -81,6 +82,12 @@ impl Source {
             }
             false => None,
         };
+        self.journey.set_may_follow(match self.options.mode {
+            Mode::Precopy => Err("it was begun with `--mode precopy`"),
+            _ if urgent.is_none() && self.options.verify => Err("memory is hashed before the switch (`--verify`)"),
+            _ if urgent.is_none() => Err("the destination cannot do postcopy"),
+            _ => Ok(()),
+        });
         let mut predictor = Predictor::new(description.units.len(), accept.load_us);
         for _ in 0..3 {
             predictor.round_trip = predictor.round_trip.min(self.host.control()?.round_trip()?);

@@ -51,7 +51,12 @@ impl Source {
         machine.units().drain(timeouts.drain)?;
         reach(&self.journey, Point::SourceDrained);
         let control = self.host.control()?;
-        control.send(Body::Poise(Poise { narrow, round: running.rounds, follow }))?;
+        control.send(Body::Poise(Poise {
+            narrow,
+            round: running.rounds,
+            follow,
+            release: follow && self.options.release,
+        }))?;
         match control.next("prepare for the switchover", timeouts.silent, SPIN)? {
             Body::Poised(Empty {}) => {}
             other => return Err(control.protocol(format!("{} in answer to Poise", other.kind()))),
@@ -311,7 +316,8 @@ impl Running {
         last: Dirty,
     ) -> Result<(std::sync::Arc<Round>, u64), Cause> {
         let control = host.control()?;
-        self.send_wide(control, journey, last, false)
+        let (round, sent, _) = self.send_wide(control, journey, last, None)?;
+        Ok((round, sent))
     }
 
     fn totals(&self) -> Vec<ChannelTotal> {

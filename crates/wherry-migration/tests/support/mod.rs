@@ -8,7 +8,7 @@ pub mod proxy;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use wherry_memory::{Block, BlockId, BlockSpec, DirtyError, DirtySource, GRANULE,
 use wherry_migration::machine::{BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, Wants};
 use wherry_migration::progress::Job;
 use wherry_migration::testpoint::Point;
-use wherry_migration::{DestinationOptions, Journey, JourneyError, SourceOptions, Timeouts};
+use wherry_migration::{DestinationOptions, Journey, JourneyError, Mode, SourceOptions, Timeouts};
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId, Units};
 use wherry_stream::{Endpoint, Listener};
 
@@ -522,11 +522,13 @@ pub struct FakeBuilder {
     pub refuse: Vec<String>,
     /// Why the machines it builds serve no faults.
     pub no_faults: Option<String>,
+    /// How often it was told that a VM runs while memory follows.
+    pub runs: AtomicU32,
 }
 
 impl FakeBuilder {
     pub fn new() -> Self {
-        Self { script: Arc::default(), built: Arc::default(), refuse: vec![], no_faults: None }
+        Self { script: Arc::default(), built: Arc::default(), refuse: vec![], no_faults: None, runs: AtomicU32::new(0) }
     }
 }
 
@@ -549,6 +551,10 @@ impl Builder for FakeBuilder {
         let machine = FakeMachine::build(d.vm.clone().try_into().unwrap(), &specs, self.script.clone(), faults);
         *self.built.lock().unwrap() = Some(machine.clone());
         Ok(machine)
+    }
+
+    fn runs(&self, _: &Arc<dyn Machine>) {
+        self.runs.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -632,6 +638,8 @@ impl World {
             destination_journey: Journey::new(),
             builder: FakeBuilder::new(),
             source_options: SourceOptions {
+                // Tests of other modes say so.
+                mode: Mode::Precopy,
                 records: source_records.path().into(),
                 timeouts: short(),
                 doubt: Some(Duration::from_secs(5)),

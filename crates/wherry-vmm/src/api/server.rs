@@ -19,7 +19,8 @@ use tokio::sync::oneshot;
 use wherry_migration::progress::{Job, Phase};
 
 use super::types::{
-    ErrorBody, ErrorCode, ErrorInfo, MigrationRequest, PhaseEvent, Ping, ResolveRequest, VmInfo, VmState,
+    ErrorBody, ErrorCode, ErrorInfo, MigrationRequest, PhaseEvent, Ping, RecoverRequest, ResolveRequest, StopRequest,
+    VmInfo, VmState,
 };
 use super::{BASE, OPENAPI};
 use crate::service::{Service, ServiceError};
@@ -46,6 +47,8 @@ pub(super) fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Serv
         ("put", "/migration", put(migrate)),
         ("put", "/migration/cancel", put(cancel)),
         ("put", "/migration/resolve", put(resolve)),
+        ("put", "/migration/switch", put(switch)),
+        ("put", "/migration/recover", put(recover)),
         ("get", "/events", get(events)),
     ]
 }
@@ -145,11 +148,30 @@ impl<T: DeserializeOwned> FromRequest<Arc<Service>> for JsonBody<T> {
 
     async fn from_request(request: Request, _: &Arc<Service>) -> Result<Self, ServiceError> {
         let bytes = read(request).await?;
-        serde_json::from_slice(&bytes).map(Self).map_err(|e| ServiceError {
-            code: ErrorCode::BadRequest,
-            message: format!("reading the JSON body of the request: {e}"),
-        })
+        parse(&bytes).map(Self)
     }
+}
+
+/// A JSON body, or none, which means all defaults.
+struct OptionalBody<T>(T);
+
+impl<T: DeserializeOwned + Default> FromRequest<Arc<Service>> for OptionalBody<T> {
+    type Rejection = ServiceError;
+
+    async fn from_request(request: Request, _: &Arc<Service>) -> Result<Self, ServiceError> {
+        let bytes = read(request).await?;
+        if bytes.trim_ascii().is_empty() {
+            return Ok(Self(T::default()));
+        }
+        parse(&bytes).map(Self)
+    }
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ServiceError> {
+    serde_json::from_slice(bytes).map_err(|e| ServiceError {
+        code: ErrorCode::BadRequest,
+        message: format!("reading the JSON body of the request: {e}"),
+    })
 }
 
 /// No body, or an empty object.
@@ -236,8 +258,11 @@ async fn resume(State(service): Shared, _: NoBody) -> Result<Json<VmInfo>, Servi
     blocking(move || service.resume()).await.map(Json)
 }
 
-async fn stop(State(service): Shared, _: NoBody) -> Result<Json<VmInfo>, ServiceError> {
-    blocking(move || service.stop()).await.map(Json)
+async fn stop(
+    State(service): Shared,
+    OptionalBody(request): OptionalBody<StopRequest>,
+) -> Result<Json<VmInfo>, ServiceError> {
+    blocking(move || service.stop(request.force)).await.map(Json)
 }
 
 async fn job(State(service): Shared) -> Json<Job> {
@@ -266,6 +291,19 @@ async fn resolve(
     JsonBody(request): JsonBody<ResolveRequest>,
 ) -> Result<(StatusCode, Json<Job>), ServiceError> {
     let job = blocking(move || service.resolve(request.side)).await?;
+    Ok((StatusCode::ACCEPTED, Json(job)))
+}
+
+async fn switch(State(service): Shared, _: NoBody) -> Result<(StatusCode, Json<Job>), ServiceError> {
+    let job = blocking(move || service.switch()).await?;
+    Ok((StatusCode::ACCEPTED, Json(job)))
+}
+
+async fn recover(
+    State(service): Shared,
+    OptionalBody(request): OptionalBody<RecoverRequest>,
+) -> Result<(StatusCode, Json<Job>), ServiceError> {
+    let job = blocking(move || service.recover(&request)).await?;
     Ok((StatusCode::ACCEPTED, Json(job)))
 }
 

@@ -107,6 +107,8 @@ fn every_type_is_described_field_by_field() {
     let request: MigrationRequest = serde_json::from_value(json!({"to": "tcp:h:1"})).unwrap();
     check_type("MigrationRequest", &request);
     check_type("ResolveRequest", &ResolveRequest { side: wherry_migration::Side::Source });
+    check_type("RecoverRequest", &RecoverRequest { to: Some("tcp:h:1".into()), listen: Some("unix:/s".into()) });
+    check_type("StopRequest", &StopRequest { force: true });
 }
 
 #[test]

@@ -108,11 +108,11 @@ pub struct VmInfo {
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// All of it before the switchover.
-    #[default]
     Precopy,
     /// The switchover first; memory follows while the guest runs at the destination.
     Postcopy,
-    /// Precopy, and postcopy if it does not converge.
+    /// Precopy, and postcopy if it does not converge; just precopy if the destination cannot do more.
+    #[default]
     Hybrid,
 }
 
@@ -140,6 +140,30 @@ pub struct MigrationRequest {
     /// Whether to hash all RAM and state at the stop and before the start, and to refuse to run on a difference.
     #[serde(default)]
     pub verify: bool,
+    /// Postcopy: whether to free memory here as it is sent. A link that is lost then cannot be taken up.
+    #[serde(default)]
+    pub release: bool,
+}
+
+/// Body of `PUT /migration/recover`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecoverRequest {
+    /// At the source: the address of the destination from now on; absent: the one it had.
+    #[serde(default)]
+    pub to: Option<String>,
+    /// At the destination: where to wait for the source from now on.
+    #[serde(default)]
+    pub listen: Option<String>,
+}
+
+/// Body of `PUT /vm/stop`; may be absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StopRequest {
+    /// End the process also when what it holds may be the only copy of a VM, or memory that one elsewhere still needs.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Body of `PUT /migration/resolve`.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use wherry_migration::Side;
 use wherry_migration::progress::{Job, Phase};
+use wherry_stream::Endpoint;
 
 use crate::api::types::{Hardware, MigrationRequest};
 
@@ -56,6 +57,19 @@ pub trait Journey: Send + Sync {
 
     /// Decides a journey that is in doubt. `Err` says why it cannot be decided so.
     fn resolve(&self, side: Side) -> Result<(), String>;
+
+    /// Has what is left follow the switch, now. `Err` says why it will not.
+    fn switch(&self) -> Result<(), String>;
+
+    /// Source: takes up a link that was lost while memory follows, over another address if one is given. `Err` says why
+    /// not.
+    fn recover(&self, to: Option<Endpoint>) -> Result<(), String>;
+
+    /// Destination: waits for the source at another place. `Err` says why not.
+    fn recover_at(&self, listen: &Endpoint) -> Result<(), String>;
+
+    /// The VM that runs here has ended while its memory follows, and is gone.
+    fn vm_ended(&self, why: &str);
 }
 
 /// How an outgoing journey ended.
@@ -77,6 +91,8 @@ pub enum Sent {
 pub enum Received {
     /// The VM is here.
     Arrived(Box<dyn Guest>),
+    /// The VM that has run here for a while has all of its memory now.
+    Whole,
     /// It stayed where it was; the text says why. Nothing is left of it here.
     Refused(String),
     /// The VM was ours and could not be run.

@@ -152,6 +152,27 @@ impl guest::Journey for Handle {
             false => Err("it is not in doubt (any more); look at its status".into()),
         }
     }
+
+    fn switch(&self) -> Result<(), String> {
+        self.journey.switch_to_postcopy().map_err(str::to_owned)
+    }
+
+    fn recover(&self, to: Option<Endpoint>) -> Result<(), String> {
+        follows(self.journey.recover(to))
+    }
+
+    fn recover_at(&self, listen: &Endpoint) -> Result<(), String> {
+        let listener = Listener::bind(listen).map_err(|e| e.to_string())?;
+        follows(self.journey.recover_at(listener))
+    }
+
+    fn vm_ended(&self, why: &str) {
+        self.journey.vm_ended(why);
+    }
+}
+
+fn follows(taken: bool) -> Result<(), String> {
+    if taken { Ok(()) } else { Err("no memory follows a VM (any more); look at its status".into()) }
 }
 
 /// Starts outgoing journeys of KVM machines.
@@ -161,7 +182,8 @@ pub struct KvmEngine;
 impl Engine for KvmEngine {
     fn depart(&self, request: &MigrationRequest) -> Result<Box<dyn Departure>, String> {
         let to: Endpoint = request.to.parse().map_err(|e| format!("migrating: {e}"))?;
-        let mut options = SourceOptions { verify: request.verify, ..SourceOptions::default() };
+        let mut options =
+            SourceOptions { verify: request.verify, release: request.release, ..SourceOptions::default() };
         options.mode = match request.mode {
             Mode::Precopy => wherry_migration::Mode::Precopy,
             Mode::Postcopy => wherry_migration::Mode::Postcopy,
@@ -219,6 +241,7 @@ impl Departure for KvmDeparture {
             Err(error @ (JourneyError::InDoubt(_) | JourneyError::Paused(_))) => {
                 Sent::Lost { why: error.to_string(), in_doubt: true }
             }
+            Err(JourneyError::Lost(cause)) => Sent::Lost { why: cause.to_string(), in_doubt: false },
             Err(error @ (JourneyError::Stuck { .. } | JourneyError::NotHere(_))) => {
                 Sent::Lost { why: error.to_string(), in_doubt: false }
             }
@@ -250,17 +273,29 @@ impl Arrival {
     pub fn receive(self, service: &Arc<Service>, once: bool) {
         loop {
             let journey = Journey::new();
-            let builder = Announcing { builder: VmBuilder::new(self.local.clone()), service, journey: &journey };
+            let builder = Announcing {
+                builder: VmBuilder::new(self.local.clone()),
+                service,
+                journey: &journey,
+                runs: AtomicBool::new(false),
+            };
             let received = match destination::receive(&self.listener, &builder, DestinationOptions::default(), &journey)
             {
                 Ok((_, job)) => match builder.builder.take_built() {
+                    _ if builder.runs.load(Ordering::SeqCst) => Received::Whole,
                     Some(vm) => {
                         tracing::info!(from = job.peer, "a VM has arrived");
                         Received::Arrived(Box::new(KvmGuest::new(vm)))
                     }
                     None => Received::Lost { why: "the machine that was built has vanished".into(), in_doubt: false },
                 },
-                Err(error @ JourneyError::InDoubt(_)) => Received::Lost { why: error.to_string(), in_doubt: true },
+                Err(error @ (JourneyError::InDoubt(_) | JourneyError::Paused(_))) => {
+                    Received::Lost { why: error.to_string(), in_doubt: true }
+                }
+                Err(JourneyError::Lost(cause)) => Received::Lost { why: cause.to_string(), in_doubt: false },
+                Err(error) if builder.runs.load(Ordering::SeqCst) => {
+                    Received::Lost { why: error.to_string(), in_doubt: false }
+                }
                 Err(error) => {
                     drop(builder.builder.take_built());
                     Received::Refused(error.to_string())
@@ -276,8 +311,10 @@ impl Arrival {
 /// Tells the service of the machine as soon as it is built.
 struct Announcing<'a> {
     builder: VmBuilder,
-    service: &'a Service,
+    service: &'a Arc<Service>,
     journey: &'a Journey,
+    /// The VM runs and has been handed over to the service.
+    runs: AtomicBool,
 }
 
 impl Builder for Announcing<'_> {
@@ -286,5 +323,13 @@ impl Builder for Announcing<'_> {
         let vm = self.builder.build_vm(description, wants)?;
         self.service.built(hardware(&vm));
         Ok(vm)
+    }
+
+    fn runs(&self, _: &Arc<dyn Machine>) {
+        if let Some(vm) = self.builder.take_built() {
+            tracing::info!(from = self.journey.job().peer, "a VM has arrived, and its memory follows");
+            self.runs.store(true, Ordering::SeqCst);
+            self.service.runs(Box::new(KvmGuest::new(vm)));
+        }
     }
 }

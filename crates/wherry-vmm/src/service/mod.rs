@@ -11,6 +11,7 @@
 //!                         migrating --done--> moved
 //!                           |   '--unknown--> in-doubt --resolve, answer--> running | moved
 //!   receive:  listening <--failed-- receiving --done--> running
+//!                                       '--memory follows--> running (the journey goes on beside it) --done, lost-->
 //! ```
 //!
 //! Contract: the machine has one owner at any time. It lies in the service while it runs or is paused here; a request
@@ -30,8 +31,9 @@ use tracing::{info, warn};
 use wherry_migration::progress::{Job, Phase};
 
 use wherry_migration::Side;
+use wherry_stream::Endpoint;
 
-use crate::api::types::{ErrorCode, Hardware, MigrationRequest, VmInfo, VmState};
+use crate::api::types::{ErrorCode, Hardware, MigrationRequest, RecoverRequest, VmInfo, VmState};
 use guest::{Departure, Engine, Guest, Journey, Received, Sent};
 use state::Inner;
 
@@ -39,6 +41,8 @@ use state::Inner;
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 /// How long a stop waits for a journey to give the VM back, or for a request that works on the VM.
 const STOP_LIMIT: Duration = Duration::from_secs(15);
+/// How long the source may take to hear that a VM has ended while its memory followed.
+const LAST_WORD: Duration = Duration::from_secs(2);
 /// How long the process stays after the VM has left, when nobody fetches the result.
 const RESULT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -109,6 +113,7 @@ impl Service {
                 hardware: None,
                 listen: None,
                 journey: None,
+                following: false,
                 stop_wanted: false,
                 exit: None,
                 machine: 0,
@@ -235,6 +240,12 @@ impl Service {
         let departure =
             self.engine.depart(request).map_err(|message| ServiceError { code: ErrorCode::BadRequest, message })?;
         let mut inner = self.lock();
+        if inner.following {
+            return Err(ServiceError::state(format!(
+                "migrating the VM: it is still coming from {}; wait until `wherry status` says that this is done",
+                inner.journey.as_ref().map(|j| j.job().peer).unwrap_or_default()
+            )));
+        }
         let guest = Self::take_out(&mut inner, "migrating")?;
         let journey = departure.journey();
         let job = journey.job();
@@ -301,10 +312,31 @@ impl Service {
         self.version.send_modify(|v| *v += 1);
     }
 
+    /// Takes a VM that runs here while its memory follows. What comes of that is told by [`arrival`](Self::arrival).
+    pub fn runs(self: &Arc<Self>, guest: Box<dyn Guest>) {
+        let mut inner = self.lock();
+        inner.following = true;
+        inner.reason = Some("memory still follows".into());
+        self.take_in(&mut inner, guest);
+    }
+
     /// Takes what came of an arrival; with `once` a failed one ends the process. Answers whether to listen on.
     pub fn arrival(self: &Arc<Self>, received: Received, once: bool) -> bool {
         let mut inner = self.lock();
+        // A VM that was ended meanwhile has had its last word.
+        let ended = std::mem::take(&mut inner.following) && (inner.busy.is_some() || inner.ending.is_some());
         match received {
+            Received::Lost { .. } | Received::Whole if ended => {
+                self.changed.notify_all();
+                false
+            }
+            Received::Whole => {
+                info!("all memory of the VM has arrived");
+                inner.reason = None;
+                self.changed.notify_all();
+                self.version.send_modify(|v| *v += 1);
+                false
+            }
             Received::Arrived(guest) => {
                 info!("the VM has arrived");
                 self.take_in(&mut inner, guest);
@@ -351,6 +383,48 @@ impl Service {
         Ok(journey.job())
     }
 
+    /// Has a migration under way go on by postcopy.
+    pub fn switch(&self) -> Result<Job, ServiceError> {
+        let journey = self.under_way("switching to postcopy", VmState::Migrating)?;
+        journey.switch().map_err(|why| ServiceError::state(format!("switching to postcopy: {why}")))?;
+        Ok(journey.job())
+    }
+
+    /// Takes up a link that was lost while memory follows: the source at once, the destination by waiting elsewhere.
+    pub fn recover(&self, request: &RecoverRequest) -> Result<Job, ServiceError> {
+        let refused = |why: String| ServiceError::state(format!("recovering: {why}"));
+        let endpoint = |text: &Option<String>| -> Result<Option<Endpoint>, ServiceError> {
+            text.as_ref()
+                .map(|text| text.parse())
+                .transpose()
+                .map_err(|error| ServiceError { code: ErrorCode::BadRequest, message: format!("recovering: {error}") })
+        };
+        let (to, listen) = (endpoint(&request.to)?, endpoint(&request.listen)?);
+        let journey = self.under_way("recovering", VmState::Migrating)?;
+        match (journey.job().role.as_str(), to, listen) {
+            ("destination", None, Some(listen)) => journey.recover_at(&listen).map_err(refused)?,
+            ("destination", ..) => {
+                let why =
+                    "the source takes the link up; here only another place to wait for it can be given (`listen`)";
+                return Err(refused(why.into()));
+            }
+            (_, to, None) => journey.recover(to).map_err(refused)?,
+            (_, _, Some(_)) => {
+                return Err(refused("this is the source; it connects (`to`) and does not listen".into()));
+            }
+        }
+        Ok(journey.job())
+    }
+
+    /// The journey that is under way: one in this state, or one whose VM runs here while its memory follows.
+    fn under_way(&self, doing: &str, wanted: VmState) -> Result<Arc<dyn Journey>, ServiceError> {
+        let inner = self.lock();
+        match (Self::seen(&inner), &inner.journey) {
+            (state, Some(journey)) if state == wanted || inner.following => Ok(journey.clone()),
+            (state, _) => Err(ServiceError::state(format!("{doing}: no migration is under way, the VM is {state}"))),
+        }
+    }
+
     /// Decides a journey in doubt.
     pub fn resolve(&self, side: Side) -> Result<Job, ServiceError> {
         let inner = self.lock();
@@ -365,27 +439,42 @@ impl Service {
         Ok(journey.job())
     }
 
-    /// Ends the VM and the process. A journey under way is cancelled first; a VM in doubt is not ended.
-    pub fn stop(&self) -> Result<VmInfo, ServiceError> {
+    /// Ends the VM and the process. A journey under way is cancelled first; a VM in doubt, or memory that a VM elsewhere
+    /// needs, is not ended unless by `force`.
+    pub fn stop(&self, force: bool) -> Result<VmInfo, ServiceError> {
         let deadline = Instant::now() + STOP_LIMIT;
         let mut inner = self.lock();
         loop {
             if inner.ending.is_some() {
                 return Ok(self.info_of(inner));
             }
+            let phase = inner.journey.as_ref().map(|j| j.job().phase).unwrap_or_default();
             match Self::seen(&inner) {
+                state @ (VmState::InDoubt | VmState::Migrating)
+                    if force && matches!(phase, Phase::InDoubt | Phase::Postcopy | Phase::Paused) =>
+                {
+                    self.end(&mut inner, state, 3, format!("ended by force in phase {phase:?}"));
+                }
+                VmState::Migrating if matches!(phase, Phase::Postcopy | Phase::Paused) => {
+                    inner.stop_wanted = false;
+                    let to = inner.journey.as_ref().map(|j| j.job().peer).unwrap_or_default();
+                    return Err(ServiceError::state(format!(
+                        "stopping: the VM runs at {to}, and memory that it needs is here; wait until it is there, `wherry \
+                         recover` if the link is lost, or stop with `--force` if that VM is gone or may be lost"
+                    )));
+                }
                 VmState::InDoubt => {
                     inner.stop_wanted = false;
                     return Err(ServiceError::state(
                         "stopping: the VM is in doubt, and what is here may be its only copy; decide with `wherry \
-                         resolve` first",
+                         resolve` first (or stop with `--force`)",
                     ));
                 }
                 VmState::Running | VmState::Paused if inner.guest.is_some() => {
                     let guest = inner.guest.take();
                     inner.busy = Some("stopping");
                     drop(inner);
-                    drop(guest);
+                    self.bury(guest, "its user has ended it");
                     inner = self.lock();
                     self.end(&mut inner, VmState::Stopped, 0, STOPPED.into());
                 }
@@ -423,6 +512,26 @@ impl Service {
                     inner = self.wait(inner, look.min(deadline));
                 }
             }
+        }
+    }
+
+    /// Ends a machine. If its memory still follows, the source is told that no more of it is needed.
+    fn bury(&self, guest: Option<Box<dyn Guest>>, why: &str) {
+        // First of all: where faults are served no more, a guest that runs would find zeros.
+        drop(guest);
+        let mut inner = self.lock();
+        if !inner.following {
+            return;
+        }
+        let journey = inner.journey.clone();
+        drop(inner);
+        if let Some(journey) = journey {
+            journey.vm_ended(why);
+        }
+        let deadline = Instant::now() + LAST_WORD;
+        inner = self.lock();
+        while inner.following && Instant::now() < deadline {
+            inner = self.wait(inner, deadline);
         }
     }
 

@@ -20,6 +20,8 @@ pub(super) struct Inner {
     pub(super) hardware: Option<Hardware>,
     pub(super) listen: Option<String>,
     pub(super) journey: Option<Arc<dyn Journey>>,
+    /// The VM runs here, and the journey goes on until all of its memory is here, too.
+    pub(super) following: bool,
     /// The user has asked for the end while the guest was out.
     pub(super) stop_wanted: bool,
     /// The guest ended while it was out.
@@ -177,7 +179,7 @@ impl Service {
         self.set(inner, state, Some(message.clone()));
         let service = self.clone();
         aside("end", move || {
-            drop(guest);
+            service.bury(Some(guest), &message);
             let mut inner = service.lock();
             service.end(&mut inner, state, status, message);
         });
@@ -185,6 +187,9 @@ impl Service {
 
     pub(super) fn lose(&self, inner: &mut Inner, why: &str, in_doubt: bool) {
         let status = if in_doubt { 3 } else { 1 };
+        if let Some(guest) = inner.guest.take() {
+            aside("end", move || drop(guest));
+        }
         self.end(inner, VmState::Crashed, status, format!("the VM is lost here: {why}"));
     }
 }

@@ -108,6 +108,30 @@ impl Journey for FakeJourney {
         self.change(|job| job.phase = if side == Side::Source { Phase::Failed } else { Phase::Done });
         Ok(())
     }
+    fn switch(&self) -> Result<(), String> {
+        self.change(|job| job.phase = Phase::Postcopy);
+        Ok(())
+    }
+    fn recover(&self, to: Option<Endpoint>) -> Result<(), String> {
+        if self.job().phase != Phase::Paused {
+            return Err("nothing is lost".into());
+        }
+        self.change(|job| {
+            job.peer = to.map_or(job.peer.clone(), |to| to.to_string());
+            job.phase = Phase::Postcopy;
+        });
+        Ok(())
+    }
+    fn recover_at(&self, listen: &Endpoint) -> Result<(), String> {
+        self.change(|job| job.peer = listen.to_string());
+        Ok(())
+    }
+    fn vm_ended(&self, why: &str) {
+        self.change(|job| {
+            job.phase = Phase::Failed;
+            job.error = Some(why.into());
+        });
+    }
 }
 
 #[derive(Default)]
@@ -208,7 +232,7 @@ fn a_lingering_process_stays_until_it_is_stopped() {
     service.result_was_read();
     assert_eq!(service.ending(), None);
     assert_eq!(service.job().phase, Phase::Done);
-    service.stop().unwrap();
+    service.stop(false).unwrap();
     assert_eq!(service.wait_for_end().status, 0);
 }
 
@@ -233,7 +257,7 @@ fn a_vm_in_doubt_is_neither_stopped_nor_cancelled_and_can_be_resolved() {
     service.migrate(&request()).unwrap();
     engine.finish(Phase::InDoubt);
     assert_eq!(service.info().state, VmState::InDoubt);
-    assert_eq!(service.stop().unwrap_err().code, ErrorCode::WrongState);
+    assert_eq!(service.stop(false).unwrap_err().code, ErrorCode::WrongState);
     assert_eq!(service.cancel().unwrap_err().code, ErrorCode::WrongState);
     assert!(alive.load(Ordering::SeqCst));
     service.resolve(Side::Source).unwrap();
@@ -244,7 +268,7 @@ fn a_vm_in_doubt_is_neither_stopped_nor_cancelled_and_can_be_resolved() {
 fn a_stop_cancels_a_migration_under_way_first() {
     let (service, engine, _, alive) = running(Policy::default());
     service.migrate(&request()).unwrap();
-    service.stop().unwrap();
+    service.stop(false).unwrap();
     assert_eq!(engine.phase(), Phase::Cancelled);
     assert_eq!(service.wait_for_end().status, 0);
     assert!(!alive.load(Ordering::SeqCst));
@@ -335,13 +359,131 @@ fn a_receiver_listens_on_after_a_failed_arrival_and_keeps_the_vm_that_arrives() 
         false
     ));
     assert_eq!(service.info().state, VmState::Running);
-    service.stop().unwrap();
+    service.stop(false).unwrap();
 }
 
 #[test]
 fn a_receiver_that_is_stopped_while_it_listens_ends_at_once() {
     let service = Service::new(Arc::new(FakeEngine::default()), Policy::default());
     service.listen("tcp:h:1".into());
-    service.stop().unwrap();
+    service.stop(false).unwrap();
     assert_eq!(service.wait_for_end().status, 0);
+}
+
+/// A receiver whose VM runs while its memory follows.
+fn followed() -> (Arc<Service>, Arc<FakeJourney>, Arc<Notify>, Arc<AtomicBool>) {
+    let service = Service::new(Arc::new(FakeEngine::default()), Policy::default());
+    let journey = Arc::new(FakeJourney::default());
+    journey.change(|job| {
+        job.phase = Phase::Postcopy;
+        job.role = "destination".into();
+        job.peer = "the source".into();
+    });
+    service.listen("tcp:h:1".into());
+    service.arriving(journey.clone());
+    let (mut fake, notify, alive) = Fake::new();
+    fake.paused = false;
+    service.runs(Box::new(fake));
+    (service, journey, notify, alive)
+}
+
+/// What the receiving thread does when the journey ends.
+fn arrival_of(service: &Arc<Service>, journey: &Arc<FakeJourney>) -> std::thread::JoinHandle<()> {
+    let (service, journey) = (service.clone(), journey.clone());
+    std::thread::spawn(move || {
+        let received = match journey.wait_until(|p| matches!(p, Phase::Done | Phase::Failed)) {
+            Phase::Done => Received::Whole,
+            _ => Received::Lost { why: journey.job().error.unwrap_or_default(), in_doubt: false },
+        };
+        assert!(!service.arrival(received, false), "a process that has had a VM listens for another one");
+    })
+}
+
+#[test]
+fn a_vm_whose_memory_follows_can_be_paused_and_not_sent_on() {
+    let (service, journey, ..) = followed();
+    assert_eq!(service.info().state, VmState::Running);
+    assert_eq!(service.job().phase, Phase::Postcopy);
+    service.pause().unwrap();
+    assert_eq!(service.info().state, VmState::Paused);
+    service.resume().unwrap();
+    let refused = service.migrate(&request()).unwrap_err();
+    assert!(refused.message.contains("still coming from the source"), "{refused}");
+    let end = arrival_of(&service, &journey);
+    journey.change(|job| job.phase = Phase::Done);
+    end.join().unwrap();
+    assert_eq!((service.info().state, service.info().reason), (VmState::Running, None));
+    service.migrate(&request()).unwrap();
+}
+
+#[test]
+fn a_vm_whose_memory_follows_is_ended_before_its_source_is_told() {
+    for by_user in [true, false] {
+        let (service, journey, notify, alive) = followed();
+        let end = arrival_of(&service, &journey);
+        if by_user {
+            service.stop(false).unwrap();
+        } else {
+            exit(&notify, Exit::PowerOff);
+        }
+        let ending = service.wait_for_end();
+        assert_eq!(ending.status, 0, "{ending:?}");
+        assert!(!alive.load(Ordering::SeqCst));
+        let told = journey.job().error.expect("the journey was not told");
+        assert!(told.contains(if by_user { "its user has ended it" } else { "powered off" }), "{told}");
+        end.join().unwrap();
+        assert_eq!(service.info().state, VmState::Stopped);
+    }
+}
+
+#[test]
+fn a_vm_that_is_lost_while_its_memory_follows_ends_the_process_and_says_why() {
+    let (service, journey, _, alive) = followed();
+    let end = arrival_of(&service, &journey);
+    journey.vm_ended("the source's process has died");
+    end.join().unwrap();
+    let ending = service.wait_for_end();
+    assert!(ending.status == 1 && ending.message.contains("has died"), "{ending:?}");
+    wait_for("the machine to be gone", || !alive.load(Ordering::SeqCst));
+}
+
+#[test]
+fn a_source_that_a_vm_elsewhere_needs_is_stopped_only_by_force() {
+    let (service, engine, ..) = running(Policy::default());
+    service.migrate(&request()).unwrap();
+    for phase in [Phase::Postcopy, Phase::Paused] {
+        engine.finish(phase);
+        let refused = service.stop(false).unwrap_err();
+        assert!(refused.code == ErrorCode::WrongState && refused.message.contains("--force"), "{refused}");
+    }
+    service.stop(true).unwrap();
+    let ending = service.wait_for_end();
+    assert!(ending.status == 3 && ending.message.contains("by force"), "{ending:?}");
+    engine.finish(Phase::Done);
+}
+
+#[test]
+fn a_lost_link_is_taken_up_from_the_end_that_can() {
+    let recover = |to: Option<&str>, listen: Option<&str>| RecoverRequest {
+        to: to.map(String::from),
+        listen: listen.map(String::from),
+    };
+    let (service, engine, ..) = running(Policy::default());
+    assert_eq!(service.recover(&recover(None, None)).unwrap_err().code, ErrorCode::WrongState);
+    assert_eq!(service.switch().unwrap_err().code, ErrorCode::WrongState);
+    service.migrate(&request()).unwrap();
+    assert_eq!(service.recover(&recover(None, None)).unwrap_err().code, ErrorCode::WrongState, "nothing is lost");
+    assert_eq!(service.switch().unwrap().phase, Phase::Postcopy);
+    engine.finish(Phase::Paused);
+    assert_eq!(service.recover(&recover(Some("nowhere"), None)).unwrap_err().code, ErrorCode::BadRequest);
+    assert_eq!(service.recover(&recover(None, Some("tcp:h:2"))).unwrap_err().code, ErrorCode::WrongState);
+    assert_eq!(service.recover(&recover(Some("tcp:h:2"), None)).unwrap().peer, "tcp:h:2");
+    engine.finish(Phase::Done);
+
+    let (service, journey, ..) = followed();
+    assert_eq!(service.recover(&recover(None, None)).unwrap_err().code, ErrorCode::WrongState);
+    assert_eq!(service.recover(&recover(None, Some("tcp:h:3"))).unwrap().peer, "tcp:h:3");
+    let end = arrival_of(&service, &journey);
+    journey.change(|job| job.phase = Phase::Done);
+    end.join().unwrap();
 }

@@ -53,6 +53,8 @@ use crate::vcpu::{Hold, Throttle, Vcpu, VcpuSet};
 
 /// How long vCPUs have to come to rest when the user pauses.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the vCPUs of a machine that is ended may wait for pages.
+const FAULT_LIMIT: Duration = Duration::from_secs(1);
 
 /// What a machine does.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -248,6 +250,13 @@ impl Vm {
     pub fn shutdown(&self) {
         let _user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
         self.notice.tell(ExitReason::ApiStop);
+        // A vCPU in an instruction that KVM emulates waits for a page that may never come, and cannot be called away: it
+        // is given zeros, and leaves the guest before its next instruction.
+        if let Ok(faults) = &self.faults
+            && !self.vcpus.wait_rest(Instant::now() + FAULT_LIMIT).is_empty()
+        {
+            faults.stop();
+        }
         self.vcpus.end();
     }
 

@@ -188,6 +188,7 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
         bandwidth: None,
         timeout_s: None,
         verify,
+        release: false,
     };
     let begun = Instant::now();
     let end = carry(&here.client, &request, Show::bar_only(quiet)).await.with_context(doing)?;

@@ -121,9 +121,14 @@ impl Place {
 
     /// Starts one with more arguments, and more in its environment.
     pub fn run_with(&self, api: &str, more: &[&str], environment: &[(&str, &str)]) -> Vm {
-        let mut arguments = vec!["run", "--memory", "64M", "--cmdline", "data=16M rate=4M", "--name", "t"];
+        let mut arguments = vec!["--memory", "64M", "--cmdline", "data=16M rate=4M"];
         arguments.extend(more);
-        let vm = self.start_with(api, &arguments, environment);
+        self.run_guest(api, &arguments, environment)
+    }
+
+    /// Starts a probe guest as told and waits until it works.
+    pub fn run_guest(&self, api: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Vm {
+        let vm = self.start_with(api, &[&["run", "--name", "t"], arguments].concat(), environment);
         let ram = ram(&self.wait_for_state(api, "running"));
         wait_for("the guest to have filled its data", || {
             use std::os::unix::fs::FileExt;
