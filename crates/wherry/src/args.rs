@@ -258,12 +258,12 @@ pub struct Demo {
     /// How often the guest moves
     #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub legs: u32,
-    /// Ask every migration for `--verify`, not only the last: longer blackouts
+    /// Ask every migration for `--verify`: longer blackouts
     #[arg(long, conflicts_with = "mode")]
     pub verify: bool,
-    /// How memory is carried; other than precopy, no move is hashed
-    #[arg(long, default_value = "precopy", value_parser = mode)]
-    pub mode: Mode,
+    /// How memory is carried, in all moves alike [default: shows different ones]
+    #[arg(long, value_parser = mode)]
+    pub mode: Option<Mode>,
 }
 
 /// Whom to measure beside Wherry.

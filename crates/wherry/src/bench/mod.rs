@@ -19,6 +19,7 @@ use wherry_migration::bench as engine;
 use wherry_vmm::api::types::{Mode, VmState};
 
 use crate::args::{ANSWER, Bench, Peer};
+use crate::demo::outcome::Kind;
 use crate::demo::process::{self, Process};
 use crate::demo::{Move, check_kvm, ram_of, travel, wait_for};
 use crate::probe::{ProbeRam, Watcher};
@@ -162,7 +163,7 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
             let name = format!("{mode:?}-{number}");
             let mut there = Process::start(directory, &name, &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
             let limit = Some(options.downtime_limit);
-            let moving = Move { number, mode: *mode, verify: false, downtime_limit_ms: limit, quiet: true };
+            let moving = Move { number, mode: *mode, kind: Kind::Plain, downtime_limit_ms: limit, quiet: true };
             let leg = travel(&moving, &mut here, &mut there, &ram).await?;
             way.blackout.push(Duration::from_micros(leg.blackout_us));
             way.gap.push(Duration::from_micros(leg.guest_gap_us));

@@ -3,6 +3,7 @@
 
 pub mod outcome;
 pub mod process;
+mod relay;
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,15 +12,17 @@ use anyhow::{Context, Result, bail};
 use tokio::time::Instant;
 use wherry_guest::report::Phase as GuestPhase;
 use wherry_guest::snapshot::Snapshot;
-use wherry_migration::progress::Phase;
+use wherry_migration::progress::{Job, Phase};
+use wherry_vmm::api::server::is_over;
 use wherry_vmm::api::types::{MigrationRequest, Mode, VmInfo, VmState};
 
 use crate::args::{self, Demo};
 use crate::migrate::{End, Show, carry};
 use crate::probe::{ProbeRam, WHERRY_RAM, Watcher};
 use crate::{DID_NOT, HAPPENED, control, report, runtime};
-use outcome::{Leg, Outcome};
+use outcome::{Kind, Leg, Outcome};
 use process::Process;
+use relay::Relay;
 
 /// How long a process may take to be there.
 const START: Duration = Duration::from_secs(20);
@@ -96,14 +99,22 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
     wait_for(&ram, "fill its data", |s| s.phase() >= GuestPhase::Running).await?;
     say(&format!("the guest has filled its data in {:.1} s and works", begun.elapsed().as_secs_f32()));
 
+    let can_follow = wherry_fault::Userfault::open().map(drop);
+    if let Err(error) = &can_follow {
+        say(&format!("no move has memory follow the guest: {error}"));
+    }
     let mut legs = Vec::new();
     for number in 1..=options.legs {
         tokio::time::sleep(REST).await;
-        let hashed = options.mode == args::Mode::Precopy;
-        let verify = options.verify || (hashed && number == options.legs && number > 1);
+        let kind = kind_of(options, number, can_follow.is_ok());
+        let mode = match (options.mode, kind) {
+            (Some(mode), _) => mode.into(),
+            (None, Kind::Postcopy | Kind::Cut) => Mode::Postcopy,
+            (None, Kind::Plain | Kind::Hashed) => Mode::default(),
+        };
         let mut there =
             Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
-        let moving = Move { number, mode: options.mode.into(), verify, downtime_limit_ms: None, quiet: options.json };
+        let moving = Move { number, mode, kind, downtime_limit_ms: None, quiet: options.json };
         let leg = travel(&moving, &mut here, &mut there, &ram).await?;
         ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
         check(&ram, number)?;
@@ -112,10 +123,11 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
             bail!("the process the VM left ended with {left}: {}", here.log_text());
         }
         say(&format!(
-            "move {number} of {}: {} in {}, blackout {}",
+            "move {number} of {}{}: {} in {}, blackout {}",
             options.legs,
+            kind.remark(),
             report::bytes(leg.job.data_processed),
-            report::time(leg.total_us),
+            report::time(leg.whole_us),
             report::time(leg.blackout_us)
         ));
         legs.push(leg);
@@ -156,8 +168,8 @@ pub struct Move {
     pub number: u32,
     /// How memory is carried.
     pub mode: Mode,
-    /// Hash all RAM and state.
-    pub verify: bool,
+    /// What is special about it.
+    pub kind: Kind,
     /// Blackout to stay below; `None`: the default.
     pub downtime_limit_ms: Option<u64>,
     /// Show no progress.
@@ -166,7 +178,7 @@ pub struct Move {
 
 /// One move, watched from outside.
 pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram: &ProbeRam) -> Result<Leg> {
-    let Move { number, mode, verify, downtime_limit_ms, quiet } = *moving;
+    let Move { number, mode, kind, downtime_limit_ms, quiet } = *moving;
     let (from_pid, to_pid) = (here.pid(), there.pid());
     let doing = || format!("move {number}, from process {from_pid} to process {to_pid}");
     let listen = there
@@ -180,18 +192,31 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
     let size = ram.size();
     let watcher = Watcher::start(ram.again()?, move || ProbeRam::find(to_pid, WHERRY_RAM, |r| r.size() == size))
         .context("starting the watcher")?;
+    let relay = match kind {
+        Kind::Cut => Some(Relay::before(&listen).await?),
+        _ => None,
+    };
     let request = MigrationRequest {
-        to: listen,
+        to: relay.as_ref().map_or(listen, |relay| relay.address().to_owned()),
         mode,
         channels: None,
         downtime_limit_ms,
         bandwidth: None,
         timeout_s: None,
-        verify,
+        verify: kind == Kind::Hashed,
         release: false,
     };
     let begun = Instant::now();
-    let end = carry(&here.client, &request, Show::bar_only(quiet)).await.with_context(doing)?;
+    let carried = carry(&here.client, &request, Show::bar_only(quiet));
+    let end = match &relay {
+        None => carried.await.with_context(doing)?,
+        Some(relay) => {
+            let (end, cut) = tokio::join!(carried, cut_and_mend(relay, here, there));
+            cut.with_context(doing)?;
+            end.with_context(doing)?
+        }
+    };
+    let whole = begun.elapsed();
     let job = match end {
         End::Over(job) if job.phase == Phase::Done => job,
         End::Over(job) => {
@@ -212,13 +237,52 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
         number,
         from_pid,
         to_pid,
-        verified: verify,
+        kind,
         total_us: us(total),
+        whole_us: us(whole),
         blackout_us: us(gap.blackout),
         blackout_uncertain_us: us(gap.uncertain),
         guest_gap_us: snapshot.largest_gap_ns() / 1000,
         job,
     })
+}
+
+/// Cuts the link while memory follows the guest, and mends it when both ends have felt that.
+async fn cut_and_mend(relay: &Relay, here: &Process, there: &Process) -> Result<()> {
+    let until = async |process: &Process, phase: Phase| {
+        let deadline = Instant::now() + START;
+        loop {
+            let job: Job = process.client.get("/migration", args::ANSWER).await?;
+            if job.phase == phase {
+                return Ok(());
+            }
+            if Instant::now() >= deadline || is_over(job.phase) {
+                bail!("process {} did not come to phase {}", process.pid(), report::phase(phase));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    until(there, Phase::Postcopy).await?;
+    until(here, Phase::Postcopy).await?;
+    relay.cut();
+    until(there, Phase::Paused).await?;
+    until(here, Phase::Paused).await?;
+    relay.mend();
+    Ok(())
+}
+
+/// What is shown in which move: at the end one in which memory follows, one in which the link is lost meanwhile, and one
+/// that is hashed; unless the user chose.
+fn kind_of(options: &Demo, number: u32, can_follow: bool) -> Kind {
+    let left = options.legs - number;
+    match (options.mode, left) {
+        (Some(_), _) => Kind::Plain,
+        _ if options.verify => Kind::Hashed,
+        (None, 0) if number > 1 => Kind::Hashed,
+        (None, 1) if number > 2 && can_follow => Kind::Cut,
+        (None, 2) if number > 1 && can_follow => Kind::Postcopy,
+        _ => Kind::Plain,
+    }
 }
 
 /// Opens the guest's lowest RAM block from outside.

@@ -5,6 +5,32 @@ use wherry_migration::progress::Job;
 
 use crate::report;
 
+/// What is special about a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Nothing.
+    Plain,
+    /// All RAM and state are hashed at both ends.
+    Hashed,
+    /// The guest runs at the destination first, and its memory follows.
+    Postcopy,
+    /// The same, and the link is cut meanwhile.
+    Cut,
+}
+
+impl Kind {
+    /// In brackets, for a table.
+    pub fn remark(self) -> &'static str {
+        match self {
+            Kind::Plain => "",
+            Kind::Hashed => " (hashed)",
+            Kind::Postcopy => " (memory follows)",
+            Kind::Cut => " (memory follows, link cut)",
+        }
+    }
+}
+
 /// One move.
 #[derive(Clone, Debug, Serialize)]
 pub struct Leg {
@@ -14,10 +40,12 @@ pub struct Leg {
     pub from_pid: u32,
     /// Process it went to.
     pub to_pid: u32,
-    /// Whether all RAM and state were hashed at both ends.
-    pub verified: bool,
-    /// From the request to the news that it had moved, in microseconds.
+    /// What is special about it.
+    pub kind: Kind,
+    /// From the request to the first heartbeat at the destination, in microseconds.
     pub total_us: u64,
+    /// From the request to its end, with all memory there, in microseconds.
+    pub whole_us: u64,
     /// Blackout, measured from outside, in microseconds.
     pub blackout_us: u64,
     /// How far the blackout may be off, in microseconds.
@@ -41,11 +69,11 @@ pub struct Outcome {
     pub cpus: u32,
     /// The moves.
     pub legs: Vec<Leg>,
-    /// Median of the blackouts of legs that were not hashed, in microseconds.
+    /// Median of the blackouts of plain legs, in microseconds; of all, if none is.
     pub blackout_median_us: u64,
     /// The longest of them.
     pub blackout_max_us: u64,
-    /// Median of the times those legs took.
+    /// Median of the times until the guest ran there, of those legs.
     pub total_median_us: u64,
     /// Pages the guest has written since its start, beyond the first fill.
     pub pages_dirtied: u64,
@@ -82,7 +110,7 @@ pub fn median(values: impl IntoIterator<Item = u64>) -> u64 {
 impl Outcome {
     /// Fills in the figures over all legs.
     pub fn sum_up(&mut self) {
-        let plain: Vec<_> = match self.legs.iter().filter(|l| !l.verified).collect::<Vec<_>>() {
+        let plain: Vec<_> = match self.legs.iter().filter(|l| l.kind == Kind::Plain).collect::<Vec<_>>() {
             none if none.is_empty() => self.legs.iter().collect(),
             plain => plain,
         };
@@ -93,15 +121,17 @@ impl Outcome {
 
     /// For a person.
     pub fn text(&self) -> String {
-        let head = ["move", "process", "moved", "rounds", "took", "blackout", "largest gap in the guest"];
+        let head =
+            ["move", "process", "moved", "rounds", "ran there", "all there", "blackout", "largest gap in the guest"];
         let mut rows = vec![head.map(String::from).to_vec()];
         for leg in &self.legs {
             rows.push(vec![
-                format!("{}{}", leg.number, if leg.verified { " (hashed)" } else { "" }),
+                format!("{}{}", leg.number, leg.kind.remark()),
                 format!("{} -> {}", leg.from_pid, leg.to_pid),
                 report::bytes(leg.job.data_processed),
                 leg.job.rounds.len().to_string(),
                 report::time(leg.total_us),
+                report::time(leg.whole_us),
                 report::time(leg.blackout_us),
                 report::time(leg.guest_gap_us),
             ]);
@@ -131,7 +161,8 @@ impl Outcome {
                 report::time(self.blackout_max_us)
             ),
         );
-        let uncertain = self.legs.iter().filter(|l| !l.verified).map(|l| l.blackout_uncertain_us).max().unwrap_or(0);
+        let uncertain =
+            self.legs.iter().filter(|l| l.kind == Kind::Plain).map(|l| l.blackout_uncertain_us).max().unwrap_or(0);
         if uncertain > self.blackout_median_us / 5 {
             line("", format!("(coarse by up to {}: this machine is busy)", report::time(uncertain)));
         }
@@ -141,7 +172,10 @@ impl Outcome {
                 format!("(others kept this machine busy, {threads:.1} threads a core: all times are longer for it)"),
             );
         }
-        if self.legs.iter().any(|l| l.verified) {
+        if self.legs.iter().any(|l| l.kind == Kind::Cut) {
+            line("Link cut", "while memory followed: both ends paused, took the link up again and lost nothing".into());
+        }
+        if self.legs.iter().any(|l| l.kind == Kind::Hashed) {
             line("Hashed", "all RAM and state at both ends of the moves marked so; they were equal".into());
         }
         line(
@@ -171,8 +205,9 @@ mod tests {
             number,
             from_pid: 1,
             to_pid: 2,
-            verified,
+            kind: if verified { Kind::Hashed } else { Kind::Plain },
             total_us: 1,
+            whole_us: 1,
             blackout_us,
             blackout_uncertain_us: 0,
             guest_gap_us: 0,
@@ -203,7 +238,7 @@ mod tests {
         outcome.sum_up();
         assert_eq!((outcome.blackout_median_us, outcome.blackout_max_us), (6, 7));
         assert!(outcome.text().contains("nothing: 0 wrong pages"));
-        outcome.legs.retain(|l| l.verified);
+        outcome.legs.retain(|l| l.kind == Kind::Hashed);
         outcome.complaint = Some("page 7 is wrong".into());
         outcome.sum_up();
         assert_eq!(outcome.blackout_median_us, 900);
