@@ -126,6 +126,10 @@ impl Machine for Image {
         Err("an image is moved by precopy".into())
     }
 
+    fn hot_pages(&self) -> Vec<(BlockId, u64)> {
+        vec![]
+    }
+
     fn throttle(&self, _percent: u8) {
         // No vCPU runs.
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use wherry_fault::FaultService;
-use wherry_memory::{DirtySource, Ram};
+use wherry_memory::{BlockId, DirtySource, Ram};
 use wherry_state::Units;
 
 /// Everything a destination must know to build the same machine, sent in the handshake before any page.
@@ -88,6 +88,10 @@ pub trait Machine: Send + Sync {
     /// Serves the faults on its guest maps, which were registered when they were made, if the builder was asked for that
     /// ([`Wants::postcopy`]); otherwise why there is none.
     fn faults(&self) -> Result<&Arc<FaultService>, String>;
+
+    /// Pages (block and granule) that the vCPUs will touch first when they run again, as far as can be told. Asked at rest,
+    /// before a postcopy: they go before the switch.
+    fn hot_pages(&self) -> Vec<(BlockId, u64)>;
 
     /// Takes `percent` (0 to 99) of their time away from the vCPUs; 0 ends it.
     fn throttle(&self, percent: u8);

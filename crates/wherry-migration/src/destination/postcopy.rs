@@ -235,6 +235,9 @@ impl Destination<'_> {
             faults.mark_received(id, whole_from..block.pages()).map_err(failed)?;
         }
         receiving.place.follow(faults.clone());
+        if let Some(first) = receiving.first.take() {
+            receiving.receivers.give_back(first);
+        }
         let channel = receiving.urgent.take().ok_or_else(no_setup)?;
         receiving.following = Some(Following::start(faults.clone(), channel, receiving.place.clone())?);
         Ok(())

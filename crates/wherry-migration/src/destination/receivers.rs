@@ -115,7 +115,9 @@ impl Receivers {
     }
 
     /// Gives the channel back to the first thread.
-    pub(crate) fn give_back(&self, channel: Channel) {
+    pub(crate) fn give_back(&self, mut channel: Channel) {
+        channel.reader.set_idle_limit(BETWEEN_ROUNDS);
+        channel.reader.set_spin(Duration::ZERO);
         if let Some(slot) = self.slots.first() {
             self.set_stats(0, channel.reader.stats());
             *lock(&slot.back) = Some(channel);
@@ -159,13 +161,15 @@ impl Drop for Receivers {
     }
 }
 
+/// Nothing comes between rounds for as long as the source likes; whoever conducts watches over its signs of life.
+const BETWEEN_ROUNDS: Duration = Duration::from_secs(24 * 3600);
+
 fn work(shared: &Shared, slot: &Slot, mut channel: Channel) {
     let tell = |news| {
         let _ = shared.news.send(news);
         let _ = rustix::io::write(&shared.bell, &1u64.to_ne_bytes());
     };
-    // Between rounds nothing comes for as long as the source likes; whoever conducts watches over its signs of life.
-    channel.reader.set_idle_limit(Duration::from_secs(24 * 3600));
+    channel.reader.set_idle_limit(BETWEEN_ROUNDS);
     loop {
         match between_rounds(shared, slot, &channel) {
             Ok(Next::Read) => {}

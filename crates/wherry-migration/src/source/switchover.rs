@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use wherry_memory::GRANULE;
+use wherry_memory::{GRANULE, PageSize};
 use wherry_stream::message::{
     Body, ChannelTotal, Empty, Hashes, Offer, PageHashes, Poise, Running as RunningMessage, StatePiece,
 };
@@ -43,7 +43,8 @@ impl Source {
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         let predicted = running.pending.pages();
         let follow = running.follow;
-        let narrow = predicted <= NARROW_PAGES && !follow;
+        // What goes before a switch that memory follows is a handful of pages.
+        let narrow = predicted <= NARROW_PAGES || follow;
 
         let _urgent = Urgent::new();
         let draining = Instant::now();
@@ -89,8 +90,12 @@ impl Source {
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         running.rounds += 1;
         let (normal, zero, sent) = if follow {
+            let hot = self.take_hot(&mut last);
+            let running = self.running.as_mut().ok_or_else(no_setup)?;
+            let sent = running.send_last_alone(hot)?;
+            running.rounds += 1;
             self.announce(last)?;
-            (0, 0, 0)
+            sent
         } else if narrow && pages <= 4 * NARROW_PAGES {
             running.send_last_alone(last)?
         } else {
@@ -174,6 +179,22 @@ impl Source {
             }
         });
         phase
+    }
+
+    /// Takes from what is to follow the pages that the guest will touch first.
+    fn take_hot(&self, last: &mut Dirty) -> Dirty {
+        let mut hot = Dirty::none(self.machine.ram());
+        for (id, page) in self.machine.hot_pages() {
+            let mut blocks = self.machine.ram().blocks().iter();
+            // Of a huge page all would have to go.
+            let index = blocks.position(|b| b.spec().id == id && b.spec().page_size == PageSize::Base);
+            if let Some(index) = index
+                && last.0[index].remove(page)
+            {
+                hot.0[index].insert(page);
+            }
+        }
+        hot
     }
 
     /// Whether the guest wrote so much more than predicted that the blackout would be far longer than promised.

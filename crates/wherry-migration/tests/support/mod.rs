@@ -496,6 +496,11 @@ impl Machine for FakeMachine {
     fn faults(&self) -> Result<&Arc<FaultService>, String> {
         self.faults.as_ref().map_err(String::clone)
     }
+    fn hot_pages(&self) -> Vec<(BlockId, u64)> {
+        // Some that exist and some that do not: the engine must take both.
+        let block = self.ram.blocks()[0].spec().id;
+        vec![(block, 0), (block, 77), (block, u64::MAX), (BlockId(999), 3)]
+    }
     fn throttle(&self, percent: u8) {
         assert!(percent <= 99);
         self.cpu.throttle.store(percent, Ordering::SeqCst);

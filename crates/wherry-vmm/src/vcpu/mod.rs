@@ -14,6 +14,7 @@
 //!
 //! Lock order: `fd` before `control`. The thread holds `fd` while it is in the guest.
 
+mod hot;
 mod run;
 mod run_page;
 mod set;

@@ -17,6 +17,7 @@ mod host;
 pub(crate) mod ioctl;
 mod slot;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,7 +26,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VmFd;
 use prost::Message;
 use wherry_fault::FaultService;
-use wherry_memory::{DirtySource, PageSize, Ram, VmmWrites};
+use wherry_memory::{BlockId, DirtySource, GRANULE, PageSize, Ram, VmmWrites};
 use wherry_migration::machine::{Machine, MachineDescription, MachineError};
 use wherry_state::{StateUnit, Units};
 
@@ -344,6 +345,18 @@ impl Machine for Vm {
 
     fn faults(&self) -> Result<&Arc<FaultService>, String> {
         self.faults.as_ref().map_err(String::clone)
+    }
+
+    fn hot_pages(&self) -> Vec<(BlockId, u64)> {
+        let memory = self.ram.memory();
+        let pages: BTreeSet<u64> = self.vcpus.iter().flat_map(|vcpu| vcpu.hot_pages(memory)).collect();
+        let of_block = |page: u64| {
+            let address = page * GRANULE;
+            let mut specs = self.ram.blocks().iter().map(|block| block.spec());
+            let spec = specs.find(|spec| (spec.guest_base..spec.guest_base + spec.size).contains(&address))?;
+            Some((spec.id, (address - spec.guest_base) / GRANULE))
+        };
+        pages.into_iter().filter_map(of_block).collect()
     }
 
     fn throttle(&self, percent: u8) {
