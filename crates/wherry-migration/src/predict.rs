@@ -151,9 +151,10 @@ impl Convergence {
         self.throttle
     }
 
-    /// Whether further rounds promise nothing, without help.
-    pub(crate) fn is_hopeless(&self) -> bool {
-        self.stuck >= PATIENCE
+    /// Whether further rounds promise nothing, without help: some made no good progress, or the last one did not and the
+    /// guest writes `dirtied` bytes per second, which the link does not carry.
+    pub(crate) fn is_hopeless(&self, dirtied: f64, predictor: &Predictor) -> bool {
+        self.stuck >= PATIENCE || (self.stuck > 0 && dirtied >= predictor.bandwidth)
     }
 
     /// Judges a round that sent `sent` bytes and found `dirty` bytes written meanwhile.
@@ -228,6 +229,20 @@ mod tests {
         }
         seen.dedup();
         assert_eq!(seen, [0, 20, 30, 40, 50, 60, 70, 80, 90, 99]);
+    }
+
+    #[test]
+    fn a_guest_that_outruns_the_link_is_hopeless_at_once_and_one_that_does_not_after_a_second_look() {
+        let (predictor, limit) = (predictor(), Duration::from_millis(5));
+        let mut c = Convergence::default();
+        assert!(!c.is_hopeless(2.0 * predictor.bandwidth, &predictor), "no round was made");
+        c.judge(500 * MIB, 450 * MIB, &predictor, limit, false);
+        assert!(c.is_hopeless(predictor.bandwidth, &predictor));
+        assert!(!c.is_hopeless(predictor.bandwidth * 0.9, &predictor));
+        c.judge(450 * MIB, 400 * MIB, &predictor, limit, false);
+        assert!(c.is_hopeless(predictor.bandwidth * 0.9, &predictor));
+        c.judge(400 * MIB, 100 * MIB, &predictor, limit, false);
+        assert!(!c.is_hopeless(predictor.bandwidth * 2.0, &predictor), "it converges all the same");
     }
 
     #[test]

@@ -93,7 +93,9 @@ impl Source {
                 return Ok(Phase::Switchover);
             }
             let late = Instant::now() > late;
-            if can_follow && (late || running.convergence.is_hopeless() || self.journey.wants_postcopy()) {
+            let dirtied = (dirty_rate * GRANULE) as f64;
+            let hopeless = running.convergence.is_hopeless(dirtied, &running.predictor);
+            if can_follow && (late || hopeless || self.journey.wants_postcopy()) {
                 tracing::info!(round = number, dirty, "the rest follows the switch");
                 running.follow = true;
                 return Ok(Phase::Switchover);
