@@ -36,7 +36,9 @@ pub const LAB: [Need; 2] = [
 ];
 
 /// What only the workspace's own tests use.
-pub const TESTS: [Need; 4] = [
+pub const TESTS: [Need; 5] = [
+    // Network namespaces, and sockets that are ended from outside.
+    Need { program: "ip", major: 0, package: "iproute2", suite: None },
     // Compiles the ACPI tables back, to see that others can read them.
     Need { program: "iasl", major: 0, package: "acpica-tools", suite: None },
     Need { program: "cpio", major: 0, package: "cpio", suite: None },
