@@ -47,6 +47,15 @@ enum Task {
         #[command(subcommand)]
         lab: lab::Lab,
     },
+    /// Cut the link of VMs whose memory follows them, many times (docs/lab.md); `test` does a sample of it.
+    Cuts {
+        /// How often.
+        #[arg(long, default_value_t = 100)]
+        cuts: u32,
+        /// Repeat the run that printed this seed.
+        #[arg(long)]
+        seed: Option<u64>,
+    },
     /// Run the fuzz targets (fuzz/README.md).
     Fuzz {
         /// Time for all targets together.
@@ -97,6 +106,9 @@ fn main() -> ExitCode {
             (target, _) => fuzz::run(seconds, target.as_deref()),
         }
         .map(|tally| finish(&tally, true)),
+        Task::Cuts { cuts, seed } => {
+            debian::ensure(&debian::TESTS).and_then(|()| suite::cuts(cuts, seed)).map(|tally| finish(&tally, true))
+        }
         Task::Setup => debian::ensure(&debian::TESTS).map(|()| true),
     };
     match result {

@@ -3,6 +3,7 @@
 //! The counts come from the output of the standard test harness. A test that cannot run on this machine prints a
 //! line that starts with `SKIPPED` and returns; the harness calls that "ok", here it is counted as skipped.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -15,11 +16,28 @@ const LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Runs every test of the workspace, with `filter` handed to the test harness.
 pub fn run(filter: &[String]) -> Result<Tally> {
+    let mut cargo = cargo_test();
+    cargo.args(["--workspace", "--no-fail-fast", "--", "--show-output"]).args(filter);
+    counted(cargo)
+}
+
+/// Runs the test that cuts links, with so many cuts.
+pub fn cuts(cuts: u32, seed: Option<u64>) -> Result<Tally> {
+    let mut cargo = cargo_test();
+    cargo.args(["-p", "wherry", "--test", "cuts", "--", "--show-output"]).env("WHERRY_CUTS", cuts.to_string());
+    if let Some(seed) = seed {
+        cargo.env("WHERRY_CUTS_SEED", seed.to_string());
+    }
+    counted(cargo)
+}
+
+fn cargo_test() -> Command {
     let mut cargo = command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(["test", "--color", "never"]).current_dir(crate::root());
     cargo
-        .args(["test", "--workspace", "--no-fail-fast", "--color", "never", "--", "--show-output"])
-        .args(filter)
-        .current_dir(crate::root());
+}
+
+fn counted(cargo: Command) -> Result<Tally> {
     let mut count = Count::default();
     let ending = stream(cargo, LIMIT, |line| {
         println!("{line}");

@@ -13,6 +13,8 @@ pub struct Connection {
     pub fd: i32,
     /// Port at the process's end.
     pub port: u16,
+    /// Port at the other end.
+    pub peer_port: u16,
     socket: OwnedFd,
 }
 
@@ -44,29 +46,29 @@ pub fn connections(pid: u32) -> io::Result<Vec<Connection>> {
         let Ok(target) = std::fs::read_link(format!("/proc/{pid}/fd/{fd}")) else { continue };
         let target = target.to_string_lossy();
         let inode = target.strip_prefix("socket:[").and_then(|t| t.strip_suffix(']')).and_then(|t| t.parse().ok());
-        let Some((port, inode)) = established.iter().find(|(_, at)| Some(*at) == inode) else { continue };
+        let Some((port, peer_port, inode)) = established.iter().find(|(.., at)| Some(*at) == inode) else { continue };
         if known.contains(inode) {
             continue;
         }
         if let Ok(socket) = pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()) {
             known.push(*inode);
-            found.push(Connection { fd, port: *port, socket });
+            found.push(Connection { fd, port: *port, peer_port: *peer_port, socket });
         }
     }
     Ok(found)
 }
 
-/// Local port and inode in a line of `/proc/net/tcp` (proc_net_tcp.rst of the kernel), if it is of an established
+/// Local port, port of the peer and inode in a line of `/proc/net/tcp` (proc_net_tcp.rst of the kernel), if it is of an established
 /// connection.
-fn established(line: &str) -> Option<(u16, u64)> {
+fn established(line: &str) -> Option<(u16, u16, u64)> {
     const ESTABLISHED: &str = "01";
     let mut fields = line.split_whitespace();
-    let local = fields.nth(1)?;
-    if fields.nth(1)? != ESTABLISHED {
+    let (local, peer) = (fields.nth(1)?, fields.next()?);
+    if fields.next()? != ESTABLISHED {
         return None;
     }
-    let port = u16::from_str_radix(local.split_once(':')?.1, 16).ok()?;
-    Some((port, fields.nth(5)?.parse().ok()?))
+    let port = |address: &str| u16::from_str_radix(address.split_once(':')?.1, 16).ok();
+    Some((port(local)?, port(peer)?, fields.nth(5)?.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -76,7 +78,7 @@ mod tests {
     #[test]
     fn lines_of_the_kernels_table_are_read() {
         let line = "   1: 0100007F:1F90 0100007F:D431 01 00000000:00000000 00:00000000 00000000  1000 0 4242 1 0 20 4 30 10 -1";
-        assert_eq!(established(line), Some((8080, 4242)));
+        assert_eq!(established(line), Some((8080, 54321, 4242)));
         assert_eq!(established(&line.replace(" 01 ", " 0A ")), None);
         assert_eq!(
             established("  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid"),

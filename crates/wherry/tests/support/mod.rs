@@ -3,11 +3,15 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use wherry_guest::report::{CONTROL_GPA, Control, Phase};
+use wherry_guest::snapshot::Snapshot;
+use wherry_netlab::Namespace;
 
 /// The longest wait of any test.
 pub const LIMIT: Duration = Duration::from_secs(60);
@@ -76,6 +80,17 @@ impl Place {
         serde_json::from_slice(&self.control(api, &["status", "--json"]).stdout).ok()
     }
 
+    /// What the process with that API socket answers to a GET, if it answers. Faster than a command.
+    pub fn ask(&self, api: &str, path: &str) -> Option<Value> {
+        use std::io::{Read, Write};
+        let mut stream = std::os::unix::net::UnixStream::connect(self.path(api)).ok()?;
+        stream.set_read_timeout(Some(LIMIT)).ok()?;
+        write!(stream, "GET /api/v1{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
+    }
+
     /// Waits for a state.
     pub fn wait_for_state(&self, api: &str, state: &str) -> Value {
         let mut last = Value::Null;
@@ -99,14 +114,25 @@ impl Place {
 
     /// Starts one with more in its environment.
     pub fn start_with(&self, api: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Vm {
+        let mut command = self.command(arguments);
+        command.envs(environment.iter().copied());
+        self.start_command(api, command)
+    }
+
+    /// Starts one inside a network namespace.
+    pub fn start_in(&self, namespace: &Namespace, api: &str, arguments: &[&str]) -> Vm {
+        let mut command = self.command(arguments);
+        namespace.hold(&mut command).unwrap();
+        self.start_command(api, command)
+    }
+
+    fn start_command(&self, api: &str, mut command: Command) -> Vm {
         let path = self.path(api);
         let log = self.path(&format!("{api}.log"));
-        let child = self
-            .command(arguments)
+        let child = command
             .args(["--serial", "null", "--api"])
             .arg(&path)
             .args(["--die-with", &std::process::id().to_string()])
-            .envs(environment.iter().copied())
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(&log).unwrap())
             .spawn()
@@ -129,16 +155,27 @@ impl Place {
     /// Starts a probe guest as told and waits until it works.
     pub fn run_guest(&self, api: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Vm {
         let vm = self.start_with(api, &[&["run", "--name", "t"], arguments].concat(), environment);
-        let ram = ram(&self.wait_for_state(api, "running"));
-        wait_for("the guest to have filled its data", || {
-            use std::os::unix::fs::FileExt;
-            let mut report = vec![0; wherry_guest::report::REPORT_SIZE as usize];
-            ram.read_exact_at(&mut report, wherry_guest::report::REPORT_GPA).unwrap();
-            let snapshot = wherry_guest::snapshot::Snapshot::decode(&report).ok()?;
-            assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
-            (snapshot.phase() >= wherry_guest::report::Phase::Running).then_some(())
-        });
+        self.wait_until_filled(api);
         vm
+    }
+
+    /// Waits until a probe guest has filled its data and works.
+    pub fn wait_until_filled(&self, api: &str) {
+        let ram = ram(&self.wait_for_state(api, "running"));
+        wait_for("the guest to have filled its data", || (snapshot(&ram)?.phase() >= Phase::Running).then_some(()));
+    }
+
+    /// Has a probe guest check all of its data once more: it has found nothing wrong, from its start to now. Its end
+    /// ends the process.
+    pub fn finish(&self, api: &str, vm: &mut Vm) {
+        let ram = ram(&self.wait_for_state(api, "running"));
+        command(&ram, std::mem::offset_of!(Control, finish));
+        // The memory is looked at through this descriptor, also when the process has ended.
+        let end =
+            wait_for("the guest to check all of its data", || snapshot(&ram).filter(|s| s.phase() >= Phase::Finished));
+        assert_eq!((end.phase(), end.verify_errors()), (Phase::Finished, 0), "{end:#?}");
+        assert_eq!(end.cpus.iter().map(|c| c.register_errors + c.tsc_backwards).sum::<u64>(), 0, "{end:#?}");
+        assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
     }
 
     /// Starts a receiver on a free port and gives its address.
@@ -212,12 +249,32 @@ impl Drop for Vm {
 /// The lowest RAM block of a VM, opened as its status names it.
 pub fn ram(status: &Value) -> std::fs::File {
     let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
-    std::fs::File::open(format!("/proc/{}/fd/{}", status["pid"], block["fd"])).unwrap()
+    let path = format!("/proc/{}/fd/{}", status["pid"], block["fd"]);
+    std::fs::File::options().read(true).write(true).open(path).unwrap()
+}
+
+/// What a probe guest reports, once it does. It has found nothing wrong so far.
+pub fn snapshot(ram: &std::fs::File) -> Option<Snapshot> {
+    let mut report = vec![0; wherry_guest::report::REPORT_SIZE as usize];
+    ram.read_exact_at(&mut report, wherry_guest::report::REPORT_GPA).unwrap();
+    let snapshot = Snapshot::decode(&report).ok()?;
+    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+    Some(snapshot)
+}
+
+/// Adds 1 to a word of a probe guest's control page. Not while a migration runs: the dirty log does not see it.
+fn command(ram: &std::fs::File, offset: usize) {
+    let add = |at: u64, bytes: &mut [u8]| {
+        ram.read_exact_at(bytes, at).unwrap();
+        bytes[0] = bytes[0].wrapping_add(1);
+        ram.write_all_at(bytes, at).unwrap();
+    };
+    add(CONTROL_GPA + offset as u64, &mut [0; 4]);
+    add(CONTROL_GPA + std::mem::offset_of!(Control, sequence) as u64, &mut [0; 8]);
 }
 
 /// The heartbeat of its vCPU 0.
 pub fn heartbeat(ram: &std::fs::File) -> u64 {
-    use std::os::unix::fs::FileExt;
     let mut word = [0; 8];
     ram.read_exact_at(&mut word, wherry_guest::report::heartbeat_gpa(0)).unwrap();
     u64::from_le_bytes(word)
