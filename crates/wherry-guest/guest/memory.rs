@@ -29,6 +29,11 @@ impl Allocator {
         self.0.free()
     }
 
+    /// Hands out nothing below `address` any more.
+    pub fn skip_to(&mut self, address: u64) {
+        self.0.skip_to(address);
+    }
+
     /// Up to `bytes` of RAM in one piece. `None` when nothing is left. Contents are whatever was there.
     pub fn take_piece(&mut self, bytes: u64) -> Option<Region> {
         self.0.take_piece(bytes).inspect(|piece| self.map(piece))

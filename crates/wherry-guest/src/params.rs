@@ -63,6 +63,8 @@ pub enum Shadow {
 pub struct Params {
     /// `data=`: size of the data set in bytes. `None` (default): half of the free RAM, at most 512 MiB.
     pub data: Option<u64>,
+    /// `from=`: lowest guest physical address of the data set. Default: where RAM is first free.
+    pub from: u64,
     /// `rate=`: bytes dirtied per second by all vCPUs, `max` is [`RATE_MAX`]. Default 50M.
     pub rate: u64,
     /// `pattern=uniform|hot|sequential`.
@@ -108,6 +110,7 @@ impl Default for Params {
     fn default() -> Self {
         Self {
             data: None,
+            from: 0,
             rate: 50 << 20,
             pattern: Pattern::Uniform,
             hot_permille: 100,
@@ -142,7 +145,7 @@ impl fmt::Display for ParamError<'_> {
 
 impl core::error::Error for ParamError<'_> {}
 
-const NAMES: &str = "one of data, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
+const NAMES: &str = "one of data, from, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
                      fault, each with '=' and a value";
 const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
 const PERCENT: &str = "a percentage from 0% to 100%";
@@ -165,6 +168,7 @@ impl Params {
         let (name, value) = word.split_once('=').ok_or(NAMES)?;
         match name {
             "data" => self.data = Some(size(value).ok_or(SIZE)?),
+            "from" => self.from = size(value).ok_or(SIZE)?,
             "rate" => {
                 self.rate = match value {
                     "max" => RATE_MAX,

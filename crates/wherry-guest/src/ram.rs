@@ -74,6 +74,14 @@ impl Ram {
         ram
     }
 
+    /// Hands out nothing below `address` any more.
+    pub fn skip_to(&mut self, address: u64) {
+        let address = address.min(LAST_MAPPABLE).next_multiple_of(PAGE_SIZE);
+        for region in &mut self.regions[..self.len] {
+            region.start = region.start.max(address.min(region.end));
+        }
+    }
+
     fn exclude(&mut self, start: u64, end: u64) {
         for i in 0..self.len {
             let region = self.regions[i];

@@ -137,7 +137,8 @@ fn find_cpus(boot: &BootInfo, params: &Params, apic_ids: &mut [u32; MAX_CPUS]) -
     cpus
 }
 
-/// Chooses where table, data and shadow copy lie: table first, then data, then the copy, from 16 MiB upwards.
+/// Chooses where table, data and shadow copy lie: table first, then data, then the copy, from 16 MiB upwards; data and
+/// copy not below `from=`.
 fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     let header = header();
     let mut ram = Allocator::new(boot.memory_map());
@@ -160,6 +161,7 @@ fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     if pages > 0 {
         let Some(table) = ram.take(pages.saturating_mul(ENTRY_BYTES)) else { no_room() };
         setup.table = table.start;
+        ram.skip_to(setup.params.from);
         if !take_pages(&mut ram, pages, &mut setup.extents) {
             no_room();
         }

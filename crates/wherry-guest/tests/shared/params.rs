@@ -14,10 +14,11 @@ fn an_empty_line_gives_the_documented_defaults() {
 
 #[test]
 fn every_parameter_is_understood() {
-    let line = "data=512M rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
+    let line = "data=512M from=3G rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
                 cpus=2 idle=halt tsc_khz=2600000 run=1500 fault=gp";
     let expected = Params {
         data: Some(512 << 20),
+        from: 3 << 30,
         rate: RATE_MAX,
         pattern: Pattern::Hot,
         hot_permille: 125,

@@ -56,6 +56,19 @@ fn a_piece_is_all_or_nothing_and_comes_from_the_first_place_that_has_it() {
     assert_eq!(ram.free(), 0xff_7000);
 }
 
+#[test]
+fn nothing_is_taken_below_an_address_that_was_skipped_to() {
+    let map = [entry(0, 0x200_0000, RAM), entry(0x300_0000, 0x400_0000, RAM), entry(0x500_0000, 0x600_0000, RAM)];
+    let mut ram = Ram::new(&map);
+    ram.skip_to(0x380_0001);
+    assert_eq!(ram.free(), 0x17f_f000);
+    let expected = [Region { start: 0x380_1000, end: 0x400_0000 }, Region { start: 0x500_0000, end: 0x600_0000 }];
+    assert_eq!(drain(ram), expected);
+    let mut ram = Ram::new(&map);
+    ram.skip_to(u64::MAX);
+    assert_eq!((ram.free(), ram.take_piece(1)), (0, None));
+}
+
 fn entries() -> impl Strategy<Value = Vec<MemoryMapEntry>> {
     let entry = (any::<u64>(), 0u32..45, 0u64..1 << 40, 0u32..42, 1u32..4).prop_map(|(a, shift, size, cut, kind)| {
         MemoryMapEntry { start: a >> (19 + shift), size: size >> cut, kind, reserved: 0 }
