@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -169,7 +169,7 @@ impl Place {
     /// ends the process.
     pub fn finish(&self, api: &str, vm: &mut Vm) {
         let ram = ram(&self.wait_for_state(api, "running"));
-        command(&ram, std::mem::offset_of!(Control, finish));
+        command(vm, &ram, std::mem::offset_of!(Control, finish));
         // The memory is looked at through this descriptor, also when the process has ended.
         let end =
             wait_for("the guest to check all of its data", || snapshot(&ram).filter(|s| s.phase() >= Phase::Finished));
@@ -250,7 +250,20 @@ impl Drop for Vm {
 pub fn ram(status: &Value) -> std::fs::File {
     let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
     let path = format!("/proc/{}/fd/{}", status["pid"], block["fd"]);
-    std::fs::File::options().read(true).write(true).open(path).unwrap()
+    std::fs::File::open(path).unwrap()
+}
+
+/// The lowest RAM block of a process, found without its help: while a VM arrives its API may not tell.
+pub fn ram_of(pid: u32) -> std::fs::File {
+    wait_for("the process to have RAM", || {
+        let mut fds: Vec<_> =
+            std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten().map(|e| e.path()).collect();
+        fds.sort_by_key(|path| path.file_name().and_then(|n| n.to_str()?.parse::<u32>().ok()));
+        let is_ram = |path: &PathBuf| {
+            std::fs::read_link(path).is_ok_and(|to| to.to_string_lossy().starts_with("/memfd:wherry-ram"))
+        };
+        std::fs::File::open(fds.into_iter().find(is_ram)?).ok()
+    })
 }
 
 /// What a probe guest reports, once it does. It has found nothing wrong so far.
@@ -263,14 +276,25 @@ pub fn snapshot(ram: &std::fs::File) -> Option<Snapshot> {
 }
 
 /// Adds 1 to a word of a probe guest's control page. Not while a migration runs: the dirty log does not see it.
-fn command(ram: &std::fs::File, offset: usize) {
-    let add = |at: u64, bytes: &mut [u8]| {
-        ram.read_exact_at(bytes, at).unwrap();
-        bytes[0] = bytes[0].wrapping_add(1);
-        ram.write_all_at(bytes, at).unwrap();
+fn command(vm: &Vm, ram: &std::fs::File, offset: usize) {
+    // Through a map of the process: huge pages cannot be written by descriptor.
+    let inode = ram.metadata().unwrap().ino().to_string();
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", vm.pid())).unwrap();
+    let base = maps.lines().find_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let start = fields[0].split_once('-')?.0;
+        let whole = fields[1].starts_with("rw") && fields[2] == "00000000" && fields[4] == inode;
+        whole.then(|| u64::from_str_radix(start, 16).unwrap())
+    });
+    let base = base.unwrap();
+    let memory = std::fs::File::options().write(true).open(format!("/proc/{}/mem", vm.pid())).unwrap();
+    let add = |at: u64| {
+        let mut byte = [0];
+        ram.read_exact_at(&mut byte, at).unwrap();
+        memory.write_all_at(&[byte[0].wrapping_add(1)], base + at).unwrap();
     };
-    add(CONTROL_GPA + offset as u64, &mut [0; 4]);
-    add(CONTROL_GPA + std::mem::offset_of!(Control, sequence) as u64, &mut [0; 8]);
+    add(CONTROL_GPA + offset as u64);
+    add(CONTROL_GPA + std::mem::offset_of!(Control, sequence) as u64);
 }
 
 /// The heartbeat of its vCPU 0.
