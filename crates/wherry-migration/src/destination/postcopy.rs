@@ -140,7 +140,7 @@ pub(super) struct Following {
     faults: Arc<FaultService>,
     asker: Arc<Asker>,
     closer: Closer,
-    reader: Option<JoinHandle<()>>,
+    reader: Option<JoinHandle<Option<Cause>>>,
 }
 
 impl Following {
@@ -151,6 +151,12 @@ impl Following {
             Arc::new(Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&faults), asked: AtomicU64::new(0) });
         faults.start(asker.clone()).map_err(|e| Cause::Faults(e.to_string()))?;
         Ok(Self { faults, asker, closer, reader: Some(spawn_reader(reader, place)?) })
+    }
+
+    /// Why no more pages come on the urgent channel, if so. Told once.
+    fn ended(&mut self) -> Option<Cause> {
+        let reader = self.reader.take_if(|reader| reader.is_finished())?;
+        reader.join().unwrap_or_else(|_| Some(Cause::Panicked("wherry-follow".into())))
     }
 
     /// Ends the urgent channel and its thread. Faults are still read; who asks finds nobody.
@@ -179,14 +185,10 @@ impl Following {
     }
 }
 
-fn spawn_reader(reader: FrameReader, place: Arc<Place>) -> Result<JoinHandle<()>, Cause> {
+fn spawn_reader(reader: FrameReader, place: Arc<Place>) -> Result<JoinHandle<Option<Cause>>, Cause> {
     std::thread::Builder::new()
         .name("wherry-follow".into())
-        .spawn(move || {
-            if let Err(error) = read_answers(reader, &place) {
-                tracing::debug!(%error, "no more pages come on the urgent channel");
-            }
-        })
+        .spawn(move || read_answers(reader, &place).err())
         .map_err(|source| Cause::Os { doing: "starting the thread that reads the urgent channel", source })
 }
 
@@ -283,6 +285,10 @@ impl Destination<'_> {
             }
             self.look_elsewhere();
             match heard {
+                Some((about, Body::Resume(Empty {}))) if about != owner.owner().attempt().to_about() => {
+                    tracing::warn!("somebody wants to take up the link of another VM or attempt");
+                    self.let_go()?;
+                }
                 Some((_, Body::Resume(Empty {}))) => match self.take_up() {
                     Ok(()) => {
                         self.journey.update(|job| job.error = None);
@@ -384,13 +390,13 @@ impl Destination<'_> {
         let mut told = begun;
         loop {
             let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
-            let Some(following) = &receiving.following else { return Err(no_setup()) };
+            let Some(following) = &mut receiving.following else { return Err(no_setup()) };
             if following.faults.is_complete() {
                 break;
             }
             // What it claimed and did not get is missing again, and perhaps nobody else brings it.
-            if following.reader.as_ref().is_none_or(JoinHandle::is_finished) {
-                return Err(self.host.control()?.protocol("its urgent channel has ended"));
+            if let Some(cause) = following.ended() {
+                return Err(cause);
             }
             let control = self.host.control()?;
             let woken = control.wait(

@@ -50,7 +50,7 @@ pub(super) struct PageService {
     answered: Arc<AtomicU64>,
     meter: Meter,
     closer: Closer,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Option<Cause>>>,
 }
 
 impl PageService {
@@ -60,21 +60,17 @@ impl PageService {
         let (asked, count) = (round.clone(), answered.clone());
         let thread = std::thread::Builder::new()
             .name("wherry-urgent".into())
-            .spawn(move || {
-                if let Err(error) = serve(channel, &asked, &count) {
-                    // The control channel will say what became of the peer.
-                    tracing::debug!(%error, "no more requests are answered");
-                }
-            })
+            .spawn(move || serve(channel, &asked, &count).err())
             .map_err(|source| Cause::Os { doing: "starting the thread that answers requests", source })?;
         Ok(Self { round, answered, meter, closer, thread: Some(thread) })
     }
 }
 
 impl PageService {
-    /// Nobody answers any more: the channel is lost, or the destination asked for what there is not.
-    fn has_ended(&self) -> bool {
-        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    /// Why nobody answers any more, if so: the channel is lost, or the destination asked for what there is not. Told once.
+    fn ended(&mut self) -> Option<Cause> {
+        let thread = self.thread.take_if(|thread| thread.is_finished())?;
+        thread.join().unwrap_or_else(|_| Some(Cause::Panicked("wherry-urgent".into())))
     }
 }
 
@@ -319,8 +315,10 @@ impl Source {
                     Some(other) => return Err(control.protocol(format!("{} in postcopy", other.kind()))),
                 }
             }
-            if failed.is_none() && running.service.as_ref().is_none_or(PageService::has_ended) {
-                failed = Some((control.protocol("its urgent channel has ended"), Instant::now()));
+            if failed.is_none()
+                && let Some(cause) = running.service.as_mut().and_then(PageService::ended)
+            {
+                failed = Some((cause, Instant::now()));
             }
             if let Some((cause, at)) = failed.take() {
                 if at.elapsed() >= LAST_WORD {
