@@ -310,7 +310,7 @@ impl<'a> Liar<'a> {
         let data = Self::open(world, ChannelKind::Data, &attempt).unwrap();
         let urgent = Self::open(world, ChannelKind::Urgent, &attempt).unwrap();
         let mut this = Self { world, machine, about, control, data, urgent };
-        this.say(Body::Poise(Poise { narrow: false, round: 0, follow }));
+        this.say(Body::Poise(Poise { follow, ..Poise::default() }));
         assert_eq!(this.hear(), Body::Poised(Empty {}));
         this
     }

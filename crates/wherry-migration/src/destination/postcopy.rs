@@ -279,13 +279,14 @@ impl Destination<'_> {
         self.journey.update(|job| job.error = Some(format!("paused: {why}")));
         loop {
             let Some(owner) = &mut self.owner else { return Err(no_setup()) };
+            let ours = owner.owner().attempt().to_about();
             let heard = next_word(&self.listener, &self.journey, owner, &mut self.host, TICK * 4)?;
             if let Some(why) = self.journey.has_vm_ended() {
                 return Err(Cause::VmEnded(why));
             }
             self.look_elsewhere();
             match heard {
-                Some((about, Body::Resume(Empty {}))) if about != owner.owner().attempt().to_about() => {
+                Some((about, Body::Resume(Empty {}))) if about != ours => {
                     tracing::warn!("somebody wants to take up the link of another VM or attempt");
                     self.let_go()?;
                 }

@@ -48,9 +48,8 @@ fn touched_first<M: GuestMemoryBackend>(
     kernel_gs: Option<u64>,
 ) -> BTreeSet<u64> {
     let r = regs;
-    let general = [
-        r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15,
-    ];
+    let general =
+        [r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15];
     let tables = [sregs.gdt.base, sregs.idt.base, sregs.tr.base, sregs.fs.base, sregs.gs.base];
     let code = [r.rip, r.rip.wrapping_add(PAGE), r.rsp, r.rsp.wrapping_sub(PAGE)];
     let walk = Walk::new(sregs);
