@@ -40,9 +40,11 @@ pub fn demo(options: &Demo) -> Result<u8> {
     let directory = process::directory("demo")?;
     let outcome = runtime()?.block_on(async {
         tokio::select! {
-            outcome = play(options, directory.path()) => outcome.map(Some),
+            // It listens for signals before there is a process to be left behind.
+            biased;
             // Leaving ends all processes and removes the directory.
             _ = interrupted() => Ok(None),
+            outcome = play(options, directory.path()) => outcome.map(Some),
         }
     })?;
     let Some(outcome) = outcome else {
