@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use wherry_stream::message::{
-    About, Accept, Begin, Body, ChannelTotal, Empty, Hashes, Message, Offer, Poise, Ready, Reason, Refuse, Running,
-    StatePiece,
+    About, Accept, AskPages, Begin, Body, ChannelTotal, Complete, Empty, Follow, Hashes, Message, Offer, PageHashes,
+    Poise, Ready, Reason, Refuse, Running, StatePiece,
 };
 use wherry_stream::{
     Ack, Channel, ChannelKind, Connection, Extent, ExtentKind, FRAME_HEADER_BYTES, FileRange, FrameHeader, FrameKind,
@@ -64,6 +64,20 @@ fn bodies() -> Vec<(&'static str, Body)> {
         ("running", Body::Running(Running { start_us: 31, ..Running::default() })),
         ("not-run", Body::NotRun(words())),
         ("abort", Body::Abort(words())),
+        ("poised", Body::Poised(Empty {})),
+        ("pong", Body::Pong(Empty {})),
+        ("continue", Body::Continue(Empty {})),
+        ("ask-pages", Body::AskPages(AskPages { block: 1, chunk: 9 })),
+        ("page-hashes", Body::PageHashes(PageHashes { block: 1, chunk: 9, digests: vec![0xcd; 96] })),
+        ("query", Body::Query(Empty {})),
+        ("still-ready", Body::StillReady(Empty {})),
+        ("unknown", Body::Unknown(words())),
+        ("confirm", Body::Confirm(Empty {})),
+        ("aborted", Body::Aborted(Empty {})),
+        ("follow", Body::Follow(Follow { block: 3, runs: vec![0, 512, 1 << 33, 1, 7, 64] })),
+        ("complete", Body::Complete(Complete { faults: 900, p50_us: 16, p99_us: 512, ..Complete::default() })),
+        ("resume", Body::Resume(Empty {})),
+        ("resumed", Body::Resumed(Empty {})),
     ]
 }
 
@@ -156,6 +170,16 @@ fn main() -> Result<(), Failure> {
     corpus.write("pages", "good-three-extents", &data[table..table + 48])?;
     corpus.write("pages", "good-one-extent", &data[table..table + 16])?;
     corpus.write("pages", "odd-size", &data[table..table + 17])?;
+    let urgent = said(ChannelKind::Urgent, |channel| {
+        use std::os::fd::AsFd;
+        channel.writer.write_request(&extents)?;
+        channel.writer.write_request(&extents[..1])?;
+        channel.writer.write_keep_alive()?;
+        let content = FileRange { file: file.as_fd(), offset: 0, len: 2 * GRANULE };
+        channel.writer.write_pages_from_file(&extents[..1], &[content])?;
+        Ok(channel.writer.write_pages(&extents[1..2], &[])?)
+    })?;
+    corpus.write("channel", "good-urgent", &urgent)?;
     let control = said(ChannelKind::Control, |channel| {
         for (_, body) in bodies() {
             channel.writer.write_message(&message(body))?;

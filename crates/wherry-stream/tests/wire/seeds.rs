@@ -1,6 +1,7 @@
 //! The committed seeds of the fuzz targets that read the wire are still accepted, so that a fuzz run of a minute starts
 //! from what real encoders write. If this fails after a wanted change: `cargo run -p wherry-stream --example seeds`.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 
@@ -45,6 +46,18 @@ fn seeds_that_are_good_are_accepted() {
         assert_eq!(fits, 1, "{name}");
         assert!(bytes[2] == ExtentKind::Data as u8, "{name}");
     }
+}
+
+#[test]
+fn every_message_of_the_wire_has_a_seed() {
+    let document = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/wire.md")).unwrap();
+    let table = document.split_once("| message | number | from | fields |\n").unwrap().1;
+    let rows = table.lines().skip(1).take_while(|line| line.starts_with('|'));
+    let documented: BTreeSet<_> = rows.map(|row| row.split('|').nth(1).unwrap().trim().to_owned()).collect();
+    let seeds = good("control_message");
+    let seeded: BTreeSet<_> =
+        seeds.iter().map(|(_, bytes)| Message::from_bytes(bytes).unwrap().1.kind().to_owned()).collect();
+    assert_eq!(seeded, documented);
 }
 
 #[test]
