@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use wherry_memory::{BlockId, GRANULE};
 
@@ -20,12 +21,13 @@ impl FaultService {
     ///
     /// A page whose placement fails is [told of](Self::take_troubles) and tried again.
     pub fn received(&self, block: BlockId, pages: Range<u64>) -> Result<(), FaultError> {
+        let arrived = Instant::now();
         let faults = self.shared.block_with(block, &pages)?;
         let fill = faults.arrive();
         if fill.way() != Way::InPlace {
             return Err(FaultError::Way { block, want: Way::Copy, got: Way::InPlace });
         }
-        self.shared.publish(faults, pages, false, true);
+        self.shared.publish(faults, pages, false, true, arrived);
         Ok(())
     }
 
@@ -34,6 +36,7 @@ impl FaultService {
     ///
     /// On an error the pages before the one that it names are published, the others still belong to the caller.
     pub fn received_copy(&self, block: BlockId, pages: Range<u64>, staged: &[u8]) -> Result<(), FaultError> {
+        let arrived = Instant::now();
         let faults = self.shared.block_with(block, &pages)?;
         if staged.len() as u64 != (pages.end - pages.start) * GRANULE {
             return Err(FaultError::Staging { block, start: pages.start, end: pages.end, got: staged.len() });
@@ -43,22 +46,23 @@ impl FaultService {
             return Err(FaultError::Way { block, want: Way::InPlace, got: Way::Copy });
         }
         if faults.unit() != GRANULE {
-            return self.shared.stage(faults, pages, Some(staged));
+            return self.shared.stage(faults, pages, Some(staged), arrived);
         }
         let stopped = self.shared.copy(faults, &pages, staged);
         // What was copied is visible, and a guest may have written to it already: it must not be filled again.
         let end = stopped.as_ref().map_or(pages.end, |s| s.at / GRANULE);
-        self.shared.publish(faults, pages.start..end, false, false);
+        self.shared.publish(faults, pages.start..end, false, false, arrived);
         faults.states.set_placed(pages.start..end);
         place_error(block, pages.end, stopped)
     }
 
     /// Pages that the caller has claimed are zero. Those that are not in memory stay holes until they are touched.
     pub fn received_zero(&self, block: BlockId, pages: Range<u64>) -> Result<(), FaultError> {
+        let arrived = Instant::now();
         let faults = self.shared.block_with(block, &pages)?;
         let fill = faults.arrive();
         if fill.way() == Way::Copy && faults.unit() != GRANULE {
-            return self.shared.stage(faults, pages, None);
+            return self.shared.stage(faults, pages, None, arrived);
         }
         let mut stale = Vec::new();
         for run in faults.states.filling_runs(pages.clone()) {
@@ -72,11 +76,11 @@ impl FaultService {
             } else {
                 faults.zero(&run)?;
             }
-            self.shared.publish(faults, next..run.start, true, true);
-            self.shared.publish(faults, run.clone(), by_copy, true);
+            self.shared.publish(faults, next..run.start, true, true, arrived);
+            self.shared.publish(faults, run.clone(), by_copy, true, arrived);
             next = run.end;
         }
-        self.shared.publish(faults, next..pages.end, true, true);
+        self.shared.publish(faults, next..pages.end, true, true, arrived);
         Ok(())
     }
 
@@ -106,8 +110,9 @@ fn place_error(block: BlockId, end: u64, stopped: Option<Stopped>) -> Result<(),
 }
 
 impl Shared {
-    /// Publishes pages, and serves those who wait for them: `place` says whether their pages are still to be placed.
-    fn publish(&self, block: &BlockFaults, pages: Range<u64>, hole: bool, place: bool) {
+    /// Publishes pages, and serves those who wait for them: `place` says whether their pages are still to be placed,
+    /// `arrived` since when their bytes are there.
+    fn publish(&self, block: &BlockFaults, pages: Range<u64>, hole: bool, place: bool, arrived: Instant) {
         let mut waited = Vec::new();
         // The run of pages published here that the current page ends: only these may be placed with it.
         let (mut run_start, mut windows) = (pages.start, Vec::<Range<u64>>::new());
@@ -146,16 +151,14 @@ impl Shared {
             }
         }
         for unit in waited {
-            let key = (block.id(), unit.start);
-            self.finish(key, unit, self.waiters.take(key));
+            self.finish((block.id(), unit.start), unit, Some(arrived));
         }
     }
 
     /// Makes a received unit visible, and wakes all who wait for it.
     pub fn resolve(&self, block: &BlockFaults, unit: Range<u64>) {
         self.place_or_retry(block, unit.clone());
-        let key = (block.id(), unit.start);
-        self.finish(key, unit, self.waiters.take(key));
+        self.finish((block.id(), unit.start), unit, None);
     }
 
     /// Places; if that fails, says so and wakes those who wait here, so that they fault again.
@@ -238,7 +241,13 @@ impl Shared {
 
     /// Way copy, large pages: keeps granules until their unit is whole, then copies it, and only then publishes the
     /// last of them. `None`: they are zero.
-    fn stage(&self, block: &BlockFaults, pages: Range<u64>, bytes: Option<&[u8]>) -> Result<(), FaultError> {
+    fn stage(
+        &self,
+        block: &BlockFaults,
+        pages: Range<u64>,
+        bytes: Option<&[u8]>,
+        arrived: Instant,
+    ) -> Result<(), FaultError> {
         let mut staged = lock(&block.staged);
         let mut page = pages.start;
         while page < pages.end {
@@ -263,7 +272,7 @@ impl Shared {
                 }
                 placed = true;
             }
-            self.publish(block, part, bytes.is_none(), !placed);
+            self.publish(block, part, bytes.is_none(), !placed, arrived);
             if placed {
                 block.states.set_placed(unit);
             }

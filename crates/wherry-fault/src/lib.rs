@@ -31,6 +31,7 @@ mod source;
 mod states;
 mod statistics;
 mod sync;
+mod threads;
 mod uapi;
 mod uffd;
 mod waiters;
@@ -42,7 +43,7 @@ pub use place::Way;
 pub use service::{FaultService, Requester, Trouble, Wanted};
 pub use source::{Mapping, SourceId};
 pub use states::{PageState, PageStates, Published, Want};
-pub use statistics::{Histogram, SourceStatistics, Statistics};
+pub use statistics::{Histogram, Share, SourceStatistics, Statistics};
 pub use uffd::{Fault, Mode, Outcome, RangeCalls, Userfault};
 
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};

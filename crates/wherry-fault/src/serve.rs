@@ -3,15 +3,16 @@
 //! It never touches a guest map, so it can never wait for itself.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering::{self, Relaxed};
+use std::time::Instant;
 
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll;
 
 use crate::service::{Shared, Trouble, Wanted};
 use crate::source::Source;
-use crate::waiters::Waiter;
+use crate::statistics::{nanos, raise};
+use crate::waiters::{Key, Waiter};
 use crate::{Fault, SourceId, Want, lock, read};
 
 /// What the eventfd is called in the epoll set; no source has this number.
@@ -29,7 +30,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
     let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), -20);
     let mut events = Vec::with_capacity(16);
     let mut faults = Vec::with_capacity(64);
-    let mut wanted = Vec::new();
+    let (mut wanted, mut waits) = (Vec::new(), Vec::new());
     while !shared.stopping.load(Ordering::SeqCst) {
         match epoll::wait(&shared.epoll, spare_capacity(&mut events), None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -45,7 +46,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             }
             // It may have been removed since.
             if let Some(source) = shared.source(SourceId(event.data.u64() as u32)) {
-                serve(shared, &source, event.flags, &mut faults, &mut wanted);
+                serve(shared, &source, event.flags, &mut faults, &mut wanted, &mut waits);
             }
         }
         shared.serving.store(false, Ordering::Relaxed);
@@ -58,6 +59,7 @@ fn serve(
     flags: epoll::EventFlags,
     faults: &mut Vec<Fault>,
     wanted: &mut Vec<Wanted>,
+    waits: &mut Vec<Key>,
 ) {
     if flags.intersects(epoll::EventFlags::ERR | epoll::EventFlags::HUP) {
         return misbehaved(shared, source, "its descriptor reports an error: never set up, or made blocking".into());
@@ -70,10 +72,14 @@ fn serve(
         };
         let at = Instant::now();
         for fault in faults.iter() {
-            handle(shared, source, fault, at, wanted);
+            waits.extend(handle(shared, source, fault, at, wanted));
+        }
+        if !waits.is_empty() {
+            shared.waiters.handed(waits, Instant::now());
+            waits.clear();
         }
         if !wanted.is_empty() {
-            lock(&source.statistics).requests += wanted.len() as u64;
+            source.counters.requests.fetch_add(wanted.len() as u64, Relaxed);
             let requester = read(&shared.requester).clone();
             if let Some(requester) = requester {
                 requester.request(wanted);
@@ -88,28 +94,36 @@ fn serve(
     }
 }
 
-fn handle(shared: &Shared, source: &Source, fault: &Fault, at: Instant, wanted: &mut Vec<Wanted>) {
+/// Takes one fault; the unit whose bytes have to be waited for, if so.
+fn handle(shared: &Shared, source: &Source, fault: &Fault, at: Instant, wanted: &mut Vec<Wanted>) -> Option<Key> {
     let place = source.translate(fault.address);
-    {
-        let mut statistics = lock(&source.statistics);
-        statistics.faults += 1;
-        statistics.minor += u64::from(fault.minor);
-        statistics.missing += u64::from(!fault.minor);
-        statistics.writes += u64::from(fault.write);
-        statistics.bad_addresses += u64::from(place.is_none());
+    let counters = &source.counters;
+    counters.faults.fetch_add(1, Relaxed);
+    counters.minor.fetch_add(fault.minor.into(), Relaxed);
+    counters.writes.fetch_add(fault.write.into(), Relaxed);
+    counters.bad_addresses.fetch_add(place.is_none().into(), Relaxed);
+    let row = source.is_guest().then(|| counters.row(fault.thread));
+    if let Some(row) = &row {
+        row.faults.fetch_add(1, Relaxed);
     }
     let found = place.and_then(|(id, page)| Some((shared.block(id).ok()?, page)));
     let Some((block, page)) = found else {
-        return misbehaved(shared, source, format!("it faulted at {:#x}, which it has not mapped", fault.address));
+        misbehaved(shared, source, format!("it faulted at {:#x}, which it has not mapped", fault.address));
+        return None;
     };
     let unit = block.states.unit_of(page);
     let key = (block.id(), unit.start);
     // Noted before the flag is set: whoever clears the flag must find it.
-    if !shared.waiters.add(key, Waiter { source: source.id, since: at, minor: fault.minor }) {
-        return;
+    let waiter = Waiter { source: source.id, row, since: at, handed: None, minor: fault.minor };
+    if !shared.waiters.add(key, waiter) {
+        return None;
     }
-    if shared.want(block, page, source.id, wanted) != Want::Received {
-        return;
+    let want = shared.want(block, page, source.id, wanted);
+    if want != Want::Request && block.states.take_neighbour(page) {
+        shared.prefetch_hits.fetch_add(1, Relaxed);
+    }
+    if want != Want::Received {
+        return Some(key);
     }
     shared.resolve(block, unit);
     let repeats = {
@@ -123,6 +137,7 @@ fn handle(shared: &Shared, source: &Source, fault: &Fault, at: Instant, wanted: 
     if repeats > REPEATS && !source.is_guest() {
         misbehaved(shared, source, format!("it made no progress: {repeats} faults on page {page}, which is there"));
     }
+    None
 }
 
 /// Quarantines a foreign source; of our own it can only be told.
@@ -136,9 +151,10 @@ fn misbehaved(shared: &Shared, source: &Source, reason: String) {
 
 impl Shared {
     /// Wakes those who waited for a unit that is placed now, and takes their time. Waiters in our own guest maps were
-    /// woken by the call that placed it.
-    pub fn finish(&self, key: crate::waiters::Key, unit: std::ops::Range<u64>, waiters: Vec<Waiter>) {
-        for waiter in waiters {
+    /// woken by the call that placed it. `arrived`: since when the bytes are there; `None` if they always were for who has
+    /// not been told to wait.
+    pub fn finish(&self, key: Key, unit: std::ops::Range<u64>, arrived: Option<Instant>) {
+        for waiter in self.waiters.take(key) {
             let Some(source) = self.source(waiter.source) else { continue };
             if !source.is_guest()
                 && let Some(uffd) = &*read(&source.uffd)
@@ -150,14 +166,29 @@ impl Shared {
                         waiter.minor && matches!(uffd.continue_range(start, len, true), Ok(crate::Outcome::Done));
                     if !mapped {
                         let _ = uffd.wake(start, len);
-                        lock(&source.statistics).wakes += 1;
+                        source.counters.wakes.fetch_add(1, Relaxed);
                     }
                 }
             }
-            let latency: Duration = waiter.since.elapsed();
-            lock(&source.statistics).latency.add(latency);
-            let mut largest = lock(&self.largest_stall);
-            *largest = latency.max(*largest);
+            let (woken, counters) = (Instant::now(), &source.counters);
+            let latency = woken.saturating_duration_since(waiter.since);
+            raise(&self.largest_stall, nanos(latency));
+            if waiter.handed.is_none() && arrived.is_none() {
+                counters.local.add(latency);
+                continue;
+            }
+            // A page that comes by itself may come before it is asked for, or before the event is read: no part is negative,
+            // and the parts add up.
+            let arrived = arrived.unwrap_or(woken).clamp(waiter.since, woken);
+            let handed = waiter.handed.unwrap_or(arrived).min(arrived);
+            counters.queue.add(handed - waiter.since);
+            counters.wire.add(arrived - handed);
+            counters.placement.add(woken - arrived);
+            if let Some(row) = waiter.row {
+                row.latency.add(latency);
+            }
+            // Last: whoever sees it counted finds its parts.
+            counters.latency.add(latency);
         }
     }
 }

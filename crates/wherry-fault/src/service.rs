@@ -1,7 +1,7 @@
 //! The fault service: what the engine calls.
 //!
 //! Locks, in the order in which they are taken: `admin`, the gate of a block, its staged units, `sources`, a source's
-//! descriptor, waiters, statistics. None is held while a requester is called or another process is waited for.
+//! descriptor, waiters. None is held while a requester is called or another process is waited for.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -115,7 +115,10 @@ pub(crate) struct Shared {
     /// The fault thread has faults in hand; the background mapper stands back.
     pub serving: AtomicBool,
     troubles: Mutex<Vec<Trouble>>,
-    pub largest_stall: Mutex<Duration>,
+    /// In nanoseconds.
+    pub largest_stall: AtomicU64,
+    pub prefetched: AtomicU64,
+    pub prefetch_hits: AtomicU64,
     pub background_pages: AtomicU64,
     pub punched_pages: AtomicU64,
     pub replaced_pages: AtomicU64,
@@ -175,12 +178,8 @@ impl Shared {
 
     /// Closes a foreign source for what it did.
     pub fn quarantine(&self, source: &Source, reason: String) {
-        {
-            let mut statistics = lock(&source.statistics);
-            if statistics.quarantined.is_some() {
-                return;
-            }
-            statistics.quarantined = Some(reason.clone());
+        if source.counters.quarantined.set(reason.clone()).is_err() {
+            return;
         }
         self.close(source);
         self.trouble(Trouble::Quarantined { id: source.id, name: source.name.clone(), reason });
@@ -194,7 +193,7 @@ impl Shared {
             push(page);
         }
         if want != Want::Received {
-            block.states.unit_of(page).filter(|p| *p != page && block.states.prefetch(*p)).for_each(push);
+            block.states.unit_of(page).filter(|p| *p != page && block.states.ask(*p)).for_each(push);
         }
         want
     }
@@ -253,7 +252,9 @@ impl FaultService {
             stopping: AtomicBool::new(false),
             serving: AtomicBool::new(false),
             troubles: Mutex::default(),
-            largest_stall: Mutex::default(),
+            largest_stall: AtomicU64::new(0),
+            prefetched: AtomicU64::new(0),
+            prefetch_hits: AtomicU64::new(0),
             background_pages: AtomicU64::new(0),
             punched_pages: AtomicU64::new(0),
             replaced_pages: AtomicU64::new(0),
@@ -384,6 +385,18 @@ impl FaultService {
         wanted.len()
     }
 
+    /// Neighbours of a page that somebody touched, in case they are touched next: the runs of them, ascending, for which the
+    /// caller is to ask, because nobody has. None in blocks of large pages, where the rest of a unit is wanted with it.
+    pub fn prefetch(&self, block: BlockId, pages: Range<u64>) -> Vec<Range<u64>> {
+        let Ok(faults) = self.shared.block(block) else { return Vec::new() };
+        if faults.unit() != GRANULE {
+            return Vec::new();
+        }
+        let runs = faults.states.prefetch_range(pages);
+        self.shared.prefetched.fetch_add(runs.iter().map(|run| run.end - run.start).sum(), Ordering::Relaxed);
+        runs
+    }
+
     /// Keeps the way of a block as it is while the caller claims, fills and hands over pages. Waits while it changes.
     pub fn fill(&self, block: BlockId) -> Result<Fill<'_>, FaultError> {
         Ok(self.shared.block(block)?.fill())
@@ -459,12 +472,15 @@ impl FaultService {
         std::mem::take(&mut *lock(&self.shared.troubles))
     }
 
-    /// The figures so far.
+    /// The figures so far. They are taken while faults go on: one that is served just now may be in some of them only.
     pub fn statistics(&self) -> Statistics {
         let shared = &self.shared;
+        let sources: Vec<_> = read(&shared.sources).values().cloned().collect();
         Statistics {
-            sources: read(&shared.sources).values().map(|s| lock(&s.statistics).clone()).collect(),
-            largest_stall: *lock(&shared.largest_stall),
+            sources: sources.iter().map(|s| s.counters.statistics(s.id, &s.name)).collect(),
+            largest_stall: Duration::from_nanos(shared.largest_stall.load(Ordering::Relaxed)),
+            prefetched: shared.prefetched.load(Ordering::Relaxed),
+            prefetch_hits: shared.prefetch_hits.load(Ordering::Relaxed),
             background_pages: shared.background_pages.load(Ordering::Relaxed),
             punched_pages: shared.punched_pages.load(Ordering::Relaxed),
             replaced_pages: shared.replaced_pages.load(Ordering::Relaxed),

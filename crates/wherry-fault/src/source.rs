@@ -6,7 +6,7 @@ use std::sync::{Mutex, RwLock};
 
 use wherry_memory::{BlockId, GRANULE, Ram};
 
-use crate::statistics::SourceStatistics;
+use crate::statistics::Counters;
 use crate::{FaultError, Userfault};
 
 /// Number of a fault source, never used twice by one service.
@@ -46,20 +46,19 @@ pub(crate) struct Source {
     /// Taken away when the source is removed or quarantined; held for reading through each call on it, so that it is
     /// closed when the removal returns. No call blocks.
     pub uffd: RwLock<Option<Userfault>>,
-    pub statistics: Mutex<SourceStatistics>,
+    pub counters: Counters,
     /// The unit it faulted on last although it was received, and how often in a row.
     pub repeated: Mutex<((BlockId, u64), u32)>,
 }
 
 impl Source {
     pub fn new(id: SourceId, name: &str, uffd: Userfault, mappings: Vec<Mapping>) -> Self {
-        let statistics = SourceStatistics { id, name: name.into(), ..Default::default() };
         Self {
             id,
             name: name.into(),
             mappings,
             uffd: RwLock::new(Some(uffd)),
-            statistics: Mutex::new(statistics),
+            counters: Counters::default(),
             repeated: Mutex::new(((BlockId(0), 0), 0)),
         }
     }

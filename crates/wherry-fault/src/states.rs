@@ -36,6 +36,8 @@ const WAIT: u8 = 1 << 2;
 const HOLE: u8 = 1 << 3;
 /// Was made visible in the guest map.
 const PLACED: u8 = 1 << 4;
+/// Was asked for as a neighbour of a page that somebody touched, and has not been touched itself since.
+const NEIGHBOUR: u8 = 1 << 5;
 
 /// Somebody waits for the unit; the bits below count its received granules.
 const UNIT_WAIT: u16 = 1 << 15;
@@ -156,12 +158,28 @@ impl PageStates {
         }
         // Against `unclaim`, which gives the page up and then looks for the flag: one of the two sees the other.
         fence(Ordering::SeqCst);
-        if self.prefetch(page) { Want::Request } else { Want::Wait }
+        if self.ask(page) { Want::Request } else { Want::Wait }
     }
 
-    /// Asks for a page that nobody waits for; `true` if the caller is to ask.
-    pub fn prefetch(&self, page: u64) -> bool {
+    /// Asks for a page that nobody waits for, because it belongs to a unit that somebody waits for; `true` if the caller
+    /// is to ask.
+    pub(crate) fn ask(&self, page: u64) -> bool {
         self.update(page, |bits| (bits & STATE == MISSING).then_some(bits & !STATE | REQUESTED)).is_ok()
+    }
+
+    /// Asks for a page that nobody waits for, because it is the neighbour of one; `true` if the caller is to ask.
+    pub fn prefetch(&self, page: u64) -> bool {
+        self.update(page, |bits| (bits & STATE == MISSING).then_some(bits & !STATE | REQUESTED | NEIGHBOUR)).is_ok()
+    }
+
+    /// [`prefetch`](Self::prefetch) for each page of a range; the runs that the caller is to ask for, ascending.
+    pub(crate) fn prefetch_range(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        collect_runs(range.start..range.end.min(self.pages()), |page| self.prefetch(page))
+    }
+
+    /// Whether a page was asked for as a neighbour, and this is the first that asks: it was worth it.
+    pub fn take_neighbour(&self, page: u64) -> bool {
+        self.update(page, |bits| (bits & NEIGHBOUR != 0).then_some(bits & !NEIGHBOUR)).is_ok()
     }
 
     /// Takes a page for filling. `false`: it is received, or somebody else fills it; the bytes go to scratch.
@@ -186,7 +204,8 @@ impl PageStates {
     /// not be in memory. `None`: the page was not being filled.
     pub fn settle(&self, page: u64, hole: bool) -> Option<Published> {
         let hole = if hole { HOLE } else { 0 };
-        let before = self.update(page, |bits| (bits & STATE == FILLING).then_some(RECEIVED | hole)).ok()?;
+        let before =
+            self.update(page, |bits| (bits & STATE == FILLING).then_some(bits & NEIGHBOUR | RECEIVED | hole)).ok()?;
         let published = self.settled(page, before);
         self.received.fetch_add(1, Ordering::AcqRel);
         Some(published)
@@ -197,16 +216,16 @@ impl PageStates {
     pub fn unclaim(&self, page: u64) -> bool {
         let Some(unit) = self.unit_word(page) else {
             let before = self.update(page, |bits| {
-                let next = if bits & WAIT != 0 { REQUESTED } else { MISSING };
-                (bits & STATE == FILLING).then_some(bits & !STATE | next)
+                let next = if bits & WAIT != 0 { bits & !STATE | REQUESTED } else { bits & !(STATE | NEIGHBOUR) };
+                (bits & STATE == FILLING).then_some(next)
             });
             return before.is_ok_and(|bits| bits & WAIT != 0);
         };
-        if self.update(page, |bits| (bits & STATE == FILLING).then_some(bits & !STATE)).is_err() {
+        if self.update(page, |bits| (bits & STATE == FILLING).then_some(bits & !(STATE | NEIGHBOUR))).is_err() {
             return false;
         }
         fence(Ordering::SeqCst);
-        unit.load(Ordering::Acquire) & UNIT_WAIT != 0 && self.prefetch(page)
+        unit.load(Ordering::Acquire) & UNIT_WAIT != 0 && self.ask(page)
     }
 
     /// Marks pages that are whole before the switch. `hole`: they may be holes of the file, which read as zeros.
@@ -317,7 +336,7 @@ impl PageStates {
     pub fn rewind_requests(&self) -> Vec<u64> {
         for page in 0..self.pages() {
             if self.load(page) & STATE == REQUESTED {
-                let _ = self.update(page, |bits| (bits & STATE == REQUESTED).then_some(bits & !STATE));
+                let _ = self.update(page, |bits| (bits & STATE == REQUESTED).then_some(bits & !(STATE | NEIGHBOUR)));
             }
         }
         self.pick(|bits| bits & STATE == MISSING)

@@ -4,22 +4,26 @@
 //! clears the flag finds the waiter.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use wherry_memory::BlockId;
 
+use crate::statistics::Row;
 use crate::{SourceId, lock};
 
 /// Block, and first granule of the unit.
 pub(crate) type Key = (BlockId, u64);
 
 /// A source some thread of which waits for a unit.
-#[derive(Clone, Copy, Debug)]
 pub(crate) struct Waiter {
     pub source: SourceId,
+    /// Where its thread is counted, if the threads of the source are told apart.
+    pub row: Option<Arc<Row>>,
     /// When the first event of this wait was read.
     pub since: Instant,
+    /// When the request was handed over, or was found to have been. `None`: its page may be there already.
+    pub handed: Option<Instant>,
     /// The source says that the page was in the file: it registered minor faults.
     pub minor: bool,
 }
@@ -36,18 +40,32 @@ struct Inner {
 pub(crate) struct Waiters(Mutex<Inner>);
 
 impl Waiters {
-    /// Notes a waiter, once for each source and unit. `false`: its source has been closed.
+    /// Notes a waiter, once for each unit and source, or thread that is told apart. `false`: its source has been closed.
     pub fn add(&self, key: Key, waiter: Waiter) -> bool {
         let mut inner = lock(&self.0);
         if inner.closed.contains(&waiter.source) {
             return false;
         }
         let list = inner.waiting.entry(key).or_default();
-        match list.iter_mut().find(|w| w.source == waiter.source) {
+        let same = |w: &&mut Waiter| {
+            w.source == waiter.source && w.row.as_ref().map(Arc::as_ptr) == waiter.row.as_ref().map(Arc::as_ptr)
+        };
+        match list.iter_mut().find(same) {
             Some(known) => known.minor |= waiter.minor,
             None => list.push(waiter),
         }
         true
+    }
+
+    /// Takes the time of those who wait for one of these units, and for whom it was not taken yet.
+    pub fn handed(&self, keys: &[Key], at: Instant) {
+        let mut inner = lock(&self.0);
+        for key in keys {
+            // Who is not there any more has got the page meanwhile.
+            for waiter in inner.waiting.get_mut(key).into_iter().flatten() {
+                waiter.handed.get_or_insert(at);
+            }
+        }
     }
 
     /// Takes those who wait for a unit.

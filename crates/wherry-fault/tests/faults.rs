@@ -7,6 +7,7 @@ mod support;
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::mpsc::TryRecvError;
+use std::time::{Duration, Instant};
 
 use support::{BLOCK, Lab, PAGE, Touch, permitted, requests, until};
 use wherry_fault::{FaultError, FaultService, PageState, SourceId, Trouble, Want, Wanted};
@@ -22,11 +23,68 @@ fn a_touched_page_is_requested_once_and_appears_when_it_is_received() {
     assert!(first.waits() && second.waits());
     lab.receive(7..8, 42);
     assert_eq!((first.bytes(), second.bytes()), ((42, 42), (42, 42)));
-    lab.served(SourceId::GUEST, 1);
+    lab.served(SourceId::GUEST, 2);
     let guest = lab.figures(SourceId::GUEST);
     assert_eq!((guest.missing, guest.minor, guest.requests), (2, 0, 1));
-    until("the longest stall is known", || lab.service.statistics().largest_stall >= guest.latency.largest());
+    let each: Vec<_> = guest.threads.values().map(|share| (share.faults, share.latency.count())).collect();
+    assert_eq!(each, [(1, 1), (1, 1)], "each thread has its own fault and its own wait");
+    assert_eq!((guest.workers.faults, guest.others.faults), (0, 0));
+    assert_eq!(lab.service.statistics().largest_stall, guest.latency.largest());
     assert_eq!(lab.service.waiting(), 0);
+}
+
+#[test]
+fn the_parts_of_a_wait_add_up_and_a_page_that_was_there_is_counted_apart() {
+    let Some(lab) = Lab::new(64) else { return };
+    let touch = lab.touch(7);
+    lab.wanted();
+    let asked = Instant::now();
+    // Longer than anything else here is likely to take; the assertions hold however long it is.
+    while asked.elapsed() < Duration::from_millis(5) {
+        std::hint::spin_loop();
+    }
+    let wire = asked.elapsed();
+    lab.receive(7..8, 42);
+    touch.bytes();
+    lab.served(SourceId::GUEST, 1);
+    let guest = lab.figures(SourceId::GUEST);
+    assert_eq!([&guest.queue, &guest.wire, &guest.placement].map(|part| part.count()), [1, 1, 1]);
+    let parts = guest.queue.largest() + guest.wire.largest() + guest.placement.largest();
+    assert_eq!(parts, guest.latency.largest());
+    assert!(guest.wire.largest() >= wire, "{:?} of {wire:?} on the wire", guest.wire.largest());
+    assert_eq!(guest.local.count(), 0);
+
+    lab.receive(8..9, 43);
+    assert_eq!(lab.touch(8).bytes(), (43, 43));
+    until("the local fault is counted", || lab.figures(SourceId::GUEST).local.count() == 1);
+    let guest = lab.figures(SourceId::GUEST);
+    assert_eq!((guest.faults, guest.latency.count(), guest.wire.count()), (2, 1, 1));
+}
+
+#[test]
+fn a_neighbour_that_was_asked_for_and_is_touched_is_a_hit_once_whether_it_has_come_or_not() {
+    let Some(lab) = Lab::new(64) else { return };
+    let hits = || (lab.service.statistics().prefetched, lab.service.statistics().prefetch_hits);
+    let first = lab.touch(7);
+    lab.wanted();
+    assert_eq!(lab.service.prefetch(BLOCK, 6..12), [6..7, 8..12]);
+    let more: Vec<_> = lab.service.prefetch(BLOCK, 6..13).into_iter().flatten().collect();
+    assert_eq!(more, [12], "asked for twice");
+    assert_eq!(hits(), (6, 0));
+    let under_way = (lab.touch(9), lab.touch(9));
+    until("both faults are read", || lab.figures(SourceId::GUEST).faults == 3);
+    assert_eq!(hits(), (6, 1));
+    lab.receive(6..13, 1);
+    [first, under_way.0, under_way.1].iter().for_each(|touch| assert_eq!(touch.bytes(), (1, 1)));
+    assert_eq!(lab.service.prefetch(BLOCK, 30..32).len(), 1);
+    lab.receive(30..32, 2);
+    // Nobody waited for it, so it is there and not placed.
+    assert_eq!(lab.touch(30).bytes(), (2, 2));
+    let other = lab.touch(40);
+    assert_eq!(lab.wanted().page, 40);
+    lab.receive(40..41, 1);
+    other.bytes();
+    assert_eq!(hits(), (8, 2));
 }
 
 #[test]

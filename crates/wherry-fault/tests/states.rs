@@ -146,3 +146,23 @@ fn nothing_is_filled_twice_and_no_wake_is_lost_under_load() {
         }
     }
 }
+
+#[test]
+fn a_neighbour_is_remembered_until_it_is_touched_and_forgotten_when_it_has_to_be_asked_for_again() {
+    for unit in [1, 4] {
+        let states = PageStates::new(16, unit);
+        assert!(!states.take_neighbour(3));
+        assert!((3..8).all(|page| states.prefetch(page)));
+        assert!(states.claim(3));
+        assert!(states.take_neighbour(3) && !states.take_neighbour(3));
+        assert!(states.claim(4));
+        states.publish(4);
+        assert_eq!(states.state(4), PageState::Received);
+        assert!(states.take_neighbour(4) && !states.take_neighbour(4));
+        assert_eq!(states.state(4), PageState::Received, "asking changed the state");
+        assert!(states.claim(5) && !states.unclaim(5));
+        assert!(!states.take_neighbour(5), "unit of {unit}: its channel died, and nobody asks for it any more");
+        states.rewind_requests();
+        assert!(!states.take_neighbour(6), "unit of {unit}: the link was lost, and nobody asks for it any more");
+    }
+}

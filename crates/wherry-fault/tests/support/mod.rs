@@ -137,10 +137,11 @@ impl Lab {
         troubles.remove(0)
     }
 
-    /// Waits until as many waits of a source have ended: a woken thread goes on before its wait is counted.
+    /// Waits until as many waits of a source have ended, local ones too: a woken thread goes on before its wait is counted.
     pub fn served(&self, source: SourceId, count: u64) {
-        until("waits are counted", || self.figures(source).latency.count() >= count);
-        assert_eq!(self.figures(source).latency.count(), count);
+        let waits = |figures: SourceStatistics| figures.latency.count() + figures.local.count();
+        until("waits are counted", || waits(self.figures(source)) >= count);
+        assert_eq!(waits(self.figures(source)), count);
     }
 
     pub fn figures(&self, source: SourceId) -> SourceStatistics {
