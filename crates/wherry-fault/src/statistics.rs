@@ -279,10 +279,15 @@ impl Counters {
 
     pub fn statistics(&self, id: SourceId, name: &str) -> SourceStatistics {
         let (faults, minor) = (self.faults.load(Relaxed), self.minor.load(Relaxed));
-        let (rows, worker_count): (Vec<_>, _) = {
+        let (rows, worker_count): (Vec<(u32, Arc<Row>)>, _) = {
             let known = lock(&self.known);
             (known.ours.iter().map(|(thread, row)| (*thread, row.clone())).collect(), known.workers.len() as u64)
         };
+        let threads: BTreeMap<_, _> = rows.into_iter().map(|(thread, row)| (thread, row.share())).collect();
+        let (workers, others) = (self.workers.share(), self.others.share());
+        // Where threads are told apart they add up, however many fault while we look.
+        let told = threads.values().chain([&workers, &others]).map(|share| share.faults).sum();
+        let faults = if id == SourceId::GUEST { told } else { faults };
         SourceStatistics {
             id,
             name: name.into(),
@@ -298,10 +303,10 @@ impl Counters {
             wire: self.wire.histogram(),
             placement: self.placement.histogram(),
             local: self.local.histogram(),
-            threads: rows.into_iter().map(|(thread, row)| (thread, row.share())).collect(),
-            workers: self.workers.share(),
+            threads,
+            workers,
             worker_count,
-            others: self.others.share(),
+            others,
             quarantined: self.quarantined.get().cloned(),
         }
     }

@@ -13,7 +13,7 @@ use wherry_state::{Units, UnitsError};
 use wherry_stream::{Connection, Endpoint, IoRange, Listener, StreamError};
 
 use crate::error::Cause;
-use crate::machine::{Builder, Machine, MachineDescription, MachineError, Refusal, Wants};
+use crate::machine::{Builder, Machine, MachineDescription, MachineError, Refusal, VcpuThread, Wants};
 use crate::progress::Job;
 use crate::{DestinationOptions, Journey, JourneyError, SourceOptions};
 
@@ -127,6 +127,10 @@ impl Machine for Image {
     }
 
     fn hot_pages(&self) -> Vec<(BlockId, u64)> {
+        vec![]
+    }
+
+    fn vcpu_threads(&self) -> Vec<VcpuThread> {
         vec![]
     }
 

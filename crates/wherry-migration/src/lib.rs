@@ -16,6 +16,7 @@ mod dirty;
 pub mod epoch;
 mod error;
 mod features;
+mod figures;
 mod journey;
 mod link;
 pub mod machine;

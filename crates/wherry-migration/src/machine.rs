@@ -68,6 +68,15 @@ pub struct Refusal(pub Vec<String>);
 /// A problem inside the VMM while the engine used it.
 pub type MachineError = Box<dyn std::error::Error + Send + Sync>;
 
+/// The thread of a vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuThread {
+    /// Number of the vCPU.
+    pub index: u32,
+    /// Number of the thread, as the kernel has it (`gettid`).
+    pub thread: u32,
+}
+
 /// A machine, at either end. At the source it runs when the journey begins. At the destination it was built, with all
 /// slots, vCPUs and devices made and its set-up run once, but neither restored nor started.
 pub trait Machine: Send + Sync {
@@ -92,6 +101,9 @@ pub trait Machine: Send + Sync {
     /// Pages (block and granule) that the vCPUs will touch first when they run again, as far as can be told. Asked at rest,
     /// before a postcopy: they go before the switch.
     fn hot_pages(&self) -> Vec<(BlockId, u64)>;
+
+    /// The threads of its vCPUs that have begun, so that faults can be told by vCPU.
+    fn vcpu_threads(&self) -> Vec<VcpuThread>;
 
     /// Takes `percent` (0 to 99) of their time away from the vCPUs; 0 ends it.
     fn throttle(&self, percent: u8);

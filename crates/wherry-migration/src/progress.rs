@@ -72,19 +72,109 @@ pub struct Blackout {
     pub total_us: u64,
 }
 
-/// How it was while memory followed, as the destination measured it.
+/// Latencies of one kind, in microseconds; each is at most 1/16 above the true one, and no larger than the largest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Postcopy {
-    /// From the start of the guest at the destination until all of its memory was there.
-    pub duration_us: u64,
-    /// Page faults of the guest that were served.
+pub struct Latency {
+    /// Half of them took no longer.
+    pub p50_us: u64,
+    /// 99 of 100 took no longer.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
+}
+
+/// Page faults of one kind of threads, and how long their pages took, from the fault being read to its page being visible.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Faults {
+    /// Page faults that were read.
     pub faults: u64,
-    /// From reading a fault to its page being visible: half of them took no longer. A power of two.
+    /// Of those whose page had not come: half of them took no longer.
+    pub p50_us: u64,
+    /// 99 of 100 took no longer.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
+}
+
+/// Page faults of one vCPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuFaults {
+    /// Number of the vCPU.
+    pub index: u32,
+    /// Its faults.
+    #[serde(flatten)]
+    pub faults: Faults,
+}
+
+/// Page faults that workers of the kernel took for vCPUs, which did something else meanwhile or slept (asynchronous page
+/// faults of KVM).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerFaults {
+    /// How many workers were seen.
+    pub workers: u64,
+    /// Their faults.
+    #[serde(flatten)]
+    pub faults: Faults,
+}
+
+/// Page faults of another process that shares the memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceFaults {
+    /// Name of the sharer.
+    pub name: String,
+    /// Its faults.
+    #[serde(flatten)]
+    pub faults: Faults,
+    /// Why it is served no longer.
+    pub quarantined: Option<String>,
+}
+
+/// How it is while memory follows, and how it was. The destination measures; the source knows what it sends, and the rest
+/// when all is over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Postcopy {
+    /// Since the start of the guest at the destination, until all of its memory was there.
+    pub duration_us: u64,
+    /// Pages that are still to come; at the source, to be sent.
+    pub remaining_pages: u64,
+    /// Their bytes.
+    pub remaining_bytes: u64,
+    /// Page faults of the guest that were read.
+    pub faults: u64,
+    /// Of these, on pages that had come before, and only had to be made visible. Not in the latencies.
+    pub local: u64,
+    /// Requests: messages that ask for pages.
+    pub requests: u64,
+    /// Pages in them.
+    pub pages_asked: u64,
+    /// Pages that were sent in answer; at the destination, that came so. What the push was faster with comes twice.
+    pub pages_answered: u64,
+    /// Pages asked for because they lie beside one that was touched.
+    pub prefetched: u64,
+    /// Of these, how many were touched later, under way or there already. A page counts once.
+    pub prefetch_hits: u64,
+    /// From reading a fault to its page being visible: half of them took no longer. At most 1/16 above the true one.
     pub fault_p50_us: u64,
-    /// 99 of 100 took no longer. A power of two.
+    /// 99 of 100 took no longer.
     pub fault_p99_us: u64,
     /// The longest.
     pub fault_max_us: u64,
+    /// First part of that: from reading the fault to handing over the request.
+    pub queue: Latency,
+    /// Second part: until the bytes are there.
+    pub wire: Latency,
+    /// Third part: until the page is visible and who waits is woken.
+    pub placement: Latency,
+    /// Each vCPU.
+    pub vcpus: Vec<VcpuFaults>,
+    /// Workers of the kernel.
+    pub kernel_workers: WorkerFaults,
+    /// Other threads of the VMM: loading state, devices.
+    pub other_threads: Faults,
+    /// Other processes that share the memory.
+    pub sources: Vec<SourceFaults>,
+    /// The longest that a vCPU itself waited for a page.
+    pub largest_stall_us: u64,
 }
 
 /// A journey as it stands, and as it ended.
@@ -144,7 +234,7 @@ pub struct Job {
     pub rounds: Vec<Round>,
     /// Parts of the blackout, when it is over.
     pub blackout: Option<Blackout>,
-    /// How it was while memory followed, when all of it is there.
+    /// How it is while memory follows, from the switch on, and how it was.
     pub postcopy: Option<Postcopy>,
     /// Why it failed, was cancelled or is in doubt.
     pub error: Option<String>,

@@ -11,7 +11,7 @@ use support::proxy::Proxy;
 use support::{FakeMachine, Load, Wire, World, assert_same_memory, at, await_that, block, random_vm};
 use wherry_memory::{BlockSpec, GRANULE, PageSize};
 use wherry_migration::machine::Machine;
-use wherry_migration::progress::Phase;
+use wherry_migration::progress::{Phase, Postcopy};
 use wherry_migration::testpoint::Point;
 use wherry_migration::{Event, EventKind, JourneyError, Mode};
 
@@ -92,6 +92,95 @@ fn a_guest_that_works_on_while_its_memory_follows_finds_every_page_and_loses_no_
         assert!(sent.memory_postcopy_requests > 0, "seed {seed}: nothing was ever missed");
         let postcopy = sent.postcopy.unwrap();
         assert!(postcopy.faults > 0 && postcopy.fault_max_us > 0, "seed {seed}: {postcopy:?}");
+    }
+}
+
+#[test]
+fn figures_are_told_while_memory_follows_and_both_ends_report_the_same_at_the_end() {
+    if !permitted() {
+        return;
+    }
+    let mut world = World::new(Wire::Tcp);
+    let events = (world.source_journey.subscribe(), world.destination_journey.subscribe());
+    world.source_options.mode = Mode::Postcopy;
+    world.source_options.channels = Some(1);
+    let machine = guest(&[block(0, 0, 64 * MIB)]);
+    machine.fill(0, 0..12_000, 3);
+    let load = Load { rate: 500, pages: 12_000, zero_one_in: 0 };
+    machine.power_on(load);
+    // Nothing is pushed, and the guest asks for what it needs, until a few figures have been told.
+    let proxy = Proxy::new(world.listener.local_endpoint());
+    let (link, push) = (proxy.handle(), proxy.handle());
+    let built = world.builder.built.clone();
+    at(&world.destination_journey, Point::DestinationLoaded, move || {
+        built.lock().unwrap().as_ref().unwrap().set_load(load);
+        push.hold(2);
+    });
+    let live = |event: Event| (event.job.phase == Phase::Postcopy).then_some(event.job.postcopy).flatten();
+    let listener = std::thread::spawn(move || {
+        let mut there = vec![];
+        while there.len() < 5 {
+            let event = events.1.recv_timeout(Duration::from_secs(10)).expect("no figures were told in time");
+            there.extend(live(event));
+        }
+        link.hold(0);
+        there
+    });
+    let (sent, received) = world.journey(&machine, Some(proxy.endpoint()));
+    let there = listener.join().unwrap();
+    let (sent, received) = (sent.unwrap().postcopy.unwrap(), received.unwrap().1.postcopy.unwrap());
+
+    // Holes follow nothing.
+    assert!((1..=12_000).contains(&there[0].remaining_pages), "{:?}", there[0]);
+    for pair in there.windows(2) {
+        assert!(pair[0].remaining_pages >= pair[1].remaining_pages && pair[0].faults <= pair[1].faults, "{pair:?}");
+        assert!(pair[0].duration_us <= pair[1].duration_us, "{pair:?}");
+    }
+    let middle = &there[there.len() - 1];
+    assert!(middle.remaining_pages > 0 && middle.remaining_bytes == middle.remaining_pages * GRANULE, "{middle:?}");
+    assert!(middle.faults > 0 && middle.vcpus[0].faults.faults > 0 && middle.wire.max_us > 0, "{middle:?}");
+
+    let here: Vec<_> = events.0.try_iter().filter_map(live).collect();
+    assert!(here.iter().any(|p| p.remaining_pages > 0 && p.requests > 0 && p.pages_answered > 0), "{here:?}");
+    assert!(here.iter().all(|p| p.pages_asked >= p.pages_answered && p.pages_answered <= 12_000), "{here:?}");
+
+    let of_destination = |p: Postcopy| Postcopy { requests: 0, pages_asked: 0, pages_answered: 0, ..p };
+    assert_eq!(of_destination(sent.clone()), of_destination(received.clone()));
+    assert_eq!((sent.remaining_pages, sent.pages_answered > 0), (0, true), "{sent:?}");
+    assert!(received.prefetched > 0 && received.prefetch_hits <= received.prefetched, "{received:?}");
+    assert!(received.pages_asked > received.prefetched && received.requests > 0, "{received:?}");
+    let parts = received.queue.max_us.max(received.wire.max_us).max(received.placement.max_us);
+    assert!(parts <= received.fault_max_us && received.fault_p50_us <= received.fault_p99_us, "{received:?}");
+    assert!(received.pages_answered > 0 && received.sources.is_empty(), "{received:?}");
+}
+
+#[test]
+fn faults_are_told_by_vcpu_and_those_of_a_load_are_not_a_vcpus() {
+    if !permitted() {
+        return;
+    }
+    for load in [Load::NONE, Load { rate: 60_000, pages: 4000, zero_one_in: 0 }] {
+        let mut world = World::new(Wire::Unix);
+        world.source_options.mode = Mode::Postcopy;
+        world.source_options.bandwidth = Some(40 * MIB);
+        let machine = guest(&[block(0, 0, 16 * MIB)]);
+        machine.fill(0, 0..4000, 5);
+        machine.power_on(load);
+        // Above all that the guest writes to; the neighbours of its pages end below.
+        machine.fill(0, 4010..4011, 5);
+        world.builder.script.touch_on_restore(4010);
+        keep_working(&world, load);
+        let (sent, received) = world.journey(&machine, None);
+        sent.unwrap();
+        let figures = received.unwrap().1.postcopy.unwrap();
+        let works = load.rate > 0;
+        assert_eq!(figures.vcpus.len(), 1);
+        let vcpu = figures.vcpus[0].faults;
+        assert_eq!((vcpu.faults > 0, vcpu.max_us > 0), (works, works), "{figures:?}");
+        assert_eq!(figures.largest_stall_us, vcpu.max_us);
+        assert_eq!(figures.other_threads.faults, 1, "{figures:?}");
+        assert_eq!(figures.kernel_workers.faults.faults, 0, "{figures:?}");
+        assert_eq!(figures.faults, vcpu.faults + 1, "{figures:?}");
     }
 }
 
@@ -355,8 +444,11 @@ fn a_link_that_is_lost_with_the_last_word_does_not_leave_the_source_paused() {
         link.mend();
     });
     let (sent, received) = world.journey(&machine, Some(proxy.endpoint()));
-    assert_eq!(sent.unwrap().phase, Phase::Done);
-    assert_same_memory(&*machine, &*received.unwrap().0);
+    let (sent, (there, arrived)) = (sent.unwrap(), received.unwrap());
+    assert_eq!(sent.phase, Phase::Done);
+    assert_same_memory(&*machine, &*there);
+    let (sent, arrived) = (sent.postcopy.unwrap(), arrived.postcopy.unwrap());
+    assert_eq!((sent.duration_us, sent.vcpus), (arrived.duration_us, arrived.vcpus), "the figures were lost with it");
 }
 
 #[test]

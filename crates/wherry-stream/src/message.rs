@@ -231,10 +231,45 @@ pub struct Reason {
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Empty {}
 
-/// Every page that was to follow is there; and how it was to wait for them.
+/// Latencies, in microseconds.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Latency {
+    /// Half of them took no longer.
+    #[prost(uint64, tag = "1")]
+    pub p50_us: u64,
+    /// 99 of 100 took no longer.
+    #[prost(uint64, tag = "2")]
+    pub p99_us: u64,
+    /// The longest.
+    #[prost(uint64, tag = "3")]
+    pub max_us: u64,
+}
+
+/// Page faults of somebody.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Faults {
+    /// How many.
+    #[prost(uint64, tag = "1")]
+    pub faults: u64,
+    /// How long those took whose page had not come.
+    #[prost(message, optional, tag = "2")]
+    pub latency: Option<Latency>,
+    /// Which vCPU; or how many workers of the kernel.
+    #[prost(uint32, tag = "3")]
+    pub number: u32,
+    /// Which other process.
+    #[prost(string, tag = "4")]
+    pub name: String,
+    /// Why that is served no longer.
+    #[prost(string, optional, tag = "5")]
+    pub quarantined: Option<String>,
+}
+
+/// Every page that was to follow is there; and how it was to wait for them. Fields 5 and up are zero in what a destination
+/// says that did not see it to its end, or that does not know them.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Complete {
-    /// Page faults of the guest that were served.
+    /// Page faults of the guest that were read.
     #[prost(uint64, tag = "1")]
     pub faults: u64,
     /// From reading a fault to its page being visible, in microseconds: half of them took no longer.
@@ -246,6 +281,48 @@ pub struct Complete {
     /// The longest.
     #[prost(uint64, tag = "4")]
     pub max_us: u64,
+    /// From the start of the guest to this message.
+    #[prost(uint64, tag = "5")]
+    pub duration_us: u64,
+    /// Faults on pages that had come before.
+    #[prost(uint64, tag = "6")]
+    pub local: u64,
+    /// Requests.
+    #[prost(uint64, tag = "7")]
+    pub requests: u64,
+    /// Pages in them.
+    #[prost(uint64, tag = "8")]
+    pub pages_asked: u64,
+    /// Pages asked for as neighbours.
+    #[prost(uint64, tag = "9")]
+    pub prefetched: u64,
+    /// Of these, how many were touched.
+    #[prost(uint64, tag = "10")]
+    pub prefetch_hits: u64,
+    /// From reading a fault to handing over the request.
+    #[prost(message, optional, tag = "11")]
+    pub queue: Option<Latency>,
+    /// From there until the bytes are there.
+    #[prost(message, optional, tag = "12")]
+    pub wire: Option<Latency>,
+    /// From there until who waits is woken.
+    #[prost(message, optional, tag = "13")]
+    pub placement: Option<Latency>,
+    /// Each vCPU.
+    #[prost(message, repeated, tag = "14")]
+    pub vcpus: Vec<Faults>,
+    /// Workers of the kernel.
+    #[prost(message, optional, tag = "15")]
+    pub kernel_workers: Option<Faults>,
+    /// Other threads.
+    #[prost(message, optional, tag = "16")]
+    pub other_threads: Option<Faults>,
+    /// Other processes.
+    #[prost(message, repeated, tag = "17")]
+    pub sources: Vec<Faults>,
+    /// The longest that a vCPU itself waited.
+    #[prost(uint64, tag = "18")]
+    pub largest_stall_us: u64,
 }
 
 /// One message of the control channel.
@@ -338,8 +415,8 @@ pub enum Body {
     #[prost(message, tag = "25")]
     Follow(Follow),
     /// Destination: every page that was to follow is there.
-    #[prost(message, tag = "26")]
-    Complete(Complete),
+    #[prost(message, boxed, tag = "26")]
+    Complete(Box<Complete>),
     /// Source, on a new connection after a lost one: what do you lack? Answered with [`Follow`](Self::Follow) messages.
     #[prost(message, tag = "27")]
     Resume(Empty),
@@ -479,7 +556,7 @@ mod tests {
             Body::Confirm(Empty {}),
             Body::Aborted(Empty {}),
             Body::Follow(Follow::default()),
-            Body::Complete(Complete::default()),
+            Body::Complete(Box::default()),
             Body::Resume(Empty {}),
             Body::Resumed(Empty {}),
             Body::Ended(Reason::default()),

@@ -267,6 +267,19 @@ impl Show {
         bar.set_length((job.data_processed + job.data_remaining).max(1));
         bar.set_position(job.data_processed);
         bar.set_prefix(report::phase(job.phase));
+        if let Some(p) = job.postcopy.as_ref().filter(|_| job.phase == Phase::Postcopy) {
+            // The source hears of the faults only when all is over; it knows what they make the destination ask for.
+            let faults = match p.faults {
+                0 => String::new(),
+                n => format!("  {n} page faults, 99 % within {}", report::time(p.fault_p99_us)),
+            };
+            let left = report::bytes(p.remaining_bytes);
+            bar.set_message(format!(
+                "{left} left  {} requests, {} pages answered{faults}",
+                p.requests, p.pages_answered
+            ));
+            return;
+        }
         let throttle = match job.auto_converge_throttle {
             0 => String::new(),
             percent => format!("  vCPUs slowed by {percent} %"),

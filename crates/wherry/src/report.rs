@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use wherry_migration::progress::{Job, Phase};
+use wherry_migration::progress::{Faults, Job, Latency, Phase, Postcopy};
 use wherry_vmm::api::types::VmInfo;
 
 /// Bytes with a binary unit.
@@ -103,6 +103,54 @@ fn is_lost(job: &Job) -> bool {
     job.error.as_ref().is_some_and(|error| error.starts_with("the VM is lost"))
 }
 
+/// How it is, or was, while memory follows. At the source, while it goes on, only what is asked of it is known.
+fn postcopy(p: &Postcopy) -> String {
+    let mut text = format!("  postcopy {}", time(p.duration_us));
+    if p.remaining_pages > 0 {
+        let _ = write!(text, ", {} left", bytes(p.remaining_bytes));
+    }
+    let _ = writeln!(
+        text,
+        ": {} requests for {} pages, {} answered; {} of {} neighbours asked for were touched",
+        p.requests, p.pages_asked, p.pages_answered, p.prefetch_hits, p.prefetched
+    );
+    if p.faults == 0 && p.sources.is_empty() {
+        return text;
+    }
+    let row = |name: String, faults: String, p50: u64, p99: u64, max: u64| {
+        vec![format!("  {name}"), faults, time(p50), time(p99), time(max)]
+    };
+    let one = |name: String, f: &Faults| row(name, f.faults.to_string(), f.p50_us, f.p99_us, f.max_us);
+    let part = |name: &str, l: &Latency| row(format!("  {name}"), String::new(), l.p50_us, l.p99_us, l.max_us);
+    let mut rows = vec![
+        ["", "page faults", "half within", "99 % within", "longest"].map(String::from).to_vec(),
+        row("guest".into(), p.faults.to_string(), p.fault_p50_us, p.fault_p99_us, p.fault_max_us),
+        part("until asked for", &p.queue),
+        part("until it has come", &p.wire),
+        part("until it is seen", &p.placement),
+    ];
+    rows.extend(p.vcpus.iter().map(|vcpu| one(format!("vCPU {}", vcpu.index), &vcpu.faults)));
+    if p.kernel_workers.faults.faults > 0 {
+        let name = format!("{} kernel workers", p.kernel_workers.workers);
+        rows.push(one(name, &p.kernel_workers.faults));
+    }
+    if p.other_threads.faults > 0 {
+        rows.push(one("other threads".into(), &p.other_threads));
+    }
+    rows.extend(p.sources.iter().map(|source| one(source.name.clone(), &source.faults)));
+    text.push_str(&table(&rows));
+    if p.local > 0 {
+        let _ =
+            writeln!(text, "    {} of the guest's faults found their page there; they are in no time above", p.local);
+    }
+    for source in &p.sources {
+        if let Some(why) = &source.quarantined {
+            let _ = writeln!(text, "    {} is served no longer: {why}", source.name);
+        }
+    }
+    text
+}
+
 /// The end of a journey.
 pub fn journey(job: &Job) -> String {
     let mut text = String::new();
@@ -152,16 +200,8 @@ pub fn journey(job: &Job) -> String {
             b.total_us, b.stop_us, b.last_pages_us, b.state_us, b.network_us, b.load_us, b.start_us
         );
     }
-    if let Some(p) = &job.postcopy {
-        let _ = writeln!(
-            text,
-            "  postcopy {}: {} page faults served, half within {} us, 99 % within {} us, the longest {} us",
-            time(p.duration_us),
-            p.faults,
-            p.fault_p50_us,
-            p.fault_p99_us,
-            p.fault_max_us
-        );
+    if let Some(figures) = &job.postcopy {
+        text.push_str(&postcopy(figures));
     }
     if job.io_stall_us > 0 {
         let _ = writeln!(text, "  devices waited {} before the blackout", time(job.io_stall_us));
@@ -201,6 +241,9 @@ pub fn status(info: &VmInfo, job: &Job) -> String {
         if let Some(error) = &job.error {
             let _ = writeln!(text, "           {error}");
         }
+        if let Some(figures) = &job.postcopy {
+            text.push_str(&postcopy(figures));
+        }
     }
     text
 }
@@ -208,7 +251,7 @@ pub fn status(info: &VmInfo, job: &Job) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use wherry_migration::progress::{Blackout, Round};
+    use wherry_migration::progress::{Blackout, Round, SourceFaults, VcpuFaults, WorkerFaults};
 
     #[test]
     fn figures_have_the_unit_that_suits_them() {
@@ -218,6 +261,41 @@ mod tests {
         assert_eq!(bytes(u64::MAX), "16384 PiB");
         assert_eq!((time(999), time(1500), time(2_000_000)), ("999 us".into(), "1.50 ms".into(), "2.00 s".into()));
         assert_eq!((rate(1 << 20, 0), rate(1 << 20, 500_000)), ("-".into(), "2.00 MiB/s".into()));
+    }
+
+    #[test]
+    fn the_report_of_postcopy_names_each_who_faulted_and_leaves_out_who_did_not() {
+        let faults = |n| Faults { faults: n, p50_us: n + 1, p99_us: n + 2, max_us: n + 3 };
+        let mut figures = Postcopy {
+            duration_us: 312_000,
+            remaining_pages: 256,
+            remaining_bytes: 1 << 20,
+            faults: 900,
+            local: 77,
+            requests: 61,
+            vcpus: vec![VcpuFaults { index: 5, faults: faults(100) }],
+            sources: vec![SourceFaults {
+                name: "disk".into(),
+                faults: faults(300),
+                quarantined: Some("it lied".into()),
+            }],
+            ..Postcopy::default()
+        };
+        let job = |figures: &Postcopy| Job { postcopy: Some(figures.clone()), ..Job::default() };
+        let text = journey(&job(&figures));
+        for part in
+            ["312.00 ms, 1.00 MiB left: 61 requests", "vCPU 5", "103 us", "disk", "303 us", "it lied", "77 of the"]
+        {
+            assert!(text.contains(part), "no {part:?} in {text}");
+        }
+        assert!(!text.contains("kernel workers") && !text.contains("other threads"), "{text}");
+        figures.kernel_workers = WorkerFaults { workers: 3, faults: faults(7) };
+        figures.other_threads = faults(8);
+        let text = journey(&job(&figures));
+        assert!(text.contains("3 kernel workers") && text.contains("other threads"), "{text}");
+        // The source knows no more while it goes on.
+        let source = journey(&job(&Postcopy { requests: 61, remaining_pages: 1, ..Postcopy::default() }));
+        assert!(source.contains("61 requests") && !source.contains("longest"), "{source}");
     }
 
     #[test]

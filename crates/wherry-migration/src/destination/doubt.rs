@@ -5,7 +5,7 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use wherry_stream::message::{About, Body, Complete};
+use wherry_stream::message::{About, Body};
 use wherry_stream::{ChannelKind, HelloRefusal, Listener};
 
 use super::Destination;
@@ -91,7 +91,8 @@ fn attend(
     let heard = next_word(listener, journey, owner, host, limit)?;
     if let Some((about, Body::Resume(_))) = &heard {
         // The word that everything is here was lost with its link.
-        host.control()?.send_about(about.clone(), Body::Complete(Complete::default()))?;
+        let complete = host.complete.clone();
+        host.control()?.send_about(about.clone(), Body::Complete(complete.into()))?;
     }
     if let Some((about, body)) = heard
         && let (Some(word), Ok(attempt)) = (Word::of(&body), crate::ownership::Attempt::from_about(&about))

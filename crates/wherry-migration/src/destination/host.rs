@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use wherry_stream::message::{Body, Ready, Running};
+use wherry_stream::message::{Body, Complete, Ready, Running};
 
 use super::{Destination, no_setup, since};
 use crate::error::Cause;
@@ -31,6 +31,8 @@ pub(super) struct Host {
     pub(super) busy_us: u64,
     /// Locks and start took so long.
     pub(super) start_us: u64,
+    /// The last word of postcopy, should it be lost.
+    pub(super) complete: Complete,
     /// `Ready` has been said once, with its figures.
     said_ready: bool,
     told: Option<Instant>,

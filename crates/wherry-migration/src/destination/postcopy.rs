@@ -16,16 +16,17 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use wherry_fault::{FaultService, Requester, SourceId, Wanted};
-use wherry_memory::{BlockId, PageSet, Ram};
-use wherry_stream::message::{Body, Complete, Empty, Follow as FollowMessage, Reason};
+use wherry_fault::{FaultService, Requester, Wanted};
+use wherry_memory::{BlockId, GRANULE, PageSet, Ram};
+use wherry_stream::message::{Body, Empty, Follow as FollowMessage, Reason};
 use wherry_stream::{Channel, Closer, Extent, ExtentKind, Frame, FrameReader, FrameWriter, MAX_EXTENTS};
 
 use super::doubt::{next_word, take_connection};
 use super::place::Place;
 use super::receivers::{News, Receivers};
-use super::{Destination, no_setup, since};
+use super::{Destination, no_setup};
 use crate::error::Cause;
+use crate::figures::{of_faults, to_complete};
 use crate::journey::{EventKind, Recover, lock};
 use crate::link::TICK;
 use crate::machine::Machine;
@@ -77,7 +78,15 @@ impl Follow {
 struct Asker {
     writer: Mutex<FrameWriter>,
     faults: Weak<FaultService>,
-    asked: AtomicU64,
+    asked: Arc<Asked>,
+}
+
+/// What has been asked for, and what came in answer, over all links.
+#[derive(Default)]
+struct Asked {
+    requests: AtomicU64,
+    pages: AtomicU64,
+    answered: AtomicU64,
 }
 
 impl Asker {
@@ -87,9 +96,14 @@ impl Asker {
                 // The conductor finds the link gone; what was asked for is asked again when there is one.
                 tracing::debug!(%error, "a request was lost");
             }
-            self.asked.fetch_add(part.iter().map(|e| u64::from(e.count)).sum(), Ordering::Relaxed);
+            self.asked.requests.fetch_add(1, Ordering::Relaxed);
+            self.asked.pages.fetch_add(pages_of(part), Ordering::Relaxed);
         }
     }
+}
+
+fn pages_of(extents: &[Extent]) -> u64 {
+    extents.iter().map(|extent| u64::from(extent.count)).sum()
 }
 
 impl Requester for Asker {
@@ -113,22 +127,9 @@ impl Requester for Asker {
         let Some(faults) = self.faults.upgrade() else { return };
         let mut around = Vec::new();
         for wanted in pages {
-            let Some(states) = faults.states(wanted.block) else { continue };
-            // Of a huge page the service wants the rest by itself.
-            if states.unit_granules() > 1 {
-                continue;
-            }
-            let end = wanted.page.saturating_add(1 + NEIGHBOURS).min(states.pages());
-            let mut page = wanted.page + 1;
-            while page < end {
-                let start = page;
-                while page < end && states.prefetch(page) {
-                    page += 1;
-                }
-                if page > start {
-                    around.push(extent(wanted, start, (page - start) as u32));
-                }
-                page += 1;
+            let first = wanted.page.saturating_add(1);
+            for run in faults.prefetch(wanted.block, first..first.saturating_add(NEIGHBOURS)) {
+                around.push(extent(wanted, run.start, (run.end - run.start) as u32));
             }
         }
         self.ask(&around);
@@ -141,16 +142,20 @@ pub(super) struct Following {
     asker: Arc<Asker>,
     closer: Closer,
     reader: Option<JoinHandle<Option<Cause>>>,
+    /// Since when the guest runs.
+    since: Option<Instant>,
 }
 
 impl Following {
     fn start(faults: Arc<FaultService>, channel: Channel, place: Arc<Place>) -> Result<Self, Cause> {
         let closer = channel.closer();
         let (reader, writer) = channel.split();
-        let asker =
-            Arc::new(Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&faults), asked: AtomicU64::new(0) });
+        let asked = Arc::<Asked>::default();
+        let asker = Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&faults), asked: asked.clone() };
+        let asker = Arc::new(asker);
         faults.start(asker.clone()).map_err(|e| Cause::Faults(e.to_string()))?;
-        Ok(Self { faults, asker, closer, reader: Some(spawn_reader(reader, place)?) })
+        let reader = Some(spawn_reader(reader, place, asked)?);
+        Ok(Self { faults, asker, closer, reader, since: None })
     }
 
     /// Why no more pages come on the urgent channel, if so. Told once.
@@ -174,21 +179,18 @@ impl Following {
         self.disconnect();
         self.closer = channel.closer();
         let (reader, writer) = channel.split();
-        self.reader = Some(spawn_reader(reader, place)?);
-        self.asker = Arc::new(Asker {
-            writer: Mutex::new(writer),
-            faults: Arc::downgrade(&self.faults),
-            asked: AtomicU64::new(self.asker.asked.load(Ordering::Relaxed)),
-        });
+        let asked = self.asker.asked.clone();
+        self.reader = Some(spawn_reader(reader, place, asked.clone())?);
+        self.asker = Arc::new(Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&self.faults), asked });
         self.faults.recover(self.asker.clone());
         Ok(())
     }
 }
 
-fn spawn_reader(reader: FrameReader, place: Arc<Place>) -> Result<JoinHandle<Option<Cause>>, Cause> {
+fn spawn_reader(reader: FrameReader, place: Arc<Place>, asked: Arc<Asked>) -> Result<JoinHandle<Option<Cause>>, Cause> {
     std::thread::Builder::new()
         .name("wherry-follow".into())
-        .spawn(move || read_answers(reader, &place).err())
+        .spawn(move || read_answers(reader, &place, &asked.answered).err())
         .map_err(|source| Cause::Os { doing: "starting the thread that reads the urgent channel", source })
 }
 
@@ -199,14 +201,17 @@ impl Drop for Following {
     }
 }
 
-fn read_answers(mut reader: FrameReader, place: &Place) -> Result<(), Cause> {
+fn read_answers(mut reader: FrameReader, place: &Place, answered: &AtomicU64) -> Result<(), Cause> {
     // A guest waits for each of these pages, and those that are pushed have all the time.
     let _urgent = Urgent::new();
     reader.set_idle_limit(Duration::from_secs(24 * 3600));
     loop {
         let doing = "receiving pages that were asked for";
         match reader.read_frame().map_err(|source| Cause::Stream { doing, source })? {
-            Frame::Pages { extents, .. } => place.receive_from(&mut reader, &extents)?,
+            Frame::Pages { extents, .. } => {
+                place.receive_from(&mut reader, &extents)?;
+                answered.fetch_add(pages_of(&extents), Ordering::Relaxed);
+            }
             other => {
                 let what = format!("{:?} frame on the urgent channel", other.kind());
                 return Err(Cause::Protocol { peer: "source", what });
@@ -281,6 +286,9 @@ impl Destination<'_> {
             let Some(owner) = &mut self.owner else { return Err(no_setup()) };
             let ours = owner.owner().attempt().to_about();
             let heard = next_word(&self.listener, &self.journey, owner, &mut self.host, TICK * 4)?;
+            // The guest may run on, and wait.
+            let figures = self.figures();
+            self.put_figures(figures);
             if let Some(why) = self.journey.has_vm_ended() {
                 return Err(Cause::VmEnded(why));
             }
@@ -387,8 +395,9 @@ impl Destination<'_> {
     }
 
     fn await_all_pages(&mut self) -> Result<(), Cause> {
-        let begun = Instant::now();
-        let mut told = begun;
+        // The first figures come with the switch.
+        self.tell_figures();
+        let mut told = Instant::now();
         loop {
             let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
             let Some(following) = &mut receiving.following else { return Err(no_setup()) };
@@ -433,38 +442,22 @@ impl Destination<'_> {
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
-                self.count();
-                self.count_requests();
-                self.journey.tell(EventKind::Progress, |_| {});
+                self.tell_figures();
             }
         }
-        self.count_requests();
+        // While the sources are still there.
+        let figures = self.figures();
         let machine = self.host.machine.clone().ok_or_else(no_setup)?;
-        let statistics = machine.faults().map(|faults| faults.statistics()).unwrap_or_default();
         // Before the source is told: from here on it may be gone.
         if let Ok(faults) = machine.faults() {
             faults.unregister_guest_maps().map_err(|e| Cause::Faults(e.to_string()))?;
         }
-        let guest = statistics.source(SourceId::GUEST);
-        let at = |fraction| guest.and_then(|s| s.latency.quantile(fraction)).map_or(0, us);
-        let complete = Complete {
-            faults: guest.map_or(0, |s| s.faults),
-            p50_us: at(0.5),
-            p99_us: at(0.99),
-            max_us: guest.map_or(0, |s| us(s.latency.largest())),
-        };
-        self.journey.update(|job| {
-            job.postcopy = Some(Postcopy {
-                duration_us: since(begun),
-                faults: complete.faults,
-                fault_p50_us: complete.p50_us,
-                fault_p99_us: complete.p99_us,
-                fault_max_us: complete.max_us,
-            });
-        });
+        let complete = figures.as_ref().map(to_complete).unwrap_or_default();
+        self.host.complete = complete.clone();
+        self.put_figures(figures);
         reach(&self.journey, Point::PostcopyComplete);
         // If this is lost, the source asks again and is told by whoever stays.
-        if let Err(error) = self.host.control()?.send(Body::Complete(complete)) {
+        if let Err(error) = self.host.control()?.send(Body::Complete(complete.into())) {
             tracing::debug!(%error, "the last word was lost");
         }
         Ok(())
@@ -487,9 +480,44 @@ impl Destination<'_> {
         }
     }
 
-    fn count_requests(&self) {
-        let following = self.receiving.as_ref().and_then(|r| r.following.as_ref());
-        let asked = following.map_or(0, |f| f.asker.asked.load(Ordering::Relaxed));
-        self.journey.update(|job| job.memory_postcopy_requests = asked);
+    /// The figures of the faults, as they stand.
+    fn figures(&mut self) -> Option<Postcopy> {
+        let machine = self.host.machine.as_ref()?;
+        let following = self.receiving.as_mut()?.following.as_mut()?;
+        let since = *following.since.get_or_insert_with(Instant::now);
+        let asked = &following.asker.asked;
+        let remaining_pages: u64 = machine
+            .ram()
+            .blocks()
+            .iter()
+            .filter_map(|block| following.faults.states(block.spec().id))
+            .map(|states| states.pages() - states.received_count())
+            .sum();
+        Some(Postcopy {
+            duration_us: us(since.elapsed()),
+            remaining_pages,
+            remaining_bytes: remaining_pages * GRANULE,
+            requests: asked.requests.load(Ordering::Relaxed),
+            pages_asked: asked.pages.load(Ordering::Relaxed),
+            pages_answered: asked.answered.load(Ordering::Relaxed),
+            ..of_faults(&following.faults.statistics(), &machine.vcpu_threads())
+        })
+    }
+
+    fn put_figures(&self, figures: Option<Postcopy>) {
+        let Some(figures) = figures else { return };
+        self.journey.update(|job| {
+            job.memory_postcopy_requests = figures.pages_asked;
+            job.memory_remaining = figures.remaining_bytes;
+            job.data_remaining = figures.remaining_bytes;
+            job.postcopy = Some(figures);
+        });
+    }
+
+    fn tell_figures(&mut self) {
+        self.count();
+        let figures = self.figures();
+        self.put_figures(figures);
+        self.journey.tell(EventKind::Progress, |_| {});
     }
 }

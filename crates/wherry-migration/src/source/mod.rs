@@ -27,8 +27,8 @@ use wherry_memory::GRANULE;
 use wherry_stream::{Channel, Endpoint};
 
 use self::host::Host;
-use self::postcopy::PageService;
 pub(crate) use self::postcopy::take_follow;
+use self::postcopy::{PageService, Served};
 use self::round::Shared;
 use self::senders::Senders;
 pub(crate) use self::switchover::threads;
@@ -91,6 +91,8 @@ struct Running {
     follow: bool,
     /// Answers what the destination asks for, from the offer on.
     service: Option<PageService>,
+    /// What it was asked for, over all links.
+    served: Arc<Served>,
     /// When `pending` was last collected.
     collected: Instant,
     started: Instant,

@@ -12,13 +12,13 @@
 //!
 //! Nobody writes this memory any more, so a page may be sent twice: what comes second finds the first and is dropped.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use wherry_memory::{GRANULE, PageSet};
-use wherry_stream::message::{Body, Empty, Follow, Reason};
+use wherry_stream::message::{Body, Complete, Empty, Follow, Reason};
 use wherry_stream::{Channel, ChannelKind, Closer, Frame, Meter};
 
 use super::precopy::no_setup;
@@ -27,6 +27,7 @@ use super::senders::Senders;
 use super::{Running, Source};
 use crate::dirty::Dirty;
 use crate::error::Cause;
+use crate::figures::with_complete;
 use crate::journey::{EventKind, Recover};
 use crate::link::printable;
 use crate::ownership::{SourceInput, SourceState, Word};
@@ -44,25 +45,48 @@ const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// How long a destination whose data channel has ended may take to say that it has everything.
 const LAST_WORD: Duration = Duration::from_millis(300);
 
+/// What was asked for and answered, over all links.
+#[derive(Default)]
+pub(super) struct Served {
+    /// When the first page was pushed.
+    since: OnceLock<Instant>,
+    requests: AtomicU64,
+    asked: AtomicU64,
+    answered: AtomicU64,
+}
+
+impl Served {
+    /// What the source knows while memory follows.
+    fn figures(&self, remaining_pages: u64) -> Postcopy {
+        Postcopy {
+            duration_us: us(self.since.get_or_init(Instant::now).elapsed()),
+            remaining_pages,
+            remaining_bytes: remaining_pages * GRANULE,
+            requests: self.requests.load(Ordering::Relaxed),
+            pages_asked: self.asked.load(Ordering::Relaxed),
+            pages_answered: self.answered.load(Ordering::Relaxed),
+            ..Postcopy::default()
+        }
+    }
+}
+
 /// The thread that answers requests.
 pub(super) struct PageService {
     round: Arc<Round>,
-    answered: Arc<AtomicU64>,
     meter: Meter,
     closer: Closer,
     thread: Option<JoinHandle<Option<Cause>>>,
 }
 
 impl PageService {
-    fn start(channel: Channel, round: Arc<Round>) -> Result<Self, Cause> {
-        let answered = Arc::new(AtomicU64::new(0));
+    fn start(channel: Channel, round: Arc<Round>, served: Arc<Served>) -> Result<Self, Cause> {
         let (closer, meter) = (channel.closer(), channel.writer.meter());
-        let (asked, count) = (round.clone(), answered.clone());
+        let asked = round.clone();
         let thread = std::thread::Builder::new()
             .name("wherry-urgent".into())
-            .spawn(move || serve(channel, &asked, &count).err())
+            .spawn(move || serve(channel, &asked, &served).err())
             .map_err(|source| Cause::Os { doing: "starting the thread that answers requests", source })?;
-        Ok(Self { round, answered, meter, closer, thread: Some(thread) })
+        Ok(Self { round, meter, closer, thread: Some(thread) })
     }
 }
 
@@ -86,7 +110,7 @@ impl Drop for PageService {
 }
 
 /// Answers until the channel ends.
-fn serve(mut channel: Channel, round: &Round, answered: &AtomicU64) -> Result<(), Cause> {
+fn serve(mut channel: Channel, round: &Round, served: &Served) -> Result<(), Cause> {
     // A guest waits for each answer, and the push has all the time.
     let _urgent = Urgent::new();
     // Nothing is asked for as long as nothing is missed.
@@ -95,9 +119,11 @@ fn serve(mut channel: Channel, round: &Round, answered: &AtomicU64) -> Result<()
         let doing = "waiting for requests";
         match channel.reader.read_frame().map_err(|source| Cause::Stream { doing, source })? {
             Frame::Request(extents) => {
+                served.requests.fetch_add(1, Ordering::Relaxed);
+                served.asked.fetch_add(extents.iter().map(|e| u64::from(e.count)).sum(), Ordering::Relaxed);
                 for extent in &extents {
                     round.answer(&mut channel, extent)?;
-                    answered.fetch_add(extent.count.into(), Ordering::Relaxed);
+                    served.answered.fetch_add(extent.count.into(), Ordering::Relaxed);
                 }
                 if let Some(extent) = extents.first() {
                     round.steer(wherry_memory::BlockId(extent.block), extent.first);
@@ -139,7 +165,7 @@ impl Source {
         let running = self.running.as_mut().ok_or_else(no_setup)?;
         let channel = running.urgent.take().ok_or_else(no_setup)?;
         let round = Arc::new(Round::following(&running.shared, running.rounds, set, self.options.release));
-        running.service = Some(PageService::start(channel, round)?);
+        running.service = Some(PageService::start(channel, round, running.served.clone())?);
         Ok(())
     }
 
@@ -233,8 +259,9 @@ impl Source {
                         .map_err(|what| control.protocol(what))?;
                 }
                 Body::Running(_) => {}
-                Body::Complete(_) => {
+                Body::Complete(complete) => {
                     self.host.control = Some(control);
+                    self.report(&complete);
                     return Ok(false);
                 }
                 Body::Resumed(Empty {}) => break,
@@ -264,7 +291,7 @@ impl Source {
         running.rounds += 1;
         let round = Arc::new(Round::following(&running.shared, running.rounds, set, false));
         running.senders = Senders::new(data)?;
-        running.service = Some(PageService::start(urgent, round)?);
+        running.service = Some(PageService::start(urgent, round, running.served.clone())?);
         self.host.control = Some(control);
         Ok(true)
     }
@@ -272,17 +299,16 @@ impl Source {
     /// Sends all that follows, and returns when the destination has it.
     fn push(&mut self) -> Result<(), Cause> {
         let running = self.running.as_mut().ok_or_else(no_setup)?;
-        let (round, answered) = match &running.service {
-            Some(service) => (service.round.clone(), service.answered.clone()),
-            None => return Err(no_setup()),
-        };
+        let Some(service) = &running.service else { return Err(no_setup()) };
+        let (round, served) = (service.round.clone(), running.served.clone());
         let pages = round.set.pages();
         let channels = running.senders.len();
         running.senders.begin(&round, channels);
         round.release_rest()?;
-        let begun = Instant::now();
-        let base = self.journey.job();
         let wire = running.wire_bytes();
+        let figures = served.figures(pages);
+        self.journey.tell(EventKind::Progress, |job| job.postcopy = Some(figures));
+        let base = self.journey.job();
         let (mut told, mut alive, mut pushing) = (Instant::now(), Instant::now(), true);
         let mut failed = None;
         let complete = loop {
@@ -333,12 +359,13 @@ impl Source {
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
                 let sent = running.wire_bytes() - wire;
-                let remaining = pages.saturating_sub(round.done()) * GRANULE;
+                let figures = served.figures(pages.saturating_sub(round.done()));
                 self.journey.tell(EventKind::Progress, |job| {
                     job.data_processed = base.data_processed + sent;
-                    job.memory_remaining = remaining;
-                    job.data_remaining = remaining;
-                    job.memory_postcopy_requests = answered.load(Ordering::Relaxed);
+                    job.memory_remaining = figures.remaining_bytes;
+                    job.data_remaining = figures.remaining_bytes;
+                    job.memory_postcopy_requests = figures.pages_asked;
+                    job.postcopy = Some(figures);
                 });
             }
         };
@@ -350,16 +377,19 @@ impl Source {
             job.memory_normal = base.memory_normal + round.normal();
             job.memory_normal_bytes = base.memory_normal_bytes + round.normal() * GRANULE;
             job.memory_constant = base.memory_constant + round.zero();
-            job.memory_postcopy_requests = answered.load(Ordering::Relaxed);
-            job.postcopy = Some(Postcopy {
-                duration_us: us(begun.elapsed()),
-                faults: complete.faults,
-                fault_p50_us: complete.p50_us,
-                fault_p99_us: complete.p99_us,
-                fault_max_us: complete.max_us,
-            });
         });
+        self.report(&complete);
         Ok(())
+    }
+
+    /// Takes what the destination says of its faults.
+    fn report(&self, complete: &Complete) {
+        let Some(running) = &self.running else { return };
+        let own = running.served.figures(0);
+        self.journey.update(|job| {
+            job.memory_postcopy_requests = own.pages_asked;
+            job.postcopy = Some(with_complete(own, complete));
+        });
     }
 }
 

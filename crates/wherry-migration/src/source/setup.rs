@@ -128,6 +128,7 @@ impl Source {
             follow: self.options.mode == Mode::Postcopy,
             urgent,
             service: None,
+            served: Default::default(),
             collected,
             started: Instant::now(),
             rounds: 0,

@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use wherry_fault::FaultService;
 use wherry_memory::{Block, BlockId, BlockSpec, DirtyError, DirtySource, GRANULE, PageSet, PageSize, Ram, VmmWrites};
-use wherry_migration::machine::{BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, Wants};
+use wherry_migration::machine::{
+    BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, VcpuThread, Wants,
+};
 use wherry_migration::progress::Job;
 use wherry_migration::testpoint::Point;
 use wherry_migration::{DestinationOptions, Journey, JourneyError, Mode, SourceOptions, Timeouts};
@@ -350,6 +352,7 @@ pub struct FakeMachine {
     pub script: Arc<Script>,
     pub locked: AtomicBool,
     guest: Mutex<Option<JoinHandle<()>>>,
+    thread: u32,
 }
 
 pub fn block(id: u16, guest_base: u64, size: u64) -> BlockSpec {
@@ -386,7 +389,12 @@ impl FakeMachine {
         description.name = "fake".into();
         let sources: Vec<Arc<dyn DirtySource>> = vec![log.clone(), Arc::new(VmmWrites::new(ram.clone()))];
         let runner = cpu.clone();
-        let guest = std::thread::Builder::new().name("fake-guest".into()).spawn(move || runner.run()).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        let run = move || {
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get() as u32).unwrap();
+            runner.run();
+        };
+        let guest = std::thread::Builder::new().name("fake-guest".into()).spawn(run).unwrap();
         Arc::new(Self {
             description,
             faults,
@@ -398,6 +406,7 @@ impl FakeMachine {
             script,
             locked: AtomicBool::new(false),
             guest: Mutex::new(Some(guest)),
+            thread: told.recv().unwrap(),
         })
     }
 
@@ -500,6 +509,9 @@ impl Machine for FakeMachine {
         // Some that exist and some that do not: the engine must take both.
         let block = self.ram.blocks()[0].spec().id;
         vec![(block, 0), (block, 77), (block, u64::MAX), (BlockId(999), 3)]
+    }
+    fn vcpu_threads(&self) -> Vec<VcpuThread> {
+        vec![VcpuThread { index: 0, thread: self.thread }]
     }
     fn throttle(&self, percent: u8) {
         assert!(percent <= 99);

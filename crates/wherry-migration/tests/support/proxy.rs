@@ -16,6 +16,8 @@ pub struct Faults {
     /// Flip a bit of the byte at this position of the `n`th connection, counted towards the destination; 0: none.
     flip_at: AtomicU64,
     flip_connection: AtomicU64,
+    /// Nothing passes on this connection towards the destination; 0: none.
+    held: AtomicU64,
     quit: AtomicBool,
 }
 
@@ -106,6 +108,11 @@ impl Link {
         self.faults.stalled.store(true, Ordering::SeqCst);
     }
 
+    /// Nothing that the source sends passes on its `connection`th connection (1 is the control channel), until it is 0.
+    pub fn hold(&self, connection: u64) {
+        self.faults.held.store(connection, Ordering::SeqCst);
+    }
+
     /// Flips a bit at a position of what the source sends on its `connection`th connection (1 is the control channel).
     pub fn flip(&self, connection: u64, at: u64) {
         self.faults.flip_connection.store(connection, Ordering::SeqCst);
@@ -132,7 +139,8 @@ fn pump(mut from: TcpStream, mut to: TcpStream, faults: Arc<Faults>, connection:
                 Ok(0) | Err(_) => break,
                 Ok(n) => n,
             };
-            while faults.stalled.load(Ordering::SeqCst)
+            let held = || connection != 0 && faults.held.load(Ordering::SeqCst) == connection;
+            while (faults.stalled.load(Ordering::SeqCst) || held())
                 && !faults.cut.load(Ordering::SeqCst)
                 && !faults.quit.load(Ordering::SeqCst)
             {

@@ -3,7 +3,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Value, json};
-use wherry_migration::progress::{Blackout, Job, Phase, Postcopy, Round};
+use wherry_migration::progress::{Blackout, Job, Phase, Postcopy, Round, SourceFaults, VcpuFaults};
 
 use super::server::{MAX_BODY, Server, routes};
 use super::socket::ApiSocket;
@@ -92,7 +92,11 @@ fn every_type_is_described_field_by_field() {
     let job = Job {
         rounds: vec![Round::default()],
         blackout: Some(Blackout::default()),
-        postcopy: Some(Postcopy::default()),
+        postcopy: Some(Postcopy {
+            vcpus: vec![VcpuFaults::default()],
+            sources: vec![SourceFaults { quarantined: Some("q".into()), ..SourceFaults::default() }],
+            ..Postcopy::default()
+        }),
         error: Some("e".into()),
         ..Job::default()
     };

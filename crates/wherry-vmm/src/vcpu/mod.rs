@@ -127,6 +127,11 @@ impl Vcpu {
         self.index
     }
 
+    /// Its thread, once that runs.
+    pub(crate) fn thread(&self) -> Option<u32> {
+        self.control().thread.and_then(|thread| u32::try_from(thread).ok())
+    }
+
     /// Starts its thread, which waits until nothing holds the vCPU.
     pub(crate) fn spawn(self: &Arc<Self>, buses: Buses, notice: ExitNotice) -> Result<JoinHandle<()>, VmError> {
         let this = self.clone();

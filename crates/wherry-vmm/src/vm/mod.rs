@@ -27,7 +27,7 @@ use kvm_ioctls::VmFd;
 use prost::Message;
 use wherry_fault::FaultService;
 use wherry_memory::{BlockId, DirtySource, GRANULE, PageSize, Ram, VmmWrites};
-use wherry_migration::machine::{Machine, MachineDescription, MachineError};
+use wherry_migration::machine::{Machine, MachineDescription, MachineError, VcpuThread};
 use wherry_state::{StateUnit, Units};
 
 pub(crate) use assemble::needs_scaling;
@@ -357,6 +357,11 @@ impl Machine for Vm {
             Some((spec.id, (address - spec.guest_base) / GRANULE))
         };
         pages.into_iter().filter_map(of_block).collect()
+    }
+
+    fn vcpu_threads(&self) -> Vec<VcpuThread> {
+        let begun = self.vcpus.iter().filter_map(|vcpu| Some((vcpu.index(), vcpu.thread()?)));
+        begun.map(|(index, thread)| VcpuThread { index, thread }).collect()
     }
 
     fn throttle(&self, percent: u8) {
