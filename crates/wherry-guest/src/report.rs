@@ -41,6 +41,14 @@ pub const MAX_EXTENTS: usize = 8;
 pub const MAX_ERRORS: usize = 8;
 /// Buckets of the gap histogram: bucket `b` counts gaps of `2^b <= ns < 2^(b+1)`, bucket 0 also shorter ones.
 pub const GAP_BUCKETS: usize = 40;
+/// Touches of pages that take less are not in the histogram: the page was there.
+pub const TOUCH_FLOOR_NS: u64 = 1 << TOUCH_FLOOR_LOG;
+const TOUCH_FLOOR_LOG: u32 = 10;
+/// Steps of a power of two in the histogram of touches, as a power of two.
+const TOUCH_STEPS_LOG: u32 = 4;
+/// Buckets of the histogram of touches: 16 of the same width for each power of two from [`TOUCH_FLOOR_NS`] on, up to a
+/// second; the last one counts longer ones too.
+pub const TOUCH_BUCKETS: usize = 20 << TOUCH_STEPS_LOG;
 /// Bytes of failure text kept.
 pub const MESSAGE_BYTES: usize = 256;
 
@@ -404,6 +412,13 @@ pub struct CpuPage {
     pub fault: Fault,
     /// The first verification errors.
     pub errors: [VerifyError; MAX_ERRORS],
+
+    /// First touches of a page in a step of work: table entry or data page.
+    pub touch_count: AtomicU64,
+    /// The longest, in ns.
+    pub touch_max_ns: AtomicU64,
+    /// Those of at least [`TOUCH_FLOOR_NS`]; see [`touch_bucket`].
+    pub touches: [AtomicU64; TOUCH_BUCKETS],
 }
 
 const _: () = {
@@ -422,6 +437,8 @@ const _: () = {
     assert!(offset_of!(CpuPage, gaps) == 232);
     assert!(offset_of!(CpuPage, fault) == 552);
     assert!(offset_of!(CpuPage, errors) == 600);
+    assert!(offset_of!(CpuPage, touch_count) == 1048);
+    assert!(offset_of!(CpuPage, touches) == 1064);
     assert!(size_of::<CpuPage>() <= PAGE_SIZE as usize);
 };
 
@@ -433,6 +450,21 @@ pub const fn cpu_page_gpa(cpu: usize) -> u64 {
 /// Guest physical address of the heartbeat counter of vCPU `cpu`: an aligned 64-bit word.
 pub const fn heartbeat_gpa(cpu: usize) -> u64 {
     cpu_page_gpa(cpu) + offset_of!(CpuPage, heartbeat) as u64
+}
+
+/// Bucket of a touch of `ns` nanoseconds, at least [`TOUCH_FLOOR_NS`].
+pub const fn touch_bucket(ns: u64) -> usize {
+    let ns = if ns < TOUCH_FLOOR_NS { TOUCH_FLOOR_NS } else { ns };
+    let octave = ns.ilog2();
+    let step = (ns >> (octave - TOUCH_STEPS_LOG)) as usize & ((1 << TOUCH_STEPS_LOG) - 1);
+    let bucket = (((octave - TOUCH_FLOOR_LOG) as usize) << TOUCH_STEPS_LOG) + step;
+    if bucket < TOUCH_BUCKETS { bucket } else { TOUCH_BUCKETS - 1 }
+}
+
+/// The shortest touch, in ns, that is in a bucket.
+pub const fn touch_bucket_start(bucket: usize) -> u64 {
+    let step = bucket as u64 & ((1 << TOUCH_STEPS_LOG) - 1);
+    ((1 << TOUCH_STEPS_LOG) + step) << (bucket as u32 >> TOUCH_STEPS_LOG) << (TOUCH_FLOOR_LOG - TOUCH_STEPS_LOG)
 }
 
 /// Bucket of a gap of `ns` nanoseconds.

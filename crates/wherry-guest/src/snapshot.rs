@@ -7,7 +7,7 @@ use core::mem::offset_of;
 
 use crate::report::{
     CpuPage, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS, MAX_EXTENTS, MESSAGE_BYTES,
-    MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, VERSION, VerifyError,
+    MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, VERSION, VerifyError, touch_bucket_start,
 };
 
 /// Why there is no snapshot.
@@ -134,10 +134,61 @@ pub struct CpuSnapshot {
     pub register_checks: u64,
     pub register_errors: u64,
     pub gaps: Gaps,
+    /// Touches of pages.
+    pub touches: Touches,
     /// The first exception, if there was one.
     pub exception: Option<Exception>,
     /// The first verification errors, at most [`MAX_ERRORS`].
     pub mismatches: Vec<Mismatch>,
+}
+
+/// How long the first touches of pages took.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Touches {
+    /// Touches timed.
+    pub count: u64,
+    /// The longest, in ns.
+    pub max_ns: u64,
+    /// Those of at least [`TOUCH_FLOOR_NS`](crate::report::TOUCH_FLOOR_NS), by [`touch_bucket`](crate::report::touch_bucket).
+    pub buckets: Vec<u64>,
+}
+
+impl Touches {
+    /// How many took at least `floor_ns`, as far as the buckets tell: those whose shortest touch does.
+    pub fn slow(&self, floor_ns: u64) -> u64 {
+        self.from(floor_ns).map(|(_, n)| n).fold(0, u64::wrapping_add)
+    }
+
+    /// An upper bound, in ns, of the time that `per_mille` of those that took at least `floor_ns` do not exceed: the end of
+    /// a bucket, or the longest. 0 if there are none.
+    pub fn quantile_ns(&self, per_mille: u32, floor_ns: u64) -> u64 {
+        let total: u128 = self.from(floor_ns).map(|(_, n)| u128::from(n)).sum();
+        let wanted = (total * u128::from(per_mille)).div_ceil(1000).max(1);
+        let mut seen = 0u128;
+        for (bucket, n) in self.from(floor_ns) {
+            seen += u128::from(n);
+            if seen >= wanted {
+                return if bucket + 1 < TOUCH_BUCKETS {
+                    touch_bucket_start(bucket + 1).min(self.max_ns)
+                } else {
+                    self.max_ns
+                };
+            }
+        }
+        0
+    }
+
+    /// Adds another vCPU's.
+    pub fn merge(&mut self, other: &Touches) {
+        self.count = self.count.wrapping_add(other.count);
+        self.max_ns = self.max_ns.max(other.max_ns);
+        self.buckets.resize(self.buckets.len().max(other.buckets.len()), 0);
+        self.buckets.iter_mut().zip(&other.buckets).for_each(|(to, from)| *to = to.wrapping_add(*from));
+    }
+
+    fn from(&self, floor_ns: u64) -> impl Iterator<Item = (usize, u64)> {
+        self.buckets.iter().copied().enumerate().filter(move |(bucket, _)| touch_bucket_start(*bucket) >= floor_ns)
+    }
 }
 
 /// All report pages.
@@ -253,6 +304,13 @@ impl Snapshot {
         self.cpus.iter().map(|cpu| cpu.gaps.max_ns).max().unwrap_or(0)
     }
 
+    /// Touches of pages by all vCPUs.
+    pub fn touches(&self) -> Touches {
+        let mut all = Touches::default();
+        self.cpus.iter().for_each(|cpu| all.merge(&cpu.touches));
+        all
+    }
+
     /// Guest physical address of data page `index`. `None` beyond the data set.
     pub fn page_gpa(&self, index: u64) -> Option<u64> {
         let mut left = index;
@@ -314,6 +372,11 @@ impl CpuSnapshot {
                 max_ns: page.u64(offset_of!(CpuPage, gap_max_ns)),
                 sum_ns: page.u64(offset_of!(CpuPage, gap_sum_ns)),
                 buckets,
+            },
+            touches: Touches {
+                count: page.u64(offset_of!(CpuPage, touch_count)),
+                max_ns: page.u64(offset_of!(CpuPage, touch_max_ns)),
+                buckets: (0..TOUCH_BUCKETS).map(|i| page.u64(offset_of!(CpuPage, touches) + 8 * i)).collect(),
             },
             exception: exception(page),
             mismatches: (0..kept)

@@ -9,7 +9,8 @@ use wherry_guest_kernel::fault::{self, control, cpu_page, header, set_phase};
 use wherry_guest_kernel::params::{Idle, InjectedFault, Pattern, Write};
 use wherry_guest_kernel::ram::Region;
 use wherry_guest_kernel::report::{
-    CpuPage, FailureKind, MAX_ERRORS, MismatchKind, PAGE_SIZE, Phase, RATE_MAX, gap_bucket,
+    CpuPage, FailureKind, MAX_ERRORS, MismatchKind, PAGE_SIZE, Phase, RATE_MAX, TOUCH_FLOOR_NS, gap_bucket,
+    touch_bucket,
 };
 use wherry_guest_kernel::{gate, interrupt, port, serial, time};
 
@@ -29,6 +30,8 @@ pub struct Worker {
     /// Nanoseconds per TSC tick, times 2^32.
     ns_mult: u64,
     last_tsc: u64,
+    /// TSC ticks of [`TOUCH_FLOOR_NS`].
+    touch_floor: u64,
     /// First page of the slice, and how many.
     start: u64,
     pages: u64,
@@ -96,6 +99,7 @@ impl Worker {
             out,
             ns_mult: ((1_000_000_000u128 << 32) / u128::from(setup.tsc_hz)) as u64,
             last_tsc: time::tsc(),
+            touch_floor: (u128::from(setup.tsc_hz) * u128::from(TOUCH_FLOOR_NS) / 1_000_000_000) as u64,
             start,
             pages: end - start,
             random: (setup.params.seed ^ (cpu as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1,
@@ -231,13 +235,44 @@ impl Worker {
         now
     }
 
+    /// Touches the table entry and the page `i`, of which neither may be there yet, and times each. What takes less than a
+    /// microsecond is only counted: that is all that the work is slowed down by.
+    #[inline(always)]
+    fn touch(&self, i: u64) {
+        let begin = time::tsc();
+        // SAFETY: inside the table, see `entry`.
+        unsafe { self.entry_pointer(i).cast::<u64>().read_volatile() };
+        let middle = time::tsc();
+        // SAFETY: inside the data set, see `page`.
+        unsafe { core::ptr::from_mut(self.page(i)).cast::<u64>().read_volatile() };
+        let end = time::tsc();
+        add(&self.out.touch_count, 2);
+        // A TSC that went backwards is told of by the heartbeat.
+        for ticks in [middle.saturating_sub(begin), end.saturating_sub(middle)] {
+            if ticks >= self.touch_floor {
+                self.slow_touch(ticks);
+            }
+        }
+    }
+
+    #[cold]
+    fn slow_touch(&self, ticks: u64) {
+        let ns = ((u128::from(ticks) * u128::from(self.ns_mult)) >> 32) as u64;
+        add(&self.out.touches[touch_bucket(ns)], 1);
+        if ns > self.out.touch_max_ns.load(Relaxed) {
+            self.out.touch_max_ns.store(ns, Relaxed);
+        }
+    }
+
     fn reset_gaps(&mut self) {
         let out = self.out;
         out.gap_count.store(0, Relaxed);
         out.gap_max_ns.store(0, Relaxed);
         out.gap_max_tsc.store(0, Relaxed);
         out.gap_sum_ns.store(0, Relaxed);
-        for bucket in &out.gaps {
+        out.touch_count.store(0, Relaxed);
+        out.touch_max_ns.store(0, Relaxed);
+        for bucket in out.gaps.iter().chain(&out.touches) {
             bucket.store(0, Relaxed);
         }
         out.reset_seen.store(control().reset_gaps.load(Acquire), Release);
@@ -347,6 +382,7 @@ impl Worker {
                 self.sequence
             }
         };
+        self.touch(i);
         let old = self.entry(i);
         if self.setup.params.precheck {
             add(&self.out.pages_prechecked, 1);
@@ -381,6 +417,7 @@ impl Worker {
     /// Verifies the page under the cursor and moves on.
     fn verify(&mut self) {
         let i = self.cursor;
+        self.touch(i);
         let entry = self.entry(i);
         let wrong = data::page_checksum(self.page(i)) != entry.checksum
             || self.copy(i).is_some_and(|copy| *copy != *self.page(i));

@@ -220,11 +220,18 @@ fn the_load_follows_the_control_words_and_the_histogram_can_be_emptied() {
     machine.wait("dirtied pages", |s| s.pages_dirtied() > 1000);
     machine.control(offset_of!(Control, verify_permille), &500u32.to_le_bytes());
     machine.wait("verified pages", |s| s.pages_verified() > 1000);
-    let before = machine.snapshot().unwrap().cpus[0].gaps;
+    // At rest, so that what is emptied stays empty.
+    machine.control(offset_of!(Control, rate), &0u64.to_le_bytes());
+    machine.control(offset_of!(Control, verify_permille), &0u32.to_le_bytes());
+    let stopped = machine.snapshot().unwrap();
+    let (before, running_touches) = (stopped.cpus[0].gaps, stopped.touches().count);
+    assert!(running_touches > 4000, "two for each page: {running_touches}");
     assert!(before.buckets.iter().sum::<u64>() > 0 && before.max_ns > 0);
     machine.write(CONTROL_GPA + offset_of!(Control, reset_gaps) as u64, &7u32.to_le_bytes());
     let after = machine.wait("an emptied histogram", |s| s.cpus[0].reset_seen == 7);
     assert!(after.cpus[0].gaps.count < before.count);
+    let touches = after.touches();
+    assert_eq!((touches.count, touches.max_ns, touches.slow(0)), (0, 0, 0));
 }
 
 #[test]

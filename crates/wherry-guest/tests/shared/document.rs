@@ -74,7 +74,8 @@ fn the_tables_list_every_field_with_offset_and_size() {
         fields!(CpuPage: heartbeat, heartbeat_tsc, heartbeat_pad, phase, apic_id, slice_start, slice_pages,
             pages_filled, pages_dirtied, pages_verified, pages_prechecked, verify_passes, verify_errors,
             generation_sum, tsc_backwards, tsc_backwards_max, control_seen, reset_seen, errors_kept,
-            timer_interrupts, register_checks, register_errors, gap_count, gap_max_ns, gap_max_tsc, gap_sum_ns, gaps, fault, errors),
+            timer_interrupts, register_checks, register_errors, gap_count, gap_max_ns, gap_max_tsc, gap_sum_ns, gaps, fault, errors,
+            touch_count, touch_max_ns, touches),
         size_of::<CpuPage>(),
     );
     check("### Exception", 2, fields!(Fault: vector, taken, error_code, rip, cr2, rsp, cs), size_of::<Fault>());

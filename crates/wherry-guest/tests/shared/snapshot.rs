@@ -5,9 +5,10 @@ use std::mem::offset_of;
 use proptest::prelude::*;
 use wherry_guest::report::{
     CpuPage, FailureKind, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS, MAX_EXTENTS, MESSAGE_BYTES, PAGE_SIZE,
-    Phase, PortEvent, REPORT_SIZE, VERSION, gap_bucket, heartbeat_gpa,
+    Phase, PortEvent, REPORT_SIZE, TOUCH_BUCKETS, TOUCH_FLOOR_NS, VERSION, gap_bucket, heartbeat_gpa, touch_bucket,
+    touch_bucket_start,
 };
-use wherry_guest::snapshot::{Gaps, Snapshot, SnapshotError};
+use wherry_guest::snapshot::{Gaps, Snapshot, SnapshotError, Touches};
 
 fn pages() -> Vec<u8> {
     let mut bytes = vec![0; REPORT_SIZE as usize];
@@ -114,6 +115,37 @@ fn gaps_fall_into_the_bucket_of_their_power_of_two() {
 }
 
 #[test]
+fn touches_fall_into_sixteen_buckets_for_each_power_of_two() {
+    let mut end = TOUCH_FLOOR_NS;
+    for bucket in 0..TOUCH_BUCKETS - 1 {
+        let start = touch_bucket_start(bucket);
+        assert_eq!(start, end, "bucket {bucket} leaves a gap or overlaps");
+        end = touch_bucket_start(bucket + 1);
+        assert!((end - start) * 16 <= start, "bucket {bucket} is too wide");
+        assert_eq!([start, end - 1, end].map(touch_bucket), [bucket, bucket, bucket + 1]);
+    }
+    assert!((1 << 29..1 << 30).contains(&end), "the last bucket begins at {end} ns");
+    assert_eq!([0, 1, u64::MAX].map(touch_bucket), [0, 0, TOUCH_BUCKETS - 1]);
+}
+
+#[test]
+fn quantiles_of_touches_are_of_those_that_are_slow_enough() {
+    let mut touches = Touches { count: 5000, max_ns: 90_000, buckets: vec![0; TOUCH_BUCKETS] };
+    assert_eq!((touches.slow(0), touches.quantile_ns(500, 0)), (0, 0));
+    touches.buckets[touch_bucket(2000)] = 900;
+    touches.buckets[touch_bucket(30_000)] = 98;
+    touches.buckets[touch_bucket(89_000)] = 2;
+    assert_eq!((touches.slow(0), touches.slow(8192)), (1000, 100));
+    assert!((2001..=2048).contains(&touches.quantile_ns(500, 0)));
+    assert!((30_001..=32_768).contains(&touches.quantile_ns(980, 8192)));
+    assert_eq!(touches.quantile_ns(981, 8192), 90_000, "the longest bounds its bucket");
+    let mut both = Touches::default();
+    both.merge(&touches);
+    both.merge(&touches);
+    assert_eq!((both.count, both.slow(8192), both.max_ns), (10_000, 200, 90_000));
+}
+
+#[test]
 fn the_heartbeat_of_each_vcpu_has_a_cache_line_of_its_own() {
     assert_eq!(heartbeat_gpa(0), 0x10_2000);
     assert!((0..MAX_CPUS).all(|i| heartbeat_gpa(i).is_multiple_of(64)));
@@ -138,7 +170,7 @@ proptest! {
         if let Ok(snapshot) = Snapshot::decode(&bytes) {
             let _ = (snapshot.phase(), snapshot.verify_errors(), snapshot.page_gpa(u64::MAX), snapshot.page_gpa(7));
             for cpu in &snapshot.cpus {
-                let _ = cpu.gaps.quantile_ns(990);
+                let _ = (cpu.gaps.quantile_ns(990), cpu.touches.quantile_ns(990, 8192), cpu.touches.slow(0));
             }
         }
     }
