@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
 use wherry_guest::report;
-use wherry_guest::snapshot::Snapshot;
+use wherry_guest::snapshot::{Snapshot, Touches};
 use wherry_memory::Ram;
 use wherry_migration::machine::{Machine, MachineDescription};
 use wherry_vmm::builder::{LocalConfig, VmBuilder};
@@ -80,6 +80,11 @@ impl Probe {
     /// Whole passes of verification, on the vCPU that has the fewest.
     pub fn verify_passes(&self) -> u64 {
         self.0.cpus.iter().map(|cpu| cpu.verify_passes).min().unwrap_or(0)
+    }
+
+    /// Touches of pages by all vCPUs.
+    pub fn touches(&self) -> Touches {
+        self.0.touches()
     }
 
     /// The largest time that a vCPU did not run, as the guest saw it.
