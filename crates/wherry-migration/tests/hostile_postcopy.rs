@@ -15,7 +15,7 @@ use wherry_migration::progress::Phase;
 use wherry_migration::{Event, EventKind, Journey, JourneyError, Mode};
 use wherry_state::{SavedState, StateFile, UnitId};
 use wherry_stream::message::{
-    About, Accept, Begin, Body, ChannelTotal, Complete, Empty, Follow, Message, Offer, Poise, Ready, Running,
+    About, Accept, Begin, Body, ChannelTotal, Empty, Follow, Message, Offer, Poise, Ready, Running,
 };
 use wherry_stream::{
     Channel, ChannelKind, Extent, ExtentKind, Frame, Greeting, Hello, HelloError, HelloRefusal, IoRange, Listener,
@@ -161,7 +161,7 @@ impl<'a> Impostor<'a> {
                 }
             }
         }
-        self.say(Body::Complete(Complete::default()));
+        self.say(Body::Complete(Box::default()));
         loop {
             match Self::read(&mut self.control).1 {
                 Body::Ping(_) => self.say(Body::Pong(Empty {})),

@@ -75,9 +75,13 @@ fn bodies() -> Vec<(&'static str, Body)> {
         ("confirm", Body::Confirm(Empty {})),
         ("aborted", Body::Aborted(Empty {})),
         ("follow", Body::Follow(Follow { block: 3, runs: vec![0, 512, 1 << 33, 1, 7, 64] })),
-        ("complete", Body::Complete(Complete { faults: 900, p50_us: 16, p99_us: 512, ..Complete::default() })),
+        (
+            "complete",
+            Body::Complete(Box::new(Complete { faults: 900, p50_us: 16, p99_us: 512, ..Complete::default() })),
+        ),
         ("resume", Body::Resume(Empty {})),
         ("resumed", Body::Resumed(Empty {})),
+        ("ended", Body::Ended(words())),
     ]
 }
 

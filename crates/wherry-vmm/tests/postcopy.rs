@@ -88,4 +88,6 @@ impl Builder for Keeping {
         *self.built.lock().unwrap() = Some(vm.clone());
         Ok(vm)
     }
+
+    fn runs(&self, _: &Arc<dyn Machine>) {}
 }
