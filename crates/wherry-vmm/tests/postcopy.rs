@@ -47,8 +47,13 @@ fn the_faults_of_a_machine_are_told_by_vcpu_and_its_guest_feels_them() {
             let (_, job) = wherry_migration::destination::receive(&listener, &builder, options, &journey).unwrap();
             (built.lock().unwrap().take().unwrap(), job)
         });
-        let options =
-            SourceOptions { mode: Mode::Postcopy, records: records.path().join("here"), ..SourceOptions::default() };
+        let options = SourceOptions {
+            mode: Mode::Postcopy,
+            // Or all of it may be there before the guest has had a processor.
+            bandwidth: Some(64 << 20),
+            records: records.path().join("here"),
+            ..SourceOptions::default()
+        };
         let sent = wherry_migration::source::send(vm.clone(), &endpoint, options, &Journey::new()).unwrap();
         let (there, arrived) = receiver.join().unwrap();
         (there, arrived, sent)
