@@ -27,7 +27,9 @@ use wherry_memory::GRANULE;
 use wherry_stream::{Channel, Endpoint};
 
 use self::host::Host;
-pub(crate) use self::postcopy::take_follow;
+// Public for its fuzz target only.
+#[doc(hidden)]
+pub use self::postcopy::take_follow;
 use self::postcopy::{PageService, Served};
 use self::round::Shared;
 use self::senders::Senders;

@@ -401,7 +401,7 @@ impl Running {
 }
 
 /// Takes a message about what follows into the set of its block, from where the last one about it ended.
-pub(crate) fn take_follow(set: &mut PageSet, from: &mut u64, runs: &[u64]) -> Result<(), String> {
+pub fn take_follow(set: &mut PageSet, from: &mut u64, runs: &[u64]) -> Result<(), String> {
     let (pairs, rest) = runs.as_chunks::<2>();
     if !rest.is_empty() {
         return Err("an odd number of runs".into());
