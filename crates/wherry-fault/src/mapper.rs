@@ -53,6 +53,8 @@ pub(crate) fn run(shared: &Arc<Shared>) {
             match shared.map_background(STEP) {
                 Ok(mapped) if mapped.wrapped => break,
                 Ok(_) => {}
+                // Everything had come, and the guest maps were unregistered meanwhile.
+                Err(FaultError::NotRegistered) => return,
                 // Only the time is lost that faults take instead.
                 Err(error) => return shared.trouble(Trouble::Guest(format!("the background mapper ends: {error}"))),
             }

@@ -395,6 +395,7 @@ impl Destination<'_> {
     }
 
     fn await_all_pages(&mut self) -> Result<(), Cause> {
+        self.start_mapper();
         // The first figures come with the switch.
         self.tell_figures();
         let mut told = Instant::now();
@@ -502,6 +503,16 @@ impl Destination<'_> {
             pages_answered: asked.answered.load(Ordering::Relaxed),
             ..of_faults(&following.faults.statistics(), &machine.vcpu_threads())
         })
+    }
+
+    /// What comes by itself is mapped before it is touched. Without the mapper it is when it is touched.
+    fn start_mapper(&mut self) {
+        let Some(following) = self.receiving.as_mut().and_then(|r| r.following.as_mut()) else { return };
+        if following.since.is_none()
+            && let Err(error) = following.faults.start_mapper()
+        {
+            tracing::warn!(%error, "pages that come by themselves are mapped only when they are touched");
+        }
     }
 
     fn put_figures(&self, figures: Option<Postcopy>) {
