@@ -62,6 +62,16 @@ fn a_vm_runs_on_while_its_memory_follows() {
         assert_eq!((&job["phase"], &job["mode"]), (&"done".into(), &mode.into()));
         assert_eq!(job["rounds"].as_array().is_some_and(|r| r.is_empty()), mode == "postcopy", "{job:#}");
         assert_eq!(job["memory_remaining"], 0);
+        if mode == "postcopy" {
+            // What the destination has measured, both ends know.
+            let there = &place.status(&to).unwrap()["job"]["postcopy"];
+            assert_eq!(job["postcopy"]["vcpus"].as_array().map(Vec::len), Some(2), "{job:#}");
+            assert_eq!(job["postcopy"]["vcpus"], there["vcpus"]);
+            assert!(there["faults"].as_u64().is_some_and(|n| n > 0), "{there:#}");
+            let text = place.control(&to, &["status"]);
+            let text = String::from_utf8_lossy(&text.stdout).into_owned();
+            assert!(text.contains("vCPU 1") && text.contains("until asked for"), "{text}");
+        }
         assert_eq!(here.end().code(), Some(0), "{}", here.log());
         assert_alive(&place, &to);
         here = there;
