@@ -156,23 +156,25 @@ pub struct Touches {
 impl Touches {
     /// How many took at least `floor_ns`, as far as the buckets tell: those whose shortest touch does.
     pub fn slow(&self, floor_ns: u64) -> u64 {
-        self.from(floor_ns).map(|(_, n)| n).fold(0, u64::wrapping_add)
+        let slow = self.buckets.iter().enumerate().filter(|(bucket, _)| touch_bucket_start(*bucket) >= floor_ns);
+        slow.map(|(_, n)| *n).fold(0, u64::wrapping_add)
     }
 
-    /// An upper bound, in ns, of the time that `per_mille` of those that took at least `floor_ns` do not exceed: the end of
-    /// a bucket, or the longest. 0 if there are none.
-    pub fn quantile_ns(&self, per_mille: u32, floor_ns: u64) -> u64 {
-        let total: u128 = self.from(floor_ns).map(|(_, n)| u128::from(n)).sum();
-        let wanted = (total * u128::from(per_mille)).div_ceil(1000).max(1);
+    /// An upper bound, in ns, of the time that `per_mille` of the `n` longest touches do not exceed: the end of a bucket, or
+    /// the longest. 0 if there are none.
+    ///
+    /// For whoever knows how many touches had to wait: what else takes long, such as a page that only has to be mapped,
+    /// cannot be told from them by its time.
+    pub fn quantile_of_longest_ns(&self, per_mille: u32, n: u64) -> u64 {
+        let n = u128::from(n).min(self.buckets.iter().map(|&n| u128::from(n)).sum());
+        // So many are longer than the one that is asked for.
+        let longer = n - (n * u128::from(per_mille)).div_ceil(1000).clamp(n.min(1), n);
         let mut seen = 0u128;
-        for (bucket, n) in self.from(floor_ns) {
-            seen += u128::from(n);
-            if seen >= wanted {
-                return if bucket + 1 < TOUCH_BUCKETS {
-                    touch_bucket_start(bucket + 1).min(self.max_ns)
-                } else {
-                    self.max_ns
-                };
+        for (bucket, &count) in self.buckets.iter().enumerate().rev() {
+            seen += u128::from(count);
+            if count > 0 && seen > longer {
+                let end = if bucket + 1 < TOUCH_BUCKETS { touch_bucket_start(bucket + 1) } else { u64::MAX };
+                return end.min(self.max_ns);
             }
         }
         0
@@ -184,10 +186,6 @@ impl Touches {
         self.max_ns = self.max_ns.max(other.max_ns);
         self.buckets.resize(self.buckets.len().max(other.buckets.len()), 0);
         self.buckets.iter_mut().zip(&other.buckets).for_each(|(to, from)| *to = to.wrapping_add(*from));
-    }
-
-    fn from(&self, floor_ns: u64) -> impl Iterator<Item = (usize, u64)> {
-        self.buckets.iter().copied().enumerate().filter(move |(bucket, _)| touch_bucket_start(*bucket) >= floor_ns)
     }
 }
 

@@ -15,8 +15,8 @@ use wherry_vmm::builder::{LocalConfig, VmBuilder};
 use wherry_vmm::config::SerialTarget;
 use wherry_vmm::vm::{DeviceConfig, Vm};
 
-/// A touch of a page that is there takes less, also where it only has to be mapped.
-const REMOTE_NS: u64 = 8192;
+/// A touch of a page that is there and mapped takes less.
+const FELT_NS: u64 = 8192;
 
 #[test]
 fn the_faults_of_a_machine_are_told_by_vcpu_and_its_guest_feels_them() {
@@ -78,7 +78,7 @@ fn the_faults_of_a_machine_are_told_by_vcpu_and_its_guest_feels_them() {
     probe.assert_healthy();
     let after = probe.touches();
     assert!(after.count > before.count);
-    assert!(after.slow(REMOTE_NS) > before.slow(REMOTE_NS), "the guest felt nothing: {before:?}, {after:?}");
+    assert!(after.slow(FELT_NS) > before.slow(FELT_NS), "the guest felt nothing: {before:?}, {after:?}");
 }
 
 /// Keeps the machine that is built as what it is.

@@ -129,16 +129,18 @@ fn touches_fall_into_sixteen_buckets_for_each_power_of_two() {
 }
 
 #[test]
-fn quantiles_of_touches_are_of_those_that_are_slow_enough() {
+fn quantiles_of_touches_are_of_the_longest_ones() {
     let mut touches = Touches { count: 5000, max_ns: 90_000, buckets: vec![0; TOUCH_BUCKETS] };
-    assert_eq!((touches.slow(0), touches.quantile_ns(500, 0)), (0, 0));
+    assert_eq!((touches.slow(0), touches.quantile_of_longest_ns(500, 10)), (0, 0));
     touches.buckets[touch_bucket(2000)] = 900;
     touches.buckets[touch_bucket(30_000)] = 98;
     touches.buckets[touch_bucket(89_000)] = 2;
     assert_eq!((touches.slow(0), touches.slow(8192)), (1000, 100));
-    assert!((2001..=2048).contains(&touches.quantile_ns(500, 0)));
-    assert!((30_001..=32_768).contains(&touches.quantile_ns(980, 8192)));
-    assert_eq!(touches.quantile_ns(981, 8192), 90_000, "the longest bounds its bucket");
+    let of = |per_mille, n| touches.quantile_of_longest_ns(per_mille, n);
+    assert!((30_001..=32_768).contains(&of(980, 100)));
+    assert_eq!((of(981, 100), of(1000, 100), of(500, 2), of(0, 1)), (90_000, 90_000, 90_000, 90_000));
+    assert!((30_001..=32_768).contains(&of(500, 100)) && (2001..=2048).contains(&of(500, 1000)));
+    assert_eq!((of(500, u64::MAX), of(500, 0)), (of(500, 1000), 90_000), "as many as there are; of none the longest");
     let mut both = Touches::default();
     both.merge(&touches);
     both.merge(&touches);
@@ -170,7 +172,7 @@ proptest! {
         if let Ok(snapshot) = Snapshot::decode(&bytes) {
             let _ = (snapshot.phase(), snapshot.verify_errors(), snapshot.page_gpa(u64::MAX), snapshot.page_gpa(7));
             for cpu in &snapshot.cpus {
-                let _ = (cpu.gaps.quantile_ns(990), cpu.touches.quantile_ns(990, 8192), cpu.touches.slow(0));
+                let _ = (cpu.gaps.quantile_ns(990), cpu.touches.quantile_of_longest_ns(990, 77), cpu.touches.slow(0));
             }
         }
     }

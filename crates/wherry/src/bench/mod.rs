@@ -19,9 +19,9 @@ use wherry_migration::bench as engine;
 use wherry_vmm::api::types::{Mode, VmState};
 
 use crate::args::{ANSWER, Bench, Peer};
-use crate::demo::outcome::Kind;
+use crate::demo::outcome::{Kind, Touched};
 use crate::demo::process::{self, Process};
-use crate::demo::{Move, check_kvm, ram_of, travel, wait_for};
+use crate::demo::{Move, check_kvm, measure_anew, ram_of, travel, wait_for};
 use crate::probe::{ProbeRam, Watcher};
 use crate::report;
 use crate::{HAPPENED, control, runtime};
@@ -63,9 +63,15 @@ pub struct Way {
     pub total: Figures,
     /// From the last heartbeat at the source to the first at the destination.
     pub blackout: Figures,
-    /// The largest gap the guest itself has seen (Wherry only).
+    /// The largest gap the guest itself has seen.
     pub gap: Figures,
-    /// From reading a page fault to its page being visible: half of them took no longer (postcopy).
+    /// A touch of a page that is not there, as the guest feels it: half of them took no longer (postcopy).
+    pub touch_p50: Figures,
+    /// 99 of 100 took no longer.
+    pub touch_p99: Figures,
+    /// How many of them there were, in the order of the runs.
+    pub touches: Vec<u64>,
+    /// From reading a page fault to its page being visible: half of them took no longer (postcopy of Wherry).
     pub fault_p50: Figures,
     /// 99 of 100 took no longer.
     pub fault_p99: Figures,
@@ -74,6 +80,13 @@ pub struct Way {
 impl Way {
     fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), ..Self::default() }
+    }
+
+    /// By postcopy, what the guest felt.
+    fn felt(&mut self, touched: &Touched) {
+        self.touch_p50.push(Duration::from_micros(touched.p50_us));
+        self.touch_p99.push(Duration::from_micros(touched.p99_us));
+        self.touches.push(touched.waited);
     }
 }
 
@@ -140,7 +153,12 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
     if options.vs == Some(Peer::Qemu) {
         let version = qemu::version().unwrap_or_default();
         pause(&here).await?;
-        for (method, name) in [(qemu::Method::Precopy, "precopy"), (qemu::Method::Multifd, "multifd")] {
+        let methods = [
+            (qemu::Method::Precopy, "precopy"),
+            (qemu::Method::Multifd, "multifd"),
+            (qemu::Method::Postcopy, "postcopy"),
+        ];
+        for (method, name) in methods {
             say(&format!("starting the guest under QEMU {version} for {name}"));
             let mut qemu = qemu::Qemu::start(&guest, directory, &format!("{name}-0"), false)?;
             let ram = qemu_ram(&qemu, options.memory).await?;
@@ -173,6 +191,7 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
                     way.total.push(Duration::from_micros(leg.job.time_elapsed_us));
                     way.fault_p50.push(Duration::from_micros(postcopy.fault_p50_us));
                     way.fault_p99.push(Duration::from_micros(postcopy.fault_p99_us));
+                    way.felt(&leg.touches);
                 }
             }
             ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
@@ -199,15 +218,23 @@ impl Rival {
         let mut there = qemu::Qemu::start(guest, directory, &name, true)?;
         self.here.execute("cont", serde_json::Value::Null)?;
         tokio::time::sleep(Duration::from_millis(500)).await;
+        measure_anew(&self.ram).await?;
         let (pid, size) = (there.pid(), options.memory);
         let watcher =
             Watcher::start(self.ram.again()?, move || ProbeRam::find(pid, qemu::RAM_NAME, |ram| ram.size() == size))?;
-        let begin = self.here.migrate(&mut there, self.method, options.downtime_limit)?;
+        let migrated = self.here.migrate(&mut there, self.method, options.downtime_limit)?;
         let gap = watcher.finish(START)?;
-        self.way.total.push(gap.at.saturating_duration_since(begin));
         self.way.blackout.push(gap.blackout);
         self.ram = qemu_ram(&there, options.memory).await?;
-        working(&self.ram).await?;
+        let beat = self.ram.heartbeat(0)?;
+        let seen = wait_for(&self.ram, "go on", |s| s.cpus.first().is_some_and(|c| c.heartbeat > beat + 1)).await?;
+        self.way.gap.push(Duration::from_nanos(seen.largest_gap_ns()));
+        if self.method == qemu::Method::Postcopy {
+            self.way.total.push(migrated.took);
+            self.way.felt(&Touched::of(&seen, migrated.requests));
+        } else {
+            self.way.total.push(gap.at.saturating_duration_since(migrated.begin));
+        }
         there.execute("stop", serde_json::Value::Null)?;
         self.here = there;
         Ok(())
@@ -280,11 +307,20 @@ impl Results {
         text.push('\n');
         for way in self.ways.iter().filter(|way| way.gap.median_us > 0) {
             text.push_str(&format!("\n{}: largest gap in the guest {}", way.name, way.gap.text()));
+            if way.touch_p50.median_us > 0 {
+                let (half, most) = (way.touch_p50.text(), way.touch_p99.text());
+                text.push_str(&format!("\n  a page that is not there, as the guest feels it: p50 {half}, p99 {most}"));
+            }
             if way.fault_p50.median_us > 0 {
                 let (half, most) = (way.fault_p50.text(), way.fault_p99.text());
-                text.push_str(&format!("; a page fault, read to visible: p50 {half}, p99 {most}"));
+                text.push_str(&format!(
+                    "\n  of that, from the event being read to the page visible: p50 {half}, p99 {most}"
+                ));
             }
         }
+        text.push_str(
+            "\nWanted: 40 / 150 us as the guest feels it, 15 / 60 us from event to page, push at full rate beside.",
+        );
         text.push_str("\nBy postcopy, command to running is until all memory is there.\n");
         text
     }

@@ -49,6 +49,19 @@ pub enum Method {
     Precopy,
     /// Two streams (`multifd`).
     Multifd,
+    /// The switch at once (`postcopy-ram`), with a stream of its own for what is asked for (`postcopy-preempt`).
+    Postcopy,
+}
+
+/// A migration that has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Migrated {
+    /// When the command was given.
+    pub begin: Instant,
+    /// How long QEMU says it took, in whole milliseconds: by postcopy, until all memory was there.
+    pub took: Duration,
+    /// How many pages the destination asked for.
+    pub requests: u64,
 }
 
 /// A running QEMU process; it is killed when this is dropped.
@@ -152,20 +165,19 @@ impl Qemu {
     }
 
     fn capabilities(&mut self, method: Method) -> Result<()> {
-        let multifd = method == Method::Multifd;
-        self.execute(
-            "migrate-set-capabilities",
-            json!({ "capabilities": [{ "capability": "multifd", "state": multifd }] }),
-        )?;
-        if multifd {
+        let postcopy = method == Method::Postcopy;
+        let wanted =
+            [("multifd", method == Method::Multifd), ("postcopy-ram", postcopy), ("postcopy-preempt", postcopy)];
+        let wanted = wanted.map(|(capability, state)| json!({ "capability": capability, "state": state }));
+        self.execute("migrate-set-capabilities", json!({ "capabilities": wanted }))?;
+        if method == Method::Multifd {
             self.execute("migrate-set-parameters", json!({ "multifd-channels": 2 }))?;
         }
         Ok(())
     }
 
-    /// Migrates the guest into `to`, and returns when QEMU calls it completed: when the command was given. The bandwidth
-    /// is not limited.
-    pub fn migrate(&mut self, to: &mut Qemu, method: Method, downtime_limit_ms: u64) -> Result<Instant> {
+    /// Migrates the guest into `to`, and returns when QEMU calls it completed. The bandwidth is not limited.
+    pub fn migrate(&mut self, to: &mut Qemu, method: Method, downtime_limit_ms: u64) -> Result<Migrated> {
         for end in [&mut *self, &mut *to] {
             end.capabilities(method)?;
         }
@@ -181,10 +193,17 @@ impl Qemu {
         )?;
         let begin = Instant::now();
         self.execute("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
+        if method == Method::Postcopy {
+            self.execute("migrate-start-postcopy", Value::Null)?;
+        }
         loop {
             let status = self.execute("query-migrate", Value::Null)?;
             match status["status"].as_str() {
-                Some("completed") => return Ok(begin),
+                Some("completed") => {
+                    let took = status["total-time"].as_u64().context("QEMU does not say how long it took")?;
+                    let requests = status["ram"]["postcopy-requests"].as_u64().unwrap_or(0);
+                    return Ok(Migrated { begin, took: Duration::from_millis(took), requests });
+                }
                 Some("failed" | "cancelled") => bail!("QEMU's migration failed: {status}"),
                 _ if begin.elapsed() > Duration::from_secs(60) => bail!("QEMU's migration does not end: {status}"),
                 _ => std::thread::sleep(Duration::from_millis(10)),

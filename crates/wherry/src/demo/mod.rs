@@ -20,7 +20,7 @@ use crate::args::{self, Demo};
 use crate::migrate::{End, Show, carry};
 use crate::probe::{ProbeRam, WHERRY_RAM, Watcher};
 use crate::{DID_NOT, HAPPENED, control, report, runtime};
-use outcome::{Kind, Leg, Outcome};
+use outcome::{Kind, Leg, Outcome, Touched};
 use process::Process;
 use relay::Relay;
 
@@ -188,9 +188,7 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
         .await?
         .listen
         .context("the receiver does not say where it listens")?;
-    let reset = ram.reset_gaps().context("asking the guest to measure its gaps anew")?;
-    wait_for(ram, "measure its gaps anew", |s| s.cpus.iter().all(|c| c.reset_seen == reset)).await?;
-
+    measure_anew(ram).await?;
     let size = ram.size();
     let watcher = Watcher::start(ram.again()?, move || ProbeRam::find(to_pid, WHERRY_RAM, |r| r.size() == size))
         .context("starting the watcher")?;
@@ -235,6 +233,7 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
     wait_for(&arrived, "go on", |s| s.cpus.first().is_some_and(|c| c.heartbeat > beat + 1)).await?;
     let snapshot = arrived.snapshot()?.context("the guest's report has vanished on the way")?;
     let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
+    let waited = job.postcopy.as_ref().map_or(0, |p| p.faults.saturating_sub(p.local));
     Ok(Leg {
         number,
         from_pid,
@@ -245,6 +244,7 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
         blackout_us: us(gap.blackout),
         blackout_uncertain_us: us(gap.uncertain),
         guest_gap_us: snapshot.largest_gap_ns() / 1000,
+        touches: Touched::of(&snapshot, waited),
         job,
     })
 }
@@ -285,6 +285,12 @@ fn kind_of(options: &Demo, number: u32, can_follow: bool) -> Kind {
         (None, 2) if number > 1 && can_follow => Kind::Postcopy,
         _ => Kind::Plain,
     }
+}
+
+/// Has the guest forget the gaps and touches that it has measured.
+pub async fn measure_anew(ram: &ProbeRam) -> Result<()> {
+    let reset = ram.reset_gaps().context("asking the guest to measure its gaps anew")?;
+    wait_for(ram, "measure its gaps anew", |s| s.cpus.iter().all(|c| c.reset_seen == reset)).await.map(|_| ())
 }
 
 /// Opens the guest's lowest RAM block from outside.

@@ -1,6 +1,7 @@
 //! What the demo has seen: as JSON, and as the table at its end.
 
 use serde::Serialize;
+use wherry_guest::snapshot::Snapshot;
 use wherry_migration::progress::Job;
 
 use crate::report;
@@ -52,8 +53,36 @@ pub struct Leg {
     pub blackout_uncertain_us: u64,
     /// Largest gap between two heartbeats in the guest's own time during this leg, in microseconds.
     pub guest_gap_us: u64,
+    /// Touches of pages that were not there, by postcopy.
+    pub touches: Touched,
     /// The journey as the engine saw it.
     pub job: Job,
+}
+
+/// How long the guest waited for pages that were not there, in its own time: as many of its longest touches as the VMM says
+/// had to wait. What else takes long makes these longer, never shorter.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Touched {
+    /// How many had to wait.
+    pub waited: u64,
+    /// Half of them took no longer, in microseconds.
+    pub p50_us: u64,
+    /// 99 of 100 took no longer.
+    pub p99_us: u64,
+    /// The longest.
+    pub max_us: u64,
+}
+
+impl Touched {
+    /// What the guest reports, if so many of its touches had to wait.
+    pub fn of(snapshot: &Snapshot, waited: u64) -> Self {
+        if waited == 0 {
+            return Self::default();
+        }
+        let touches = snapshot.touches();
+        let at = |per_mille| touches.quantile_of_longest_ns(per_mille, waited) / 1000;
+        Self { waited, p50_us: at(500), p99_us: at(990), max_us: touches.max_ns / 1000 }
+    }
 }
 
 /// All of it.
@@ -211,6 +240,7 @@ mod tests {
             blackout_us,
             blackout_uncertain_us: 0,
             guest_gap_us: 0,
+            touches: Touched::default(),
             job: Job::default(),
         }
     }
