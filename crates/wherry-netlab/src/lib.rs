@@ -1,5 +1,5 @@
 //! Networks for tests and measurements: two network namespaces and a link between them that can be taken down, delayed
-//! and held to a rate. Nothing of it is in the program that users run.
+//! and held to a rate. Of what users run, only `wherry bench --link` uses it.
 //!
 //! - [`Network`] is the two [`Namespace`]s and their link; dropping it removes all of it.
 //! - A plain link is a veth pair, as fast as the kernel. A [shaped](Network::shaped) one is a TUN device in each namespace

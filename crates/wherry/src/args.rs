@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use wherry_netlab::Shape;
 
 /// Runs virtual machines and moves them, running, from process to process and from host to host.
 #[derive(Debug, Parser)]
@@ -294,6 +295,10 @@ pub struct Bench {
     /// Bytes that the guest writes per second
     #[arg(long, value_name = "BYTES", default_value = "50M", value_parser = size)]
     pub rate: u64,
+    /// Move over a link of its own that is so slow instead of loopback: round trip and bits per second, such as
+    /// 1ms,1G. Needs root and `ip`
+    #[arg(long, value_name = "TIME,RATE", value_parser = link, conflicts_with = "vs")]
+    pub link: Option<Shape>,
     /// Blackout to stay below, in milliseconds, for all programs
     #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     pub downtime_limit: u64,
@@ -322,6 +327,25 @@ pub fn size(text: &str) -> Result<u64, String> {
         Some(bytes) => Ok(bytes),
         None => Err("is too large".into()),
     }
+}
+
+/// Reads what a link is like: a round trip in ms or us, and bits per second with K, M or G (powers of 1000).
+pub fn link(text: &str) -> Result<Shape, String> {
+    let complain = || "use a round trip and bits per second, such as 1ms,1G".to_owned();
+    let (time, rate) = text.split_once(',').ok_or_else(complain)?;
+    let number = |digits: &str| digits.parse::<u64>().ok().filter(|n| *n <= 1_000_000);
+    let round_trip = match time.strip_suffix("ms") {
+        Some(ms) => number(ms).map(Duration::from_millis),
+        None => time.strip_suffix("us").and_then(number).map(Duration::from_micros),
+    };
+    let (digits, unit) = match rate.as_bytes().last() {
+        Some(b'K' | b'k') => (&rate[..rate.len() - 1], 1000),
+        Some(b'M' | b'm') => (&rate[..rate.len() - 1], 1_000_000),
+        Some(b'G' | b'g') => (&rate[..rate.len() - 1], 1_000_000_000),
+        _ => (rate, 1),
+    };
+    let rate = number(digits).map(|n| n * unit / 8).filter(|bytes| *bytes > 0);
+    Ok(Shape::new(round_trip.ok_or_else(complain)? / 2, rate.ok_or_else(complain)?))
 }
 
 /// Reads 32 hexadecimal digits; hyphens as in a UUID may stand between them.
@@ -391,6 +415,17 @@ mod tests {
         assert_eq!(size("2TB"), Ok(2 << 40));
         for bad in ["", "M", "1.5G", "-1", "0", "1X", "99999999999999999999", "99999999T", "1 G"] {
             assert!(size(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_link_is_a_round_trip_and_a_rate() {
+        assert_eq!(link("1ms,1G"), Ok(Shape::new(Duration::from_micros(500), 125_000_000)));
+        assert_eq!(link("80us,8000"), Ok(Shape::new(Duration::from_micros(40), 1000)));
+        for bad in
+            ["", "1ms", ",1G", "1,1G", "1ms,", "1ms,G", "1ms,7", "1ms,0", "-1ms,1G", "9999999ms,1G", "1ms,\u{e9}"]
+        {
+            assert!(link(bad).is_err(), "{bad:?}");
         }
     }
 

@@ -7,6 +7,8 @@
 //!   into a fresh one.
 //! - the whole guest: the probe guest as in `wherry demo`, blackout measured from outside.
 //! - [`qemu`]: the same guest under QEMU, where it is installed.
+//!
+//! With `--link` the guest moves between two network namespaces over a slow link instead, and that alone is measured.
 
 mod qemu;
 
@@ -16,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use wherry_migration::bench as engine;
+use wherry_netlab::{LEFT, Network, RIGHT, Shape};
 use wherry_vmm::api::types::{Mode, VmState};
 
 use crate::args::{ANSWER, Bench, Peer};
@@ -97,6 +100,8 @@ pub struct Results {
     pub data: u64,
     /// Bytes the guest writes per second.
     pub rate: u64,
+    /// The link it moves over, if it is not loopback.
+    pub link: Option<String>,
     /// The engine over the prepared image, and loopback TCP beside it.
     pub engine: Option<engine::Report>,
     /// Loopback TCP with two streams while the guest runs.
@@ -116,10 +121,16 @@ pub fn bench(options: &Bench) -> Result<u8> {
             eprintln!("{text}");
         }
     };
-    let mut results = Results { data: options.data, rate: options.rate, ..Results::default() };
-    say("the engine over a prepared image, and raw loopback TCP");
-    let alone = engine::Options { ram: options.memory, data: options.data, runs: options.runs, channels: None };
-    results.engine = Some(engine::engine(&alone)?);
+    let link = options.link.map(|shape| {
+        let rate = shape.rate as f64 * 8e-6;
+        format!("{:.2} ms round trip and {rate} Mbit/s", 2e3 * shape.delay.as_secs_f64())
+    });
+    let mut results = Results { data: options.data, rate: options.rate, link, ..Results::default() };
+    if options.link.is_none() {
+        say("the engine over a prepared image, and raw loopback TCP");
+        let alone = engine::Options { ram: options.memory, data: options.data, runs: options.runs, channels: None };
+        results.engine = Some(engine::engine(&alone)?);
+    }
     let directory = process::directory("bench")?;
     let ways = runtime()?.block_on(whole_guest(options, directory.path(), &mut results.raw_beside_guest, &say))?;
     results.ways = ways;
@@ -142,7 +153,9 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
     let memory = options.memory.to_string();
     let cmdline = format!("data={} rate={}", options.data, options.rate);
     let arguments = ["run", "--memory", &memory, "--cmdline", &cmdline];
-    let mut here = Process::start(directory, "0", &arguments)?;
+    let network = options.link.map(network).transpose()?;
+    let mut is_left = true;
+    let mut here = Process::start_in(network.as_ref().map(Network::left), directory, "0", &arguments)?;
     let mut ram = ram_of(&here.wait_for(&[VmState::Running], START).await?)?;
     working(&ram).await?;
 
@@ -173,13 +186,23 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
         (Mode::Precopy, Way::new(concat!("Wherry ", env!("CARGO_PKG_VERSION"), " precopy"))),
         (Mode::Postcopy, Way::new(concat!("Wherry ", env!("CARGO_PKG_VERSION"), " postcopy"))),
     ];
-    let image = engine::image(options.data, options.data)?;
+    // With a link, loopback is not what the guest moves over.
+    let image = network.is_none().then(|| engine::image(options.data, options.data)).transpose()?;
     for number in 1..=options.runs {
         say(&format!("run {number} of {}", options.runs));
-        raw.push(Duration::from_secs_f64(engine::raw(&image, options.data, 2)?));
+        if let Some(image) = &image {
+            raw.push(Duration::from_secs_f64(engine::raw(image, options.data, 2)?));
+        }
         for (mode, way) in &mut own {
             let name = format!("{mode:?}-{number}");
-            let mut there = Process::start(directory, &name, &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
+            is_left = !is_left;
+            let (namespace, listen) = match &network {
+                None => (None, "tcp:127.0.0.1:0".into()),
+                Some(network) if is_left => (Some(network.left()), format!("tcp:{LEFT}:0")),
+                Some(network) => (Some(network.right()), format!("tcp:{RIGHT}:0")),
+            };
+            let mut there =
+                Process::start_in(namespace, directory, &name, &["receive", "--once", "--listen", &listen])?;
             let limit = Some(options.downtime_limit);
             let moving = Move { number, mode: *mode, kind: Kind::Plain, downtime_limit_ms: limit, quiet: true };
             let leg = travel(&moving, &mut here, &mut there, &ram).await?;
@@ -210,6 +233,13 @@ async fn whole_guest(options: &Bench, directory: &Path, raw: &mut Figures, say: 
     let mut ways: Vec<_> = own.into_iter().map(|(_, way)| way).collect();
     ways.extend(rivals.into_iter().map(|rival| rival.way));
     Ok(ways)
+}
+
+fn network(shape: Shape) -> Result<Network> {
+    match wherry_netlab::missing() {
+        Some(what) => anyhow::bail!("--link: {what}"),
+        None => Network::shaped(shape).context("--link: making a network"),
+    }
 }
 
 impl Rival {
@@ -284,11 +314,15 @@ impl Results {
             ]));
         }
         text.push_str(&format!(
-            "\n\nWhole guest: {} of data, {}/s of it rewritten; raw TCP beside it, 2 streams: {}\n\n",
+            "\n\nWhole guest: {} of data, {}/s of it rewritten",
             bytes(self.data),
-            bytes(self.rate),
-            self.raw_beside_guest.text()
+            bytes(self.rate)
         ));
+        match &self.link {
+            None => text.push_str(&format!("; raw TCP beside it, 2 streams: {}", self.raw_beside_guest.text())),
+            Some(link) => text.push_str(&format!(", over a link of {link}")),
+        }
+        text.push_str("\n\n");
         let mut rows = vec![
             ["median (least - most)", "command to running", "times", "blackout", "times"].map(String::from).to_vec(),
         ];

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tokio::time::Instant;
+use wherry_netlab::Namespace;
 use wherry_vmm::api::types::{VmInfo, VmState};
 
 use crate::args::ANSWER;
@@ -33,10 +34,19 @@ pub struct Process {
 impl Process {
     /// Starts this very program with `arguments`; its API, log and ownership records are in `directory`.
     pub fn start(directory: &Path, name: &str, arguments: &[&str]) -> Result<Self> {
+        Self::start_in(None, directory, name, arguments)
+    }
+
+    /// The same in a network namespace.
+    pub fn start_in(namespace: Option<&Namespace>, directory: &Path, name: &str, arguments: &[&str]) -> Result<Self> {
         let program = std::env::current_exe().context("finding this program's own file")?;
         let (api, log) = (directory.join(format!("{name}.api")), directory.join(format!("{name}.log")));
         let out = File::create(&log).with_context(|| format!("making {}", log.display()))?;
-        let child = Command::new(&program)
+        let mut command = Command::new(&program);
+        if let Some(namespace) = namespace {
+            namespace.hold(&mut command)?;
+        }
+        let child = command
             .args(arguments)
             .args(["--serial", "null", "--die-with", &std::process::id().to_string(), "--api"])
             .arg(&api)
