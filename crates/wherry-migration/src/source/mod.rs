@@ -91,6 +91,8 @@ struct Running {
     urgent: Option<Channel>,
     /// What is pending does not go before the switch, but follows it.
     follow: bool,
+    /// What follows has begun to be pushed.
+    pushed: bool,
     /// Answers what the destination asks for, from the offer on.
     service: Option<PageService>,
     /// What it was asked for, over all links.

@@ -37,6 +37,9 @@ use crate::progress::{Phase, Postcopy};
 
 /// Numbers in one `Follow` message.
 const RUNS: usize = 1 << 16;
+/// See [`let_the_guest_begin`].
+const QUIET: Duration = Duration::from_micros(250);
+const BEGINNING: Duration = Duration::from_millis(3);
 /// How often subscribers hear of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
 /// Between two attempts to take up a lost link: at first, and at most.
@@ -302,6 +305,9 @@ impl Source {
         let Some(service) = &running.service else { return Err(no_setup()) };
         let (round, served) = (service.round.clone(), running.served.clone());
         let pages = round.set.pages();
+        if !std::mem::replace(&mut running.pushed, true) {
+            let_the_guest_begin(&served, running.predictor.round_trip);
+        }
         let channels = running.senders.len();
         running.senders.begin(&round, channels);
         round.release_rest()?;
@@ -390,6 +396,21 @@ impl Source {
             job.memory_postcopy_requests = own.pages_asked;
             job.postcopy = Some(with_complete(own, complete));
         });
+    }
+}
+
+/// A guest begins with a chain of faults, each behind the one before. The push leaves them the processors and the link
+/// until none has come for [`QUIET`] and two round trips, or [`BEGINNING`] and twenty have passed: the push hardly notices.
+fn let_the_guest_begin(served: &Served, round_trip: Duration) {
+    let begun = Instant::now();
+    let (quiet, most) = (QUIET + round_trip * 2, BEGINNING + round_trip * 20);
+    let mut last = (served.requests.load(Ordering::Relaxed), begun);
+    while begun.elapsed() < most && last.1.elapsed() < quiet {
+        std::thread::sleep(QUIET / 5);
+        let requests = served.requests.load(Ordering::Relaxed);
+        if requests != last.0 {
+            last = (requests, Instant::now());
+        }
     }
 }
 

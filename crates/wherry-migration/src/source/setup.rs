@@ -127,6 +127,7 @@ impl Source {
             pending,
             follow: self.options.mode == Mode::Postcopy,
             urgent,
+            pushed: false,
             service: None,
             served: Default::default(),
             collected,
