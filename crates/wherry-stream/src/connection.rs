@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::io_range::{FileRange, IoRange, Pending};
-use crate::socket::{Flags, Socket};
+use crate::socket::{Flags, Path, Socket};
 use crate::tls_session::Session;
 use crate::{Endpoint, StreamError, Tls};
 
@@ -39,6 +39,16 @@ impl Closer {
     /// Ends the connection, at once and for good. May be called often.
     pub fn close(&self) {
         self.0.close();
+    }
+
+    /// What the kernel knows of the way to the peer; `None` unless it is TCP.
+    pub fn path(&self) -> Option<Path> {
+        self.0.path()
+    }
+
+    /// Bounds what may be on its way at once, in bytes, roughly; what a queue in the network holds is part of it.
+    pub fn set_window(&self, bytes: usize) -> io::Result<()> {
+        self.0.set_send_buffer(bytes)
     }
 
     /// See [`WriteHalf::unsent`]; for looking on while another thread sends.

@@ -44,4 +44,5 @@ pub use hello::{
 pub use io_range::{FileRange, IoRange};
 pub use listener::Listener;
 pub use pages::{EXTENT_BYTES, Extent, ExtentKind, GRANULE, MAX_BULK_BYTES, MAX_EXTENTS, decode_extents, decode_table};
+pub use socket::Path;
 pub use tls::{Tls, TlsError, TlsFiles};

@@ -19,6 +19,15 @@ pub(crate) struct Socket {
     tls: OnceLock<Session>,
 }
 
+/// What the kernel knows of the way to the peer of a TCP connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Path {
+    /// Bytes that the peer has acknowledged, from the start.
+    pub acknowledged: u64,
+    /// The shortest round trip of the last minutes: the way without queues.
+    pub min_round_trip: Duration,
+}
+
 /// How a call behaves.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Flags {
@@ -150,6 +159,39 @@ impl Socket {
         result(r as isize)?;
         let waiting = self.tls.get().map_or(0, Session::unsent);
         Ok(u64::try_from(bytes).unwrap_or(0) + waiting as u64)
+    }
+
+    /// What the kernel knows of the way to the peer; `None` for other sockets than TCP's.
+    pub(crate) fn path(&self) -> Option<Path> {
+        // `struct tcp_info` of linux/tcp.h, which only grows at its end, in words of 32 bits.
+        const BYTES_ACKED: usize = 30;
+        const MIN_RTT: usize = 37;
+        let mut words = [0u32; 64];
+        let mut length = size_of_val(&words) as libc::socklen_t;
+        // SAFETY: the kernel writes at most `length` bytes, which is the size of `words`, and says how many.
+        let r = unsafe {
+            libc::getsockopt(
+                self.fd.as_raw_fd(),
+                libc::IPPROTO_TCP,
+                libc::TCP_INFO,
+                words.as_mut_ptr().cast(),
+                &raw mut length,
+            )
+        };
+        if !self.tcp || r != 0 || (length as usize) < (MIN_RTT + 1) * size_of::<u32>() {
+            return None;
+        }
+        Some(Path {
+            acknowledged: u64::from(words[BYTES_ACKED]) | u64::from(words[BYTES_ACKED + 1]) << 32,
+            min_round_trip: Duration::from_micros(words[MIN_RTT].into()),
+        })
+    }
+
+    /// Bounds what the kernel takes for sending and the peer has not acknowledged, roughly.
+    pub(crate) fn set_send_buffer(&self, bytes: usize) -> io::Result<()> {
+        // The kernel doubles it, for its own overhead, which is small for large writes; but it wakes a writer only when a
+        // third is free.
+        Ok(rustix::net::sockopt::set_socket_send_buffer_size(&self.fd, bytes / 4 * 3)?)
     }
 
     /// Bounds what may lie unsent in the kernel before the socket counts as not writable (`TCP_NOTSENT_LOWAT`).

@@ -19,6 +19,7 @@ mod round;
 mod senders;
 mod setup;
 mod switchover;
+mod window;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

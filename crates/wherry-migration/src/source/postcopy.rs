@@ -24,6 +24,7 @@ use wherry_stream::{Channel, ChannelKind, Closer, Frame, Meter};
 use super::precopy::no_setup;
 use super::round::Round;
 use super::senders::Senders;
+use super::window::Windows;
 use super::{Running, Source};
 use crate::dirty::Dirty;
 use crate::error::Cause;
@@ -309,6 +310,7 @@ impl Source {
             let_the_guest_begin(&served, running.predictor.round_trip);
         }
         let channels = running.senders.len();
+        let mut windows = Windows::new(running.senders.closers());
         running.senders.begin(&round, channels);
         round.release_rest()?;
         let wire = running.wire_bytes();
@@ -322,7 +324,8 @@ impl Source {
             let running = self.running.as_mut().ok_or_else(no_setup)?;
             let news = running.senders.news();
             let others = [news];
-            let woken = control.wait(if pushing { &others } else { &[] }, Instant::now() + PROGRESS, Duration::ZERO)?;
+            let woken = control.wait(if pushing { &others } else { &[] }, windows.next(), Duration::ZERO)?;
+            windows.look();
             if woken.other.is_some() {
                 match running.senders.finished() {
                     Ok(false) => {}

@@ -65,6 +65,11 @@ impl Senders {
         Ok(senders)
     }
 
+    /// Handles of all channels.
+    pub(crate) fn closers(&self) -> &[Closer] {
+        &self.closers
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.channels.len()
     }

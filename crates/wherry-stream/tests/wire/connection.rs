@@ -279,3 +279,32 @@ fn buffers_can_be_sized() {
         opener.set_buffers(None, None).unwrap();
     }
 }
+
+#[test]
+fn the_way_to_the_peer_is_known_over_tcp_and_a_window_bounds_what_is_on_it() {
+    for family in FAMILIES {
+        let (opener, acceptor) = Site::new(family).connections();
+        let (closer, (mut reader, _)) = (opener.closer(), acceptor.split());
+        let Some(before) = closer.path() else {
+            assert!(!format!("{family:?}").contains("Tcp"), "TCP tells nothing of its way");
+            continue;
+        };
+        closer.set_window(64 << 10).unwrap();
+        let bytes = 4 << 20;
+        let writer = spawn_until_blocked(move || {
+            let (_, mut writer) = opener.split();
+            writer.writev_all(&ranges(&mut pattern(bytes), bytes), false, "sending").unwrap();
+            writer
+        });
+        let (under_way, unsent) = (closer.path().unwrap(), closer.unsent().unwrap());
+        assert!(unsent < 1 << 20, "{unsent} bytes are on the way");
+        let mut received = vec![0; bytes];
+        reader.readv_exact(&ranges(&mut received, bytes), "receiving").unwrap();
+        assert!(received == pattern(bytes));
+        let _writer = writer.join().unwrap();
+        let after = closer.path().unwrap();
+        assert!(before.acknowledged <= under_way.acknowledged && under_way.acknowledged < after.acknowledged);
+        assert!(after.acknowledged - before.acknowledged <= bytes as u64 + 1);
+        assert!(after.min_round_trip > Duration::ZERO && after.min_round_trip < Duration::from_secs(10));
+    }
+}
