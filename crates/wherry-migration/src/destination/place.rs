@@ -44,6 +44,10 @@ impl Place {
         let _ = self.faults.set(faults);
     }
 
+    pub(crate) fn is_following(&self) -> bool {
+        self.faults.get().is_some()
+    }
+
     /// Takes the content of a pages frame from the channel into memory.
     pub(crate) fn receive(&self, channel: &mut Channel, extents: &[Extent]) -> Result<(), Cause> {
         self.receive_from(&mut channel.reader, extents)

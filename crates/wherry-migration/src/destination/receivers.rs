@@ -16,6 +16,7 @@ use wherry_stream::{Ack, Channel, ChannelStats, Closer, Frame, Meter};
 use super::place::Place;
 use crate::error::Cause;
 use crate::journey::lock;
+use crate::priority::be_patient;
 
 /// What a receiving thread tells.
 pub(crate) enum News {
@@ -189,6 +190,9 @@ fn work(shared: &Shared, slot: &Slot, mut channel: Channel) {
                 continue;
             }
             Err(cause) => return tell(News::Failed(cause)),
+        }
+        if shared.place.is_following() {
+            be_patient();
         }
         match receive_round(&shared.place, &mut channel) {
             Ok(round) => {

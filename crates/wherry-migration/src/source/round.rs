@@ -125,6 +125,11 @@ impl Round {
         left
     }
 
+    /// Whether it is what follows the switch.
+    pub(crate) fn follows(&self) -> bool {
+        self.taken.is_some()
+    }
+
     /// The guest needs this page: what lies around it goes first.
     pub(crate) fn steer(&self, block: BlockId, page: u64) {
         if let Some(index) = self.machine.ram().blocks().iter().position(|b| b.spec().id == block) {
@@ -337,7 +342,7 @@ impl Round {
         block: &Block,
         pages: std::ops::Range<u64>,
     ) -> Result<(), Cause> {
-        if self.taken.is_none() || pages.is_empty() {
+        if !self.follows() || pages.is_empty() {
             return Ok(());
         }
         let count = (pages.end - pages.start).try_into().unwrap_or(u32::MAX);
@@ -404,7 +409,7 @@ impl Round {
 
     /// The last pages, in the blackout, are not held back, nor is what a guest waits for.
     fn limit(&self, batch: &Batch) -> Option<u64> {
-        let runs = self.live || self.taken.is_some();
+        let runs = self.live || self.follows();
         if runs && !batch.urgent { self.journey.bandwidth(self.bandwidth) } else { None }
     }
 

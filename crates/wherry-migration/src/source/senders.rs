@@ -14,6 +14,7 @@ use wherry_stream::{Channel, Closer, Meter};
 use super::round::Round;
 use crate::error::Cause;
 use crate::journey::lock;
+use crate::priority::be_patient;
 
 type Outcome = (usize, Result<(), Cause>);
 
@@ -148,6 +149,9 @@ impl Drop for Senders {
 
 fn work(n: usize, channel: &Mutex<Channel>, orders: &Receiver<Arc<Round>>, outcome: &Sender<Outcome>, news: &OwnedFd) {
     while let Ok(round) = orders.recv() {
+        if round.follows() {
+            be_patient();
+        }
         let mut channel = lock(channel);
         let result = round.send(&mut channel).and_then(|()| round.await_acknowledgement(&mut channel));
         drop(channel);
