@@ -456,6 +456,31 @@ fn pages_outside_of_ram_are_named_what_came_before_is_kept_and_the_next_link_bri
 }
 
 #[test]
+fn a_source_that_lives_and_sends_no_page_is_a_lost_link() {
+    if !permitted() {
+        return;
+    }
+    let (original, built, pauses) = lie(|liar, journey| {
+        await_that("the VM to run without its memory", || journey.job().phase == Phase::Postcopy);
+        // It speaks as long as anybody listens.
+        let deadline = std::time::Instant::now() + Duration::from_secs(20);
+        let ping = Message::new(liar.about.clone(), Body::Ping(Empty {}));
+        while journey.job().phase == Phase::Postcopy {
+            assert!(std::time::Instant::now() < deadline, "waited 20 s for the destination to lose its patience");
+            if liar.control.writer.write_message(&ping).is_ok() {
+                let _ = liar.control.reader.read_message();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        await_complaint(journey, "send any of the pages that follow");
+        liar.resume();
+        liar.end_well();
+    });
+    assert_all_there(&original, &built);
+    assert_eq!(pauses, 1);
+}
+
+#[test]
 fn a_stranger_cannot_take_up_the_link_of_a_vm_that_lacks_pages() {
     if !permitted() {
         return;

@@ -271,6 +271,8 @@ impl Destination<'_> {
                         self.host.why
                     )));
                 }
+                // Whoever hears of the phase hears why.
+                self.journey.update(|job| job.error = Some(format!("paused: {cause}")));
                 Ok(Phase::Paused)
             }
         }
@@ -280,8 +282,6 @@ impl Destination<'_> {
     pub(super) fn paused(&mut self) -> Result<Phase, Cause> {
         let begun = Instant::now();
         self.let_go()?;
-        let why = self.host.why.clone();
-        self.journey.update(|job| job.error = Some(format!("paused: {why}")));
         loop {
             let Some(owner) = &mut self.owner else { return Err(no_setup()) };
             let ours = owner.owner().attempt().to_about();
@@ -397,7 +397,7 @@ impl Destination<'_> {
     fn await_all_pages(&mut self) -> Result<(), Cause> {
         self.start_mapper();
         // The first figures come with the switch.
-        self.tell_figures();
+        let mut progress = (self.tell_figures(), Instant::now());
         let mut told = Instant::now();
         loop {
             let receiving = self.receiving.as_mut().ok_or_else(no_setup)?;
@@ -443,7 +443,14 @@ impl Destination<'_> {
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
-                self.tell_figures();
+                let limit = self.host.control()?.silence_limit();
+                let lacking = self.tell_figures();
+                if lacking != progress.0 {
+                    progress = (lacking, told);
+                } else if progress.1.elapsed() > limit {
+                    // A sign of life is no page.
+                    return Err(self.host.control()?.silent("send any of the pages that follow", progress.1.elapsed()));
+                }
             }
         }
         // While the sources are still there.
@@ -525,10 +532,18 @@ impl Destination<'_> {
         });
     }
 
-    fn tell_figures(&mut self) {
+    /// Says how it goes on; how many pages are lacking.
+    fn tell_figures(&mut self) -> Option<u64> {
         self.count();
         let figures = self.figures();
+        let lacking = figures.as_ref().map(|figures| figures.remaining_pages);
         self.put_figures(figures);
         self.journey.tell(EventKind::Progress, |_| {});
+        if let Some(following) = self.receiving.as_ref().and_then(|r| r.following.as_ref()) {
+            for trouble in following.faults.take_troubles() {
+                tracing::warn!(%trouble, "serving the faults of the guest");
+            }
+        }
+        lacking
     }
 }

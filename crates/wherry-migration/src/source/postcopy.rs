@@ -183,6 +183,8 @@ impl Source {
                 tracing::warn!(%cause, "lost the destination while memory follows");
                 self.feed(SourceInput::LinkLost);
                 self.host.doubt = Some(cause.to_string());
+                // Whoever hears of the phase hears why.
+                self.journey.update(|job| job.error = Some(format!("paused: {cause}")));
                 Ok(Phase::Paused)
             }
         }
@@ -199,8 +201,10 @@ impl Source {
                 let peer = self.to.to_string();
                 self.journey.update(|job| job.peer = peer);
             }
-            let why = self.host.doubt.clone().unwrap_or_default();
-            self.journey.update(|job| job.error = Some(format!("paused: {why}")));
+            let why = format!("paused: {}", self.host.doubt.as_deref().unwrap_or("the reason is not known"));
+            if self.journey.job().error.as_ref() != Some(&why) {
+                self.journey.tell(EventKind::Progress, |job| job.error = Some(why));
+            }
             match self.reconnect() {
                 Ok(lacking) => {
                     self.journey.update(|job| job.error = None);
