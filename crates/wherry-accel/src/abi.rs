@@ -30,6 +30,82 @@ pub const MAX_ONE_SHOT: u32 = 16 << 20;
 /// Highest priority; the lowest is its negative.
 pub const MAX_PRIORITY: i64 = 1023;
 
+/// Registers of the device, and where the others begin.
+pub mod register {
+    /// `WACC`.
+    pub const MAGIC: u64 = 0x00;
+    /// Version of the ABI.
+    pub const VERSION: u64 = 0x04;
+    /// Number of engines.
+    pub const ENGINES: u64 = 0x08;
+    /// Most contexts.
+    pub const CONTEXTS: u64 = 0x0c;
+    /// Most slots of a map.
+    pub const SLOTS: u64 = 0x10;
+    /// Bit 0: the device is lost.
+    pub const STATUS: u64 = 0x14;
+    /// Device time in nanoseconds.
+    pub const TIME: u64 = 0x18;
+    /// Address of a command: it is done when the write returns.
+    pub const COMMAND: u64 = 0x20;
+    /// Error number of the latest command, or 0.
+    pub const RESULT: u64 = 0x28;
+    /// Context that the latest creation made.
+    pub const CREATED: u64 = 0x2c;
+    /// Sixteen bytes for each engine: class u16, instance u16, resets u32, busy nanoseconds u64.
+    pub const ENGINE_TABLE: u64 = 0x400;
+    /// Sixteen bytes for each engine: slice, pre-emption timeout, heartbeat in microseconds, u32 each.
+    pub const TUNABLES: u64 = 0x800;
+    /// The end of those.
+    pub const TUNABLES_END: u64 = 0xc00;
+    /// Where contexts begin.
+    pub const CONTEXTS_BASE: u64 = 0x1_0000;
+    /// Bytes of each: a page of doorbells, a page of portals.
+    pub const CONTEXT_BYTES: u64 = 0x2000;
+    /// Where the portals are within.
+    pub const PORTALS: u64 = 0x1000;
+}
+
+/// Doorbell registers of a slot.
+pub mod slot_register {
+    /// Bytes of a slot's registers, and of its portal.
+    pub const BYTES: u64 = 64;
+    /// Address of the ring.
+    pub const BASE: u64 = 0x00;
+    /// Descriptors it holds. Writing it empties the ring.
+    pub const ENTRIES: u64 = 0x08;
+    /// Descriptors put in, ever: the doorbell.
+    pub const TAIL: u64 = 0x0c;
+    /// Descriptors taken, ever.
+    pub const HEAD: u64 = 0x10;
+    /// Error number of the latest submission, or 0.
+    pub const STATUS: u64 = 0x14;
+    /// Where the head is written as well; 0: nowhere.
+    pub const HEAD_ADDRESS: u64 = 0x18;
+    /// Points submitted.
+    pub const SUBMITTED: u64 = 0x20;
+    /// Points signalled.
+    pub const COMPLETED: u64 = 0x28;
+    /// The client's own timeline.
+    pub const CLIENT: u64 = 0x30;
+}
+
+/// Commands, by the first word of 64 bytes.
+pub mod command {
+    /// Flags u32 at 8, extensions u64 at 16.
+    pub const CREATE: u32 = 1;
+    /// Context u32 at 8.
+    pub const DESTROY: u32 = 2;
+    /// Parameter argument at 8.
+    pub const SET_PARAM: u32 = 3;
+    /// Parameter argument at 8, written back.
+    pub const GET_PARAM: u32 = 4;
+    /// Fence at 8; state u32 and error u32 at 24.
+    pub const FENCE: u32 = 5;
+    /// Fence at 8; classes running u32 and waiting u32 at 24.
+    pub const BUSY: u32 = 6;
+}
+
 /// Engine classes.
 pub mod class {
     /// Move, fill, compare, zero-scan, CRC, delta.

@@ -2,12 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::abi::Fence;
 use crate::error::Errno;
 use crate::map::{EngineMap, EngineSet};
-
-/// How many failed points a timeline remembers.
-const ERRORS: usize = 64;
 
 /// Requests of one slot, in order. They start and complete one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,10 +25,13 @@ pub(crate) struct Timeline {
 }
 
 impl Timeline {
+    /// How many failed points a timeline remembers.
+    pub(crate) const ERRORS: usize = 8;
+
     pub(crate) fn signal(&mut self, seq: u64, error: Option<Errno>) {
         self.completed = seq;
         if let Some(errno) = error {
-            if self.errors.len() == ERRORS {
+            if self.errors.len() == Self::ERRORS {
                 self.errors.pop_front();
             }
             self.errors.push_back((seq, errno));
@@ -59,6 +58,17 @@ pub(crate) struct Ring {
     pub head_address: u64,
     /// Error number of the latest refused submission, or 0.
     pub status: u32,
+}
+
+impl Ring {
+    /// Most descriptors of a ring.
+    pub(crate) const MAX: u32 = 4096;
+
+    /// Whether its size and counters can be.
+    pub(crate) fn fits(&self) -> bool {
+        let size = self.entries == 0 || (self.entries.is_power_of_two() && self.entries <= Self::MAX);
+        size && self.tail.wrapping_sub(self.head) <= self.entries
+    }
 }
 
 /// A slot: its timeline, its ring, and what has been written to its portal so far.
@@ -103,10 +113,6 @@ pub(crate) struct Context {
 }
 
 impl Context {
-    pub(crate) fn fence(&self, slot: u32, seq: u64) -> Fence {
-        Fence { context: self.id, slot, seq }
-    }
-
     /// Sets the map, with fresh slots.
     pub(crate) fn set_map(&mut self, map: EngineMap, mapped: bool) {
         self.slots = vec![SlotState::default(); map.slots.len()];
@@ -121,6 +127,6 @@ impl Context {
 
     /// What it weighs in saved state, in bytes, at most, without its requests.
     pub(crate) fn weight(&self) -> usize {
-        256 + self.map.weight() + self.slots.len() * 160
+        256 + self.map.weight() + self.slots.len() * 288
     }
 }

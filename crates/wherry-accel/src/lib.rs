@@ -14,6 +14,7 @@
 //! - `scheduler`: which request runs where and for how long. Pure; time comes from a [`clock`].
 //! - `work`, `engines`, [`program`]: what a request does, step by step; programs of RFC 9669 that can stop anywhere.
 //! - [`drive`]: who makes workers work: threads, or a simulation on virtual time.
+//! - [`state`]: everything that migrates, as a state unit.
 //! - [`memory`]: the address space of a client, as a trait, and one in this process. [`keys`]: keys the client never sees.
 //!
 //! Contract:
@@ -27,8 +28,6 @@
 //!   state or in the client's memory; what depends on this host (which worker, which engine was preferred) is not kept.
 //! - A client's memory is never referenced, only copied and accessed atomically; every write is in its dirty log before the
 //!   completion that speaks of it is published.
-
-#![expect(dead_code, reason = "for saving and restoring, which come next")]
 
 pub mod abi;
 pub mod catalogue;
@@ -44,6 +43,7 @@ mod map;
 pub mod memory;
 pub mod program;
 mod scheduler;
+pub mod state;
 mod work;
 
 pub use scheduler::{FenceState, Tunables};

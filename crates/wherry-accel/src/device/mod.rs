@@ -2,7 +2,7 @@
 //!
 //! - this file: making one, submissions, fences, figures, stopping.
 //! - [`create`]: contexts, from extensions and by cloning.
-//! - [`params`] has parameters.
+//! - [`params`] has parameters; [`portal`] has the same calls as registers, and the rings.
 //! - [`work`]: what a worker does: take a lane, run some steps of it, give it back.
 //!
 //! The lock is held for bookkeeping only. A client's memory is read and written without it, since a page may have to be
@@ -10,6 +10,7 @@
 
 mod create;
 mod params;
+mod portal;
 mod work;
 
 use std::collections::BTreeMap;
@@ -113,12 +114,13 @@ pub struct Device {
     core: Mutex<Core>,
     /// Told whenever there may be work, or an end of it.
     changed: Condvar,
-    clock: Arc<dyn Clock>,
+    pub(crate) clock: Arc<dyn Clock>,
     /// Device time minus the clock's (wrapping): device time goes on where it was saved.
-    time_offset: AtomicU64,
+    pub(crate) time_offset: AtomicU64,
     notify: Arc<dyn Notify>,
     spaces: RwLock<BTreeMap<u32, Arc<dyn AddressSpace>>>,
     keys: KeyStore,
+    registers: Mutex<crate::state::saved::SavedRegisters>,
     workers: usize,
 }
 
@@ -142,8 +144,13 @@ impl Device {
             notify: config.notify,
             spaces: RwLock::default(),
             keys: KeyStore::default(),
+            registers: Mutex::default(),
             workers,
         })
+    }
+
+    pub(crate) fn locked(&self) -> MutexGuard<'_, Core> {
+        self.lock()
     }
 
     fn lock(&self) -> MutexGuard<'_, Core> {
@@ -170,7 +177,7 @@ impl Device {
         self.spaces.write().unwrap_or_else(PoisonError::into_inner).insert(number, space);
     }
 
-    fn space(&self, number: u32) -> Result<Arc<dyn AddressSpace>, Refused> {
+    pub(crate) fn space(&self, number: u32) -> Result<Arc<dyn AddressSpace>, Refused> {
         let spaces = self.spaces.read().unwrap_or_else(PoisonError::into_inner);
         spaces
             .get(&number)
@@ -291,6 +298,9 @@ impl Device {
         let Some(index) = core.catalogue.find(engine) else {
             return refuse(Errno::NoEntry, format!("there is no engine {engine}"));
         };
+        for time in [tunables.slice, tunables.preempt_timeout, tunables.heartbeat] {
+            crate::error::require(time <= Tunables::MAX, || format!("{time} ns are more than can be set"))?;
+        }
         core.engines[index].tunables = tunables;
         drop(core);
         self.changed.notify_all();

@@ -71,12 +71,11 @@ impl Device {
         {
             end = End::Failed(Refused::new(Errno::NoSpace, refused.what));
         }
-        let (context, slot) = (task.context, core.slot_of(task.request));
         core.give_back(task, end, now + SPIN_COST, now);
         drop(core);
         self.changed.notify_all();
         self.flush();
-        let _ = (context, slot);
+        self.pump_rings(false);
     }
 
     /// Writes what is to be written to clients' memory, and signals what hangs on it.
@@ -113,7 +112,6 @@ impl Device {
     /// so at the deadline; then [`resume`](Self::resume) makes everything go on.
     pub fn stop(&self, deadline: Instant) -> bool {
         let mut core = self.lock();
-        core.keep_pings();
         core.stopped = true;
         while !core.at_rest() {
             let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| *left > Duration::ZERO)
@@ -140,6 +138,7 @@ impl Device {
         drop(core);
         self.changed.notify_all();
         self.flush();
+        self.pump_rings(true);
     }
 
     /// Waits until something may have changed, at most until `until` (device time).

@@ -46,8 +46,12 @@ impl Drop for Workers {
     }
 }
 
+/// Looks of a spinning operation in one step: some microseconds.
+const LOOKS: u32 = 256;
+
 fn work(device: &Device, worker: usize, stop: &AtomicBool) {
     let mut scratch = Scratch::default();
+    scratch.looks = LOOKS;
     let stopped = || stop.load(Ordering::SeqCst);
     while !stopped() {
         let event = device.poll();

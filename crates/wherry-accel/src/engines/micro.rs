@@ -8,9 +8,6 @@ use super::{Env, Step, unused};
 
 /// What one look of a spinning or waiting operation costs, in nanoseconds of virtual time.
 pub(crate) const SPIN_COST: u64 = 20_000;
-/// How often a spinning operation looks in one step.
-const SPINS: u32 = 256;
-
 pub(super) fn step(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<Step, Refused> {
     let done = |bytes, result| Ok(Step::Done { bytes, result });
     let width = if d.flags & flag::WIDE != 0 { Width::Eight } else { Width::Four };
@@ -29,7 +26,7 @@ pub(super) fn step(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<
         opcode::SPIN => {
             unused(d, &[("destination", d.destination), ("size", d.size.into()), ("word", d.word.into())])?;
             unused(d, &[("second", d.second)])?;
-            for _ in 0..SPINS {
+            for _ in 0..env.scratch.looks.max(1) {
                 let value = env.space.atomic(d.source, width, Atomic::Load)?;
                 if value != d.first & mask {
                     return done(0, value);

@@ -41,6 +41,9 @@ pub struct Scratch {
     input: Vec<u8>,
     output: Vec<u8>,
     codecs: compress::Codecs,
+    /// How often a spinning operation looks at memory in one step, at least once. On virtual time nothing changes between two
+    /// looks.
+    pub looks: u32,
 }
 
 /// How far an operation has come.

@@ -9,7 +9,7 @@
 
 use crate::map::{EngineSet, set_of};
 
-use super::{Core, Phase, Running, Work};
+use super::{Core, Phase, Running, Work, rank};
 
 /// What an engine is to a request that looks for one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -195,7 +195,7 @@ impl Core {
         request.phase = Phase::Ready;
         if over {
             self.next_order += 1;
-            (request.rank, request.order) = (1, order);
+            (request.rank, request.order) = (rank::REST, order);
         }
         let key = request.key(id);
         self.ready.insert(key);

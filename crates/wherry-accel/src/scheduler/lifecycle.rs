@@ -5,11 +5,11 @@ use crate::context::Context;
 use crate::error::{Errno, Refused};
 use crate::map::EngineSet;
 
-use super::{Core, Effect, HANG_WINDOW, HANGS_FOR_BAN, Phase, REMEMBERED, REQUEST_WEIGHT, Wait, Work};
+use super::{Core, Effect, HANG_WINDOW, HANGS_FOR_BAN, Phase, REMEMBERED, Wait, Work};
 
 impl Core {
     /// Looks whether a request can become ready: it must be the oldest of its slot, and its fences signalled.
-    pub(super) fn consider(&mut self, id: u64) {
+    pub(crate) fn consider(&mut self, id: u64) {
         let Some(request) = self.requests.get(&id).filter(|request| request.phase == Phase::Queued) else { return };
         let (fence, wait, after, doomed) = (request.fence, request.wait, request.after, request.doomed);
         if self.timeline(fence).and_then(|timeline| timeline.queue.front().copied()) != Some(id) {
@@ -112,7 +112,7 @@ impl Core {
     /// Signals a request whose record is written, and lets the next one of its slot come up.
     pub(crate) fn signal(&mut self, id: u64) {
         let Some(request) = self.requests.remove(&id) else { return };
-        self.requests_weight -= request.lanes.iter().map(|lane| REQUEST_WEIGHT + lane.work.weight()).sum::<usize>();
+        self.requests_weight -= request.weight();
         let mut next = None;
         if let Some(timeline) = self.timeline(request.fence) {
             timeline.queue.pop_front();

@@ -37,7 +37,7 @@ pub(crate) const STATE_BUDGET: usize = 12 << 20;
 /// What a request weighs in it, at most.
 pub(crate) const REQUEST_WEIGHT: usize = 256;
 /// Destroyed contexts whose fences can still be asked for.
-pub(crate) const REMEMBERED: usize = 1024;
+pub(crate) const REMEMBERED: usize = 256;
 
 /// What can be set for each engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,11 @@ pub struct Tunables {
     pub preempt_timeout: u64,
     /// Time between two heartbeats, in nanoseconds. 0: none.
     pub heartbeat: u64,
+}
+
+impl Tunables {
+    /// The longest time that can be set, in nanoseconds: about four months.
+    pub const MAX: u64 = 1 << 53;
 }
 
 impl Default for Tunables {
@@ -71,6 +76,18 @@ pub(crate) enum Wait {
     Signalled(Fence),
     /// The point's request must have started.
     Started(Fence),
+}
+
+/// Who comes first among equals.
+pub(crate) mod rank {
+    /// It was running when the device moved, on the one engine it can have.
+    pub const MOVED_NATIVE: u8 = 0;
+    /// It was running when the device moved, on one of several.
+    pub const MOVED_VIRTUAL: u8 = 1;
+    /// A virtual slot's request that has not run.
+    pub const FRESH_VIRTUAL: u8 = 2;
+    /// All others.
+    pub const REST: u8 = 3;
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,7 +134,7 @@ pub(crate) struct Request {
     /// Address space of its context when it was submitted.
     pub space: u32,
     pub priority: i32,
-    /// The place among equals: first whether it comes after fresh virtual ones, then by age.
+    /// The place among equals: first by [`rank`], then by age.
     pub rank: u8,
     pub order: u64,
     pub wait: Wait,
@@ -140,6 +157,11 @@ pub(crate) struct Request {
 impl Request {
     pub(crate) fn key(&self, id: u64) -> Key {
         (-self.priority, self.rank, self.order, id)
+    }
+
+    /// What it weighs in saved state, in bytes, at most.
+    pub(crate) fn weight(&self) -> usize {
+        self.lanes.iter().map(|lane| REQUEST_WEIGHT + lane.work.weight()).sum()
     }
 
     fn out(&self) -> bool {
@@ -236,6 +258,8 @@ pub(crate) struct Core {
     pub stopped: bool,
     /// The device is lost.
     pub lost: bool,
+    /// Rings from which nothing could be taken, because the device was full.
+    pub stalled: BTreeSet<(u32, u32)>,
     /// Where new virtual slots begin: a small generator, seeded by the host.
     pub spread: u64,
     /// With which engine each worker goes on.
@@ -270,6 +294,7 @@ impl Core {
             requests_weight: 0,
             stopped: false,
             lost: false,
+            stalled: BTreeSet::new(),
             spread: seed | 1,
             turns: vec![0; workers],
         }

@@ -5,7 +5,7 @@ use crate::error::{Errno, Refused, refuse, require};
 use crate::map::{EngineSet, Slot};
 use crate::work::Execution;
 
-use super::{Core, Lane, Phase, REQUEST_WEIGHT, Request, Wait, Work};
+use super::{Core, Lane, Phase, REQUEST_WEIGHT, Request, Wait, Work, rank};
 
 /// A descriptor as submitted, and the batches of a parallel one: (address, descriptors), read from the client's memory.
 #[derive(Clone, Debug)]
@@ -62,7 +62,7 @@ impl Core {
             fence,
             space,
             priority,
-            rank: if entry.is_virtual() { 0 } else { 1 },
+            rank: if entry.is_virtual() { rank::FRESH_VIRTUAL } else { rank::REST },
             order: self.next_order,
             wait,
             after,

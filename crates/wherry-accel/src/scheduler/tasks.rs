@@ -3,7 +3,7 @@
 use crate::error::Errno;
 use crate::work::{End, Execution};
 
-use super::{Core, Phase, Work};
+use super::{Core, Work};
 
 /// A lane for a worker to go on with.
 #[derive(Debug)]
@@ -116,33 +116,15 @@ impl Core {
         !self.stopped && mine.filter_map(|engine| engine.running.as_ref()).any(here)
     }
 
-    /// Context slot of a request.
-    pub(crate) fn slot_of(&self, id: u64) -> Option<u32> {
-        self.requests.get(&id).map(|request| request.fence.slot)
-    }
-
-    /// Whether no worker has anything, and nothing is being written.
+    /// Whether no worker has anything, nothing is being written, and no ring is being read.
     pub(crate) fn at_rest(&self) -> bool {
         let out = |request: &super::Request| request.lanes.iter().any(|lane| lane.work == Work::Out);
-        self.writing == 0 && !self.requests.values().any(out)
+        let pumping = self.contexts.values().any(|c| c.slots.iter().any(|slot| slot.pumping));
+        self.writing == 0 && !pumping && !self.requests.values().any(out)
     }
 
     /// Whether anything is left to do at all.
     pub(crate) fn idle(&self) -> bool {
         self.requests.is_empty() && self.effects.is_empty() && self.writing == 0
-    }
-
-    /// Puts every running request back among the ready ones, in its place: before equals that wait.
-    pub(crate) fn unplace_all(&mut self, now: u64) {
-        let running: Vec<u64> =
-            self.requests.iter().filter(|(_, r)| r.phase == Phase::Running).map(|(id, _)| *id).collect();
-        for id in running {
-            self.vacate(id, now);
-            if let Some(request) = self.requests.get_mut(&id) {
-                request.phase = Phase::Ready;
-                let key = request.key(id);
-                self.ready.insert(key);
-            }
-        }
     }
 }
