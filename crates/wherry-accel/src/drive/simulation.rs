@@ -64,9 +64,6 @@ impl Simulation {
 
     fn run(&mut self, end: u64, done: &mut dyn FnMut() -> bool) -> bool {
         loop {
-            if done() {
-                return true;
-            }
             let now = self.clock.now();
             for worker in 0..self.under_way.len() {
                 if let Some((_, ran)) = self.under_way[worker].take_if(|(at, _)| *at <= now) {
@@ -87,6 +84,10 @@ impl Simulation {
                 next = [busy, due].into_iter().flatten().fold(next, u64::min);
             }
             next = event.filter(|at| *at > now).map_or(next, |at| next.min(at));
+            // Looked at before time goes on: it stands where it was when it was done.
+            if done() {
+                return true;
+            }
             if now >= end {
                 return false;
             }
