@@ -3,14 +3,13 @@
 //! - [`vm`]: the machine, made from a [`config`] and driven; [`builder`] makes the one that arrives, from a
 //!   [`description`].
 //! - `vcpu`, [`cpu_model`], [`units`], `dirty_log`: KVM's side of it.
-//! - [`boot`], [`bus`], [`mod@line`], [`layout`], [`acpi`], [`pci`], [`power`], [`rtc`], [`serial`]: the platform the guest sees.
+//! - [`boot`], [`mod@line`], [`layout`], [`acpi`], [`pci`], [`power`], [`rtc`], [`serial`]: the platform the guest sees.
 //! - [`service`], [`api`]: where a process knows where its VM stands, and how others ask.
 
 pub mod acpi;
 pub mod api;
 pub mod boot;
 pub mod builder;
-pub mod bus;
 pub mod config;
 pub mod cpu_model;
 pub mod description;

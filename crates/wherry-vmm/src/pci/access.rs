@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use super::root::PciRoot;
-use crate::bus::BusDevice;
 use crate::power::ResetControl;
+use wherry_pci::bus::BusDevice;
 
 /// Configuration mechanism 1 (PCI 3.0, section 3.2.2.3.2), for ports 0xCF8 to 0xCFF. The reset control register is at
 /// 0xCF9, where CONFIG_ADDRESS takes no bytes, only dwords.

@@ -2,8 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::config::{ConfigSpace, Identity};
-use super::function::PciFunction;
+use wherry_pci::{ConfigSpace, Identity, PciFunction};
 
 /// A host bridge without registers of its own. It has the IDs of a generic PCI Express host bridge, so that no guest
 /// expects a chip set.

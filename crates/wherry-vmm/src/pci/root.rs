@@ -6,10 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
 use vm_allocator::{AddressAllocator, AllocPolicy};
+use wherry_pci::{BarKind, ConfigSpace, FunctionAddress, PciFunction};
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
-use super::config::{BarKind, ConfigSpace};
-use super::function::{FunctionAddress, PciFunction};
 use super::saved::{SavedFunction, SavedPciHost};
 use crate::units::Once;
 

@@ -1,10 +1,11 @@
 use std::sync::{Arc, Mutex};
 
 use proptest::prelude::*;
+use wherry_pci::bus::{Bus, BusDevice};
+use wherry_pci::*;
 use wherry_state::{Saved, SavedState, StateUnit};
 
 use super::*;
-use crate::bus::{Bus, BusDevice};
 use crate::power::ResetControl;
 
 const ECAM: u64 = 0xe000_0000;

@@ -22,11 +22,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
-use crate::bus::BusDevice;
 use crate::line::InterruptLine;
 use crate::units::Once;
 use registers::Registers;
 pub(crate) use saved::SavedAcpi;
+use wherry_pci::bus::BusDevice;
 
 /// First port of the fixed ACPI registers.
 pub const PM_BASE: u16 = 0x600;

@@ -16,9 +16,9 @@ use time::{Date, Month, OffsetDateTime, PrimitiveDateTime, Time};
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
 use crate::acpi::RTC_CENTURY;
-use crate::bus::BusDevice;
 use crate::units::Once;
 pub(crate) use saved::SavedRtc;
+use wherry_pci::bus::BusDevice;
 
 /// Number of ports.
 pub const RTC_LEN: u64 = 2;

@@ -32,13 +32,13 @@ use vm_superio::{Serial as Chip, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
-use crate::bus::BusDevice;
 use crate::config::SerialTarget;
 use crate::units::Once;
 use endpoint::Endpoint;
 use output::Output;
 pub(crate) use saved::SavedSerial;
 pub use terminal::restore_terminal;
+use wherry_pci::bus::BusDevice;
 
 /// Number of ports.
 pub const SERIAL_LEN: u64 = 8;

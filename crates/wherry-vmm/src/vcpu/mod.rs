@@ -28,9 +28,9 @@ use std::time::{Duration, Instant};
 
 use kvm_ioctls::VcpuFd;
 
-use crate::bus::Bus;
 use crate::vm::ioctl;
 use crate::vm::{ExitNotice, VmError};
+use wherry_pci::bus::Bus;
 
 use run_page::RunPage;
 

@@ -13,15 +13,16 @@ use wherry_state::StateUnit;
 
 use super::{ExitNotice, ExitReason, VmError};
 use crate::acpi::{self, AcpiConfig};
-use crate::bus::{Bus, BusDevice};
 use crate::config::SerialTarget;
 use crate::layout;
 use crate::line::InterruptLine;
-use crate::pci::{Ecam, FunctionAddress, HostBridge, PciPorts, PciRoot, PciWindows};
+use crate::pci::{Ecam, HostBridge, PciPorts, PciRoot, PciWindows};
 use crate::power::{self, AcpiPm, KeyboardController, PowerHandler, PowerRequest, ResetControl};
 use crate::rtc::{RTC_LEN, Rtc};
 use crate::serial::{EscapeHandler, SERIAL_LEN, Serial};
 use crate::vcpu::Buses;
+use wherry_pci::FunctionAddress;
+use wherry_pci::bus::{Bus, BusDevice};
 
 /// Ports that PCI devices may have.
 const PCI_PORTS: std::ops::Range<u64> = 0x1000..0x1_0000;

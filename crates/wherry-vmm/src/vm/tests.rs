@@ -11,9 +11,9 @@ use wherry_migration::machine::Machine;
 use wherry_state::SavedState;
 
 use super::*;
-use crate::bus::BusDevice;
 use crate::config::{CpuModel, SerialTarget};
 use crate::units::clock::saved::ClockState;
+use wherry_pci::bus::BusDevice;
 
 const LIMIT: Duration = Duration::from_secs(30);
 /// Where the guests count.

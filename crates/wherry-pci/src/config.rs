@@ -151,10 +151,16 @@ impl ConfigSpace {
         self.writable[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn dword(&self, at: usize) -> u32 {
+    /// The dword at an offset; bytes behind the end are ones.
+    pub fn dword(&self, at: u16) -> u32 {
         let mut bytes = [0; 4];
-        bytes.copy_from_slice(&self.bytes[at..at + 4]);
+        self.read(at, &mut bytes);
         u32::from_le_bytes(bytes)
+    }
+
+    /// The word at an offset.
+    pub fn word(&self, at: u16) -> u16 {
+        self.dword(at) as u16
     }
 
     fn command(&self) -> u16 {
@@ -206,11 +212,13 @@ impl ConfigSpace {
     pub fn bar_address(&self, index: usize) -> Option<u64> {
         let bar = self.bars.get(index).copied().flatten()?;
         let at = reg::BAR0 + index * 4;
-        let low = u64::from(self.dword(at));
+        let low = u64::from(self.dword(at as u16));
         let (enable, address, limit) = match bar.kind {
             BarKind::Io => (COMMAND_IO, low & !3, 1 << 16),
             BarKind::Memory32 => (COMMAND_MEMORY, low & !15, 1 << 32),
-            BarKind::Memory64 { .. } => (COMMAND_MEMORY, low & !15 | u64::from(self.dword(at + 4)) << 32, u64::MAX),
+            BarKind::Memory64 { .. } => {
+                (COMMAND_MEMORY, low & !15 | u64::from(self.dword(at as u16 + 4)) << 32, u64::MAX)
+            }
         };
         let fits = address != 0 && address.checked_add(bar.size).is_some_and(|end| end <= limit);
         (self.command() & enable != 0 && fits).then_some(address)

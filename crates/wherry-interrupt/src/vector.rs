@@ -1,0 +1,202 @@
+//! One message-signalled interrupt.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::{Input, InterruptError, Message, Router};
+
+/// What the guest has set a vector to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Setting {
+    /// What it writes.
+    pub message: Message,
+    /// It may interrupt: it is not masked, and its function has the kind of interrupt switched on.
+    pub open: bool,
+}
+
+/// Which eventfd a device in another process has to signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// [`Vector::interrupt_event`]: it only becomes pending.
+    Interrupt,
+    /// [`Vector::kvm_interrupt_event`]: the hypervisor delivers it.
+    KvmInterrupt,
+}
+
+struct State {
+    setting: Setting,
+    pending: bool,
+    attached: bool,
+    /// Nothing is attached until [`Vector::resume`].
+    rests: bool,
+}
+
+/// A vector, and the two eventfds that raise it: `interrupt` while it cannot be delivered, `kvm_interrupt` while it can.
+///
+/// A device in this process calls [`raise`](Self::raise). A device in another one holds the eventfd that
+/// [`signal`](Self::signal) names, and is given the other one when that changes: first it changes, then the device is told
+/// and has answered, then [`collect`](Self::collect) takes in what went to the old one.
+pub struct Vector {
+    router: Arc<dyn Router>,
+    input: Input,
+    interrupt: EventFd,
+    kvm_interrupt: EventFd,
+    /// Held while the router is called, which takes locks of its own.
+    state: Mutex<State>,
+}
+
+impl Vector {
+    pub(crate) fn new(router: Arc<dyn Router>) -> Result<Self, InterruptError> {
+        let input = router.reserve().map_err(|source| InterruptError {
+            input: Input(0),
+            what: "reserving an input",
+            source,
+        })?;
+        let event =
+            || EventFd::new(EFD_NONBLOCK).map_err(|source| InterruptError { input, what: "making an eventfd", source });
+        let state = State { setting: Setting::default(), pending: false, attached: false, rests: false };
+        match (event(), event()) {
+            (Ok(interrupt), Ok(kvm_interrupt)) => {
+                Ok(Self { router, input, interrupt, kvm_interrupt, state: Mutex::new(state) })
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                router.release(&[input]);
+                Err(error)
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn error(&self, what: &'static str) -> impl FnOnce(io::Error) -> InterruptError {
+        let input = self.input;
+        move |source| InterruptError { input, what, source }
+    }
+
+    /// Its input of the router.
+    pub fn input(&self) -> Input {
+        self.input
+    }
+
+    /// Signalled while the vector cannot be delivered.
+    pub fn interrupt_event(&self) -> &EventFd {
+        &self.interrupt
+    }
+
+    /// Signalled while the hypervisor delivers it.
+    pub fn kvm_interrupt_event(&self) -> &EventFd {
+        &self.kvm_interrupt
+    }
+
+    /// Which of the two a device has to signal now.
+    pub fn signal(&self) -> Signal {
+        if self.lock().setting.open { Signal::KvmInterrupt } else { Signal::Interrupt }
+    }
+
+    /// Interrupts the guest, now or as soon as that is possible.
+    pub fn raise(&self) {
+        let mut state = self.lock();
+        if state.attached { self.deliver(&mut state) } else { state.pending = true }
+    }
+
+    /// Takes in what devices in other processes have signalled while it could not be delivered.
+    pub fn collect(&self) {
+        let mut state = self.lock();
+        self.absorb(&mut state);
+        if state.attached && state.pending {
+            self.deliver(&mut state);
+        }
+    }
+
+    /// Whether it waits to be delivered: the pending bit that a guest can read.
+    pub fn pending(&self) -> bool {
+        let mut state = self.lock();
+        self.absorb(&mut state);
+        state.pending && !state.setting.open
+    }
+
+    /// Reads the eventfds that nobody else reads.
+    fn absorb(&self, state: &mut State) {
+        // An empty one would block, and says so.
+        state.pending |= self.interrupt.read().is_ok();
+        if !state.attached {
+            state.pending |= self.kvm_interrupt.read().is_ok();
+        }
+    }
+
+    fn deliver(&self, state: &mut State) {
+        // It fails only if the counter is full, and then the interrupt is certain anyway.
+        let _ = self.kvm_interrupt.write(1);
+        state.pending = false;
+    }
+
+    pub(crate) fn setting(&self) -> Setting {
+        self.lock().setting
+    }
+
+    pub(crate) fn setting_and_pending(&self) -> (Setting, bool) {
+        let state = self.lock();
+        (state.setting, state.pending)
+    }
+
+    pub(crate) fn drop_pending(&self) {
+        let mut state = self.lock();
+        self.absorb(&mut state);
+        state.pending = false;
+    }
+
+    pub(crate) fn set_pending(&self) {
+        self.lock().pending = true;
+    }
+
+    /// Takes the setting; the route has been set.
+    pub(crate) fn set(&self, setting: Setting) -> Result<(), InterruptError> {
+        let mut state = self.lock();
+        state.setting = setting;
+        self.follow(&mut state)
+    }
+
+    pub(crate) fn rest(&self) -> Result<(), InterruptError> {
+        let mut state = self.lock();
+        state.rests = true;
+        self.follow(&mut state)
+    }
+
+    pub(crate) fn resume(&self) -> Result<(), InterruptError> {
+        let mut state = self.lock();
+        state.rests = false;
+        self.follow(&mut state)
+    }
+
+    /// Attaches or detaches as the state says.
+    fn follow(&self, state: &mut State) -> Result<(), InterruptError> {
+        let wanted = state.setting.open && !state.rests;
+        if state.attached && !wanted {
+            self.router.detach(self.input, &self.kvm_interrupt).map_err(self.error("detaching its eventfd"))?;
+            state.attached = false;
+        } else if !state.attached && wanted {
+            // What it counts would be delivered, or not: hypervisors differ. So it counts nothing.
+            self.absorb(state);
+            self.router.attach(self.input, &self.kvm_interrupt, None).map_err(self.error("attaching its eventfd"))?;
+            state.attached = true;
+            if state.pending {
+                self.deliver(state);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Vector {
+    fn drop(&mut self) {
+        // Nothing is attached to an input that is given back; a hypervisor that is gone already has let go of it.
+        if let Err(error) = self.rest() {
+            tracing::debug!(%error, "a vector that is no more");
+        }
+        self.router.release(&[self.input]);
+    }
+}

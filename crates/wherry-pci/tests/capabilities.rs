@@ -1,0 +1,156 @@
+//! MSI-X and MSI as a guest sets them, against a router that remembers.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::sync::Arc;
+
+use wherry_interrupt::Message;
+use wherry_interrupt::fake::FakeRouter;
+use wherry_pci::{ConfigSpace, Identity, Msi, Msix, MsixPlace};
+
+struct Rig {
+    router: Arc<FakeRouter>,
+    config: ConfigSpace,
+    msix: Msix,
+    control: u16,
+}
+
+impl Rig {
+    fn new(count: u16) -> Self {
+        let router = Arc::new(FakeRouter::default());
+        let mut config = ConfigSpace::new(&Identity::default());
+        let place = MsixPlace { bar: 2, table: 0x1000, pending: 0x1800 };
+        let msix = Msix::new(router.clone(), count, place, &mut config).unwrap();
+        Self { router, config, msix, control: 0x42 }
+    }
+
+    fn set_control(&mut self, value: u16) {
+        self.config.write(self.control, &value.to_le_bytes());
+        self.msix.follow(&self.config);
+    }
+
+    fn set_entry(&self, index: u64, data: u32, mask: u32) {
+        self.msix.write_table(index * 16, &0xfee0_1000u64.to_le_bytes());
+        self.msix.write_table(index * 16 + 8, &data.to_le_bytes());
+        self.msix.write_table(index * 16 + 12, &mask.to_le_bytes());
+    }
+
+    fn delivered(&self, index: u16) -> Option<u64> {
+        self.router.delivered(self.msix.vector(index).unwrap().input())
+    }
+
+    fn pending(&self) -> u64 {
+        let mut bits = [0; 8];
+        self.msix.read_pending(0, &mut bits);
+        u64::from_le_bytes(bits)
+    }
+}
+
+#[test]
+fn the_capability_tells_size_and_place_of_its_table() {
+    let rig = Rig::new(3);
+    assert_eq!(rig.config.dword(0x40), 0x0002_0011);
+    assert_eq!((rig.config.dword(0x44), rig.config.dword(0x48)), (0x1002, 0x1802));
+    assert_eq!((rig.msix.table_range(), rig.msix.pending_range()), (0x1000..0x1030, 0x1800..0x1808));
+}
+
+#[test]
+fn a_vector_is_delivered_only_when_neither_it_nor_its_function_is_masked() {
+    let mut rig = Rig::new(2);
+    rig.set_entry(0, 0x51, 0);
+    rig.set_entry(1, 0x52, 1);
+    let raise = |rig: &Rig| (0..2).for_each(|i| rig.msix.vector(i).unwrap().raise());
+    raise(&rig);
+    assert_eq!((rig.delivered(0), rig.pending()), (None, 3), "it is switched off");
+    rig.set_control(0xc000);
+    assert_eq!((rig.delivered(0), rig.pending()), (None, 3), "the function is masked");
+    rig.set_control(0x8000);
+    assert_eq!((rig.delivered(0), rig.delivered(1), rig.pending()), (Some(1), None, 2));
+    rig.set_entry(1, 0x52, 0);
+    assert_eq!((rig.delivered(1), rig.pending()), (Some(1), 0));
+    let input = rig.msix.vector(1).unwrap().input();
+    assert_eq!(rig.router.told().routes[&input], Message { address: 0xfee0_1000, data: 0x52 });
+    rig.msix.reset();
+    assert_eq!(rig.delivered(0), None);
+}
+
+#[test]
+fn reserved_bits_of_the_table_do_not_stick_and_what_lies_behind_it_reads_as_zero() {
+    let rig = Rig::new(1);
+    rig.msix.write_table(0, &[0xff; 40]);
+    let mut data = [0xaa; 20];
+    rig.msix.read_table(0, &mut data);
+    assert_eq!(data[..16], [0xfc, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1, 0, 0, 0]);
+    assert_eq!(data[16..], [0; 4]);
+}
+
+#[test]
+fn a_restored_function_delivers_what_was_pending_when_it_resumes() {
+    let mut source = Rig::new(2);
+    source.set_entry(0, 0x61, 0);
+    source.set_entry(1, 0x62, 1);
+    source.set_control(0x8000);
+    source.msix.vectors().rest().unwrap();
+    (0..2).for_each(|i| source.msix.vector(i).unwrap().raise());
+    let (config, saved) = (source.config.save(), source.msix.save());
+
+    let mut rig = Rig::new(2);
+    rig.config.restore(&config).unwrap();
+    rig.msix.restore(&saved, &rig.config).unwrap();
+    assert_eq!(rig.delivered(0), None);
+    rig.msix.vectors().resume().unwrap();
+    assert_eq!((rig.delivered(0), rig.pending()), (Some(1), 2));
+    let mut entry = [0; 16];
+    rig.msix.read_table(16, &mut entry);
+    assert_eq!((entry[8], entry[12]), (0x62, 1));
+}
+
+#[test]
+fn state_of_another_function_or_that_contradicts_itself_is_refused() {
+    let source = Rig::new(2);
+    let rig = Rig::new(3);
+    let error = rig.msix.restore(&source.msix.save(), &rig.config).unwrap_err().to_string();
+    assert!(error.contains("2 vectors") && error.contains("has 3"), "{error}");
+    let mut saved = rig.msix.save();
+    saved.vectors[1].open = true;
+    let error = rig.msix.restore(&saved, &rig.config).unwrap_err().to_string();
+    assert!(error.contains("vector 1"), "{error}");
+}
+
+#[test]
+fn impossible_tables_are_refused() {
+    for (count, bar, table) in [(0, 0, 0), (2049, 0, 0), (1, 6, 0), (1, 0, 4)] {
+        let mut config = ConfigSpace::new(&Identity::default());
+        let place = MsixPlace { bar, table, pending: 0x800 };
+        assert!(Msix::new(Arc::new(FakeRouter::default()), count, place, &mut config).is_err());
+    }
+}
+
+#[test]
+fn msi_vectors_share_a_message_and_have_their_own_masks_and_pending_bits() {
+    let router = Arc::new(FakeRouter::default());
+    let mut config = ConfigSpace::new(&Identity::default());
+    let msi = Msi::new(router.clone(), 4, &mut config).unwrap();
+    let delivered = |index| router.delivered(msi.vectors().get(index).unwrap().input());
+    config.write(0x44, &0xfee0_2000u32.to_le_bytes());
+    config.write(0x4c, &0x71u16.to_le_bytes());
+    config.write(0x50, &0b10u32.to_le_bytes());
+    // Enabled, and all four vectors used.
+    config.write(0x42, &0x21u16.to_le_bytes());
+    msi.follow(&config);
+    assert!(msi.enabled(&config));
+    (0..4).for_each(|i| msi.vector(i, &config).unwrap().raise());
+    assert_eq!([0, 1, 2, 3].map(delivered), [Some(1), None, Some(1), Some(1)]);
+    let input = msi.vectors().get(3).unwrap().input();
+    assert_eq!(router.told().routes[&input], Message { address: 0xfee0_2000, data: 0x73 });
+    msi.show_pending(&mut config);
+    assert_eq!(config.dword(0x54), 0b10);
+    config.write(0x50, &[0; 4]);
+    msi.follow(&config);
+    assert_eq!(delivered(1), Some(1));
+    // One vector: all interrupts of the function share it.
+    config.write(0x42, &1u16.to_le_bytes());
+    msi.follow(&config);
+    msi.vector(3, &config).unwrap().raise();
+    assert_eq!([0, 3].map(delivered), [Some(1), None]);
+    assert!(Msi::new(router.clone(), 3, &mut config).is_err());
+}
