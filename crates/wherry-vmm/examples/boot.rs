@@ -32,6 +32,7 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
         initrd: None,
         cmdline: String::new(),
         serial: SerialTarget::Stdio,
+        virtio: Default::default(),
     };
     let mut resets = 0;
     let mut args = std::env::args().skip(1);

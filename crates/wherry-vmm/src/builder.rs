@@ -14,7 +14,7 @@ use wherry_migration::machine::{
 use crate::cpu_model;
 use crate::description::VmDescription;
 use crate::layout;
-use crate::vm::{DeviceConfig, Host, Vm, needs_scaling};
+use crate::vm::{Backing, DeviceConfig, Host, Vm, needs_scaling};
 
 /// What a machine that arrives is connected to here.
 #[derive(Clone, Debug)]
@@ -70,6 +70,16 @@ impl VmBuilder {
         if let Some(specs) = &specs {
             reasons.extend(lacking_huge_pages(specs));
         }
+        let backing = match Backing::open(&self.local.devices.serial, &self.local.devices.virtio) {
+            Ok(backing) => {
+                reasons.extend(backing.lacking(&vmm.devices));
+                backing
+            }
+            Err(error) => {
+                reasons.push(format!("what was given for its devices: {error}"));
+                Backing::bare(&self.local.devices.serial)
+            }
+        };
         let Some(specs) = specs.filter(|_| reasons.is_empty()) else {
             return Err(Refusal(reasons));
         };
@@ -78,7 +88,8 @@ impl VmBuilder {
             true => fault_service(&ram),
             false => Err("the machine was built without".into()),
         };
-        let made = Vm::make(&host, ram, faults, vmm, identity, description.name.clone(), &self.local.devices);
+        let name = description.name.clone();
+        let made = Vm::make(&host, ram, faults, vmm, identity, name, backing);
         let vm = made.map_err(|e| one(format!("the machine as described: {e}")))?.started_by_engine();
         let reasons = lacking_units(&description.units, vm.units());
         if !reasons.is_empty() {

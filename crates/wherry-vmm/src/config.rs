@@ -39,6 +39,26 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Where the first serial port leads.
     pub serial: SerialTarget,
+    /// Its virtio devices.
+    pub virtio: VirtioConfig,
+}
+
+/// The virtio devices of a machine, and what they are connected to on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VirtioConfig {
+    /// Disks, in the order in which the guest sees them.
+    pub disks: Vec<DiskConfig>,
+    /// A source of random numbers. A destination has one if the machine does, whatever this says.
+    pub rng: bool,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Its image: a file or block device.
+    pub path: PathBuf,
+    /// It is only read.
+    pub read_only: bool,
 }
 
 /// What the guest's CPUs are.
@@ -166,6 +186,7 @@ mod tests {
             initrd: None,
             cmdline: String::new(),
             serial: SerialTarget::Null,
+            virtio: VirtioConfig::default(),
         }
     }
 

@@ -10,6 +10,9 @@ use crate::cpu_model::CpuidEntry;
 /// Version of the meaning of [`VmDescription`]. A destination takes its own and older ones.
 pub const VERSION: u32 = 1;
 
+/// Places of the PCI bus, without the host bridge.
+const MAX_DEVICES: usize = 31;
+
 /// A machine, apart from RAM and the state of its units.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct VmDescription {
@@ -34,6 +37,26 @@ pub struct VmDescription {
     /// The writer's boot id: on another host, or after another boot, the guest's TSC has to be moved.
     #[prost(string, tag = "7")]
     pub boot_id: String,
+    /// Devices beside those that every machine has, in the order of their places on the bus.
+    #[prost(message, repeated, tag = "8")]
+    pub devices: Vec<DeviceDescription>,
+}
+
+/// A device. One that an older reader does not know has a state unit that it does not know either.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct DeviceDescription {
+    /// What it is: `disk`, `rng`.
+    #[prost(string, tag = "1")]
+    pub kind: String,
+    /// What it is connected to at the writer's, for people.
+    #[prost(string, tag = "2")]
+    pub label: String,
+    /// Of a disk: its size in sectors of 512 bytes.
+    #[prost(uint64, tag = "3")]
+    pub sectors: u64,
+    /// Of a disk: it is only read.
+    #[prost(bool, tag = "4")]
+    pub read_only: bool,
 }
 
 /// An MSR that tells features.
@@ -59,6 +82,9 @@ impl VmDescription {
         }
         if this.cpuid.is_empty() || this.cpuid.len() > 200 {
             return Err(format!("a CPUID table of {} entries", this.cpuid.len()));
+        }
+        if this.devices.len() > MAX_DEVICES {
+            return Err(format!("{} devices (there is room for {MAX_DEVICES})", this.devices.len()));
         }
         if this.tsc_khz == 0 {
             return Err("a TSC frequency".into());

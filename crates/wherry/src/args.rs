@@ -90,6 +90,9 @@ pub struct Run {
     /// start it while it may run elsewhere [default: random]
     #[arg(long, value_name = "ID", value_parser = identity)]
     pub id: Option<[u8; 16]>,
+    /// Give the guest a source of random numbers
+    #[arg(long)]
+    pub rng: bool,
     /// Build the VM, but leave it paused until `wherry resume`
     #[arg(long)]
     pub paused: bool,
@@ -104,6 +107,10 @@ pub struct Process {
     /// UNIX socket to make for the API
     #[arg(long, value_name = "SOCKET")]
     pub api: PathBuf,
+    /// Disk image, a file or block device, once for each disk; with `,ro` it is only read. A receiver needs the same disks
+    /// in the same order
+    #[arg(long, value_name = "FILE[,ro]", value_parser = disk)]
+    pub disk: Vec<wherry_vmm::config::DiskConfig>,
     /// Where the serial port leads: stdio, file:PATH, socket:PATH or null
     #[arg(long, value_name = "TARGET", default_value = "stdio", value_parser = serial)]
     pub serial: wherry_vmm::config::SerialTarget,
@@ -360,6 +367,21 @@ pub fn identity(text: &str) -> Result<[u8; 16], String> {
 
 fn cpu_model(text: &str) -> Result<wherry_vmm::config::CpuModel, String> {
     text.parse().map_err(|e: wherry_vmm::config::ConfigError| e.to_string())
+}
+
+/// Reads a path with options behind it.
+fn disk(text: &str) -> Result<wherry_vmm::config::DiskConfig, String> {
+    let mut parts = text.split(',');
+    let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
+    let mut read_only = false;
+    for option in parts {
+        match option {
+            "ro" => read_only = true,
+            "format=raw" => {}
+            other => return Err(format!("unknown option {other:?}: use ro or format=raw")),
+        }
+    }
+    Ok(wherry_vmm::config::DiskConfig { path: path.into(), read_only })
 }
 
 fn serial(text: &str) -> Result<wherry_vmm::config::SerialTarget, String> {

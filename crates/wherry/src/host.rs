@@ -12,10 +12,11 @@ use wherry_migration::ownership::VmId;
 use wherry_vmm::api::server::Server;
 use wherry_vmm::api::socket::ApiSocket;
 use wherry_vmm::api::types::VmState;
-use wherry_vmm::config::{Kernel, MachineConfig};
+use wherry_vmm::config::{Kernel, MachineConfig, VirtioConfig};
 use wherry_vmm::serial::restore_terminal;
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
+use wherry_vmm::vm::DeviceConfig;
 
 use crate::args::{Process, Receive, Run, identity};
 use crate::demo::check_kvm;
@@ -23,7 +24,7 @@ use crate::{BAD_ARGUMENTS, DID_NOT, IN_DOUBT, records};
 
 /// `wherry run`
 pub fn run(options: Run) -> Result<u8> {
-    let Run { kernel, initrd, cmdline, memory, hugepages, cpus, cpu, name, id, paused, process } = options;
+    let Run { kernel, initrd, cmdline, memory, hugepages, cpus, cpu, name, id, rng, paused, process } = options;
     let config = MachineConfig {
         name,
         vm: match id {
@@ -38,6 +39,7 @@ pub fn run(options: Run) -> Result<u8> {
         initrd,
         cmdline,
         serial: process.serial.clone(),
+        virtio: VirtioConfig { disks: process.disk.clone(), rng },
     };
     if let Err(error) = config.check() {
         eprintln!("error: {error}");
@@ -73,7 +75,9 @@ pub fn receive(options: Receive) -> Result<u8> {
     check_kvm()?;
     records::open_and_sweep()?;
     let host = Host::open(&process, Policy { reboot: None, linger: process.linger })?;
-    let arrival = kvm::Arrival::listen(&listen, process.serial.clone())
+    let virtio = VirtioConfig { disks: process.disk.clone(), rng: false };
+    let devices = DeviceConfig { serial: process.serial.clone(), virtio };
+    let arrival = kvm::Arrival::listen(&listen, devices)
         .map_err(|e| anyhow::anyhow!("{e}"))
         .with_context(|| format!("listening at {listen}"))?;
     host.service.listen(arrival.address());

@@ -18,7 +18,7 @@ use super::guest::{self, Departure, Engine, Exit, Guest, GuestError, Received, S
 use crate::api::server::is_over;
 use crate::api::types::{Hardware, MigrationRequest, Mode, RamBlock};
 use crate::builder::{LocalConfig, VmBuilder};
-use crate::config::{MachineConfig, SerialTarget};
+use crate::config::MachineConfig;
 use crate::vm::{DeviceConfig, ExitReason, Vm};
 
 /// Builds a machine and loads its kernel. It does not run yet.
@@ -257,11 +257,11 @@ pub struct Arrival {
 }
 
 impl Arrival {
-    /// Listens at an address; the VM that arrives there will have its serial port at `serial`.
-    pub fn listen(address: &str, serial: SerialTarget) -> Result<Self, GuestError> {
+    /// Listens at an address; the devices of the VM that arrives there will be connected so.
+    pub fn listen(address: &str, devices: DeviceConfig) -> Result<Self, GuestError> {
         let endpoint: Endpoint = address.parse()?;
         let listener = Listener::bind(&endpoint)?;
-        Ok(Self { listener, local: LocalConfig { devices: DeviceConfig { serial } } })
+        Ok(Self { listener, local: LocalConfig { devices } })
     }
 
     /// Where it listens, with the port that was chosen.

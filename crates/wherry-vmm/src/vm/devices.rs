@@ -1,19 +1,24 @@
 //! The devices every machine has, their buses and interrupt lines.
 //!
-//! They are the same in every machine, so the description does not list them; their state units' names and schemas are
-//! compared in the handshake.
+//! Most are the same in every machine, so the description does not list them; their state units' names and schemas are
+//! compared in the handshake. Virtio devices are as the description says.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_guest::report;
 use wherry_memory::{GuestMemory, Ram};
 use wherry_state::StateUnit;
+use wherry_virtio::PciParts;
 
+use super::router::KvmRouter;
+use super::virtio::{Backing, VirtioDevices};
 use super::{ExitNotice, ExitReason, VmError};
 use crate::acpi::{self, AcpiConfig};
-use crate::config::SerialTarget;
+use crate::config::{SerialTarget, VirtioConfig};
+use crate::description::DeviceDescription;
 use crate::layout;
 use crate::line::InterruptLine;
 use crate::pci::{Ecam, HostBridge, PciPorts, PciRoot, PciWindows};
@@ -32,6 +37,8 @@ const PCI_PORTS: std::ops::Range<u64> = 0x1000..0x1_0000;
 pub struct DeviceConfig {
     /// Where the first serial port leads.
     pub serial: SerialTarget,
+    /// What its virtio devices are connected to.
+    pub virtio: VirtioConfig,
 }
 
 /// The devices of a machine.
@@ -41,6 +48,8 @@ pub struct Devices {
     serial: Arc<Serial>,
     pci: Arc<PciRoot>,
     acpi: Arc<AcpiPm>,
+    virtio: VirtioDevices,
+    backing: Backing,
 }
 
 fn failed(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
@@ -49,7 +58,8 @@ fn failed(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
 
 impl Devices {
     pub(super) fn make(
-        config: &DeviceConfig,
+        described: &[DeviceDescription],
+        backing: Backing,
         vm: &Arc<VmFd>,
         ram: &Arc<Ram>,
         notice: &ExitNotice,
@@ -80,7 +90,7 @@ impl Devices {
         let escape: EscapeHandler = Arc::new(move || {
             user.tell(ExitReason::ApiStop);
         });
-        let serial = Serial::new(interrupt, &config.serial, Some(escape)).map_err(failed)?;
+        let serial = Serial::new(interrupt, &backing.serial, Some(escape)).map_err(failed)?;
         on_pio(acpi::SERIAL_PORT.into(), SERIAL_LEN, serial.clone())?;
 
         let rtc = Arc::new(Rtc::new(ram.size(), layout::LOW_RAM_END));
@@ -88,8 +98,19 @@ impl Devices {
 
         on_mmio(layout::PROBE_PORT, report::PAGE_SIZE, Arc::new(ProbePort(notice.clone())))?;
 
-        let units: Vec<Arc<dyn StateUnit>> = vec![serial.clone(), pci.clone(), acpi.clone(), rtc];
-        Ok(Self { buses: Buses { pio, mmio }, units, serial, pci, acpi })
+        let router = KvmRouter::new(vm.clone());
+        let parts = |pin_input| PciParts {
+            memory_bus: mmio.clone(),
+            doorbells: router.clone(),
+            router: router.clone(),
+            pin_input,
+            memory: ram.memory().clone(),
+        };
+        let virtio = VirtioDevices::make(described, &backing, &pci, parts)?;
+
+        let mut units: Vec<Arc<dyn StateUnit>> = vec![serial.clone(), pci.clone(), acpi.clone(), rtc];
+        units.extend(virtio.units());
+        Ok(Self { buses: Buses { pio, mmio }, units, serial, pci, acpi, virtio, backing })
     }
 
     pub(super) fn buses(&self) -> &Buses {
@@ -109,6 +130,16 @@ impl Devices {
     /// Presses the power button; false if the guest does not listen to it (yet).
     pub fn press_power_button(&self) -> bool {
         self.acpi.press_power_button()
+    }
+
+    /// What the devices are connected to on this host, and what only the owner of the VM may have locked.
+    pub(super) fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// Brings devices that work on their own to rest for good; false if one does not come to rest in time.
+    pub(super) fn end(&self, limit: Duration) -> bool {
+        self.virtio.end(limit)
     }
 
     /// Bytes of serial output that were dropped because nobody took them.

@@ -15,7 +15,9 @@ mod error;
 mod exit;
 mod host;
 pub(crate) mod ioctl;
+mod router;
 mod slot;
+mod virtio;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -37,6 +39,7 @@ pub use exit::{Crash, ExitNotice, ExitReason};
 pub use host::Host;
 pub(crate) use host::{feature_msr_name, free_huge_pages};
 pub(crate) use slot::MemorySlot;
+pub(crate) use virtio::Backing;
 
 use self::assemble::assemble;
 use self::devices::Devices;
@@ -113,6 +116,8 @@ impl Vm {
                 free_huge_pages()
             )]));
         }
+        let backing = Backing::open(&config.serial, &config.virtio).map_err(|e| VmError::Device(e.into()))?;
+        backing.lock().map_err(|e| VmError::Device(e.into()))?;
         let cpuid = cpu_model::table(&host, config.cpu, host.tsc_khz)?;
         let address_bits = cpu_model::address_bits(&cpuid);
         if layout::mmio64(config.memory).end > 1 << address_bits.clamp(36, 52) {
@@ -133,11 +138,11 @@ impl Vm {
             cpuid,
             tsc_khz: host.tsc_khz,
             boot_id: host.boot_id.clone(),
+            devices: backing.describe(&config.virtio),
         };
         let ram = Arc::new(Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?);
-        let devices = DeviceConfig { serial: config.serial.clone() };
         let faults = Err("it was started here, and has all of its memory".into());
-        let vm = Self::make(&host, ram, faults, description, config.vm, config.name, &devices)?;
+        let vm = Self::make(&host, ram, faults, description, config.vm, config.name, backing)?;
 
         let wrap = |e: crate::boot::BootError| VmError::Boot(e.into());
         let kernel = match &config.kernel {
@@ -161,11 +166,11 @@ impl Vm {
         description: VmDescription,
         identity: [u8; 16],
         name: String,
-        devices: &DeviceConfig,
+        backing: Backing,
     ) -> Result<Self, VmError> {
         let notice = ExitNotice::new();
         let parts = assemble(host, &ram, &description, &notice)?;
-        let devices = Devices::make(devices, &parts.vm, &ram, &notice)?;
+        let devices = Devices::make(&description.devices, backing, &parts.vm, &ram, &notice)?;
         let mut units: Vec<Arc<dyn StateUnit>> = vec![
             Arc::new(ClockUnit::new(parts.vm.clone(), host.clone(), parts.traits.time.clone(), parts.vcpus.clone())),
             Arc::new(IrqchipUnit::new(parts.vm.clone())),
@@ -253,10 +258,12 @@ impl Vm {
         self.notice.tell(ExitReason::ApiStop);
         // A vCPU in an instruction that KVM emulates waits for a page that may never come, and cannot be called away: it
         // is given zeros, and leaves the guest before its next instruction.
-        if let Ok(faults) = &self.faults
-            && !self.vcpus.wait_rest(Instant::now() + FAULT_LIMIT).is_empty()
-        {
-            faults.stop();
+        if let Ok(faults) = &self.faults {
+            let vcpus_rest = self.vcpus.wait_rest(Instant::now() + FAULT_LIMIT).is_empty();
+            // The same holds for threads of devices.
+            if !self.devices.end(FAULT_LIMIT) || !vcpus_rest {
+                faults.stop();
+            }
         }
         self.vcpus.end();
     }
@@ -368,13 +375,12 @@ impl Machine for Vm {
         self.throttle.set(percent);
     }
 
-    /// There are no disks yet: nothing is locked.
     fn take_locks(&self) -> Result<(), MachineError> {
-        Ok(())
+        Ok(self.devices.backing().lock()?)
     }
 
     fn release_locks(&self) -> Result<(), MachineError> {
-        Ok(())
+        Ok(self.devices.backing().unlock()?)
     }
 
     fn runs_after_start(&self) -> bool {

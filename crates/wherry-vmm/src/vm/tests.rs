@@ -60,6 +60,7 @@ fn config(kernel: &Path, cpus: u32) -> MachineConfig {
         initrd: None,
         cmdline: String::new(),
         serial: SerialTarget::Null,
+        virtio: Default::default(),
     }
 }
 
@@ -84,9 +85,17 @@ fn until(vm: &Vm, what: &str, mut is_so: impl FnMut() -> bool) {
 fn twin(vm: &Vm) -> Vm {
     let host = Arc::new(Host::open().unwrap());
     let ram = Arc::new(Ram::create(&layout::ram_blocks(vm.ram.size(), PageSize::Base)).unwrap());
-    let devices = DeviceConfig { serial: SerialTarget::Null };
     let faults = Err("all of its memory is here".into());
-    let made = Vm::make(&host, ram, faults, vm.description.clone(), vm.identity, "twin".into(), &devices).unwrap();
+    let made = Vm::make(
+        &host,
+        ram,
+        faults,
+        vm.description.clone(),
+        vm.identity,
+        "twin".into(),
+        Backing::bare(&SerialTarget::Null),
+    )
+    .unwrap();
     made.started_by_engine()
 }
 

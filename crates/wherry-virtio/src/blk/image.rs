@@ -1,0 +1,116 @@
+//! An image file: opened, sized, and locked by whoever owns the VM.
+#![expect(unsafe_code, reason = "locks of open file descriptions, which rustix does not have")]
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use super::SECTOR;
+
+/// A raw image.
+#[derive(Debug)]
+pub struct Image {
+    file: File,
+    path: PathBuf,
+    read_only: bool,
+    sectors: u64,
+}
+
+/// An image cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// It cannot be opened or sized.
+    #[error("disk image {}: {what}: {source}", path.display())]
+    Io {
+        /// The image.
+        path: PathBuf,
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// It is no file or block device, or has not one sector.
+    #[error("disk image {}: {reason}", path.display())]
+    Unfit {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        reason: &'static str,
+    },
+    /// Somebody else has it.
+    #[error("disk image {}: another process has it locked; it may belong to a VM that runs", .0.display())]
+    Locked(PathBuf),
+}
+
+impl Image {
+    /// Opens an image. It is not locked yet: at the destination of a migration the source still owns it.
+    pub fn open(path: &Path, read_only: bool) -> Result<Self, ImageError> {
+        let error = |what| move |source| ImageError::Io { path: path.into(), what, source };
+        let mut file = File::options().read(true).write(!read_only).open(path).map_err(error("opening it"))?;
+        let kind = file.metadata().map_err(error("looking at it"))?.file_type();
+        if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
+            return Err(ImageError::Unfit { path: path.into(), reason: "it is neither a file nor a block device" });
+        }
+        // A block device tells its size this way only.
+        let sectors = file.seek(SeekFrom::End(0)).map_err(error("finding its size"))? / SECTOR;
+        if sectors == 0 {
+            return Err(ImageError::Unfit { path: path.into(), reason: "it has less than one sector of 512 bytes" });
+        }
+        Ok(Self { file, path: path.into(), read_only, sectors })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it can only be read.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Its size in sectors of 512 bytes.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    /// Everything that was written reaches the medium.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        if self.read_only { Ok(()) } else { self.file.sync_data() }
+    }
+
+    /// Locks it: for itself, or together with others that only read it. Locking it again changes nothing.
+    pub fn lock(&self) -> Result<(), ImageError> {
+        let kind = if self.read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+        self.set_lock(kind).map_err(|source| match source.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => ImageError::Locked(self.path.clone()),
+            _ => ImageError::Io { path: self.path.clone(), what: "locking it", source },
+        })
+    }
+
+    /// Unlocks it.
+    pub fn unlock(&self) -> Result<(), ImageError> {
+        let error = |source| ImageError::Io { path: self.path.clone(), what: "unlocking it", source };
+        self.set_lock(libc::F_UNLCK).map_err(error)
+    }
+
+    fn set_lock(&self, kind: i32) -> io::Result<()> {
+        let lock = libc::flock {
+            l_type: kind as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: 0,
+            l_len: 0,
+            l_pid: 0,
+        };
+        // SAFETY: an open descriptor, and a structure that the call reads.
+        match unsafe { libc::fcntl(self.fd(), libc::F_OFD_SETLK, &raw const lock) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}

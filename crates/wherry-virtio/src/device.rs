@@ -1,0 +1,124 @@
+//! What a device implements, and what the transport gives to it.
+//!
+//! A device may serve its rings on a thread of this process, or have another process do it: it is told where the rings
+//! lie, which eventfds ring and are rung, and which features were agreed on.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use vmm_sys_util::eventfd::EventFd;
+use wherry_memory::GuestMemory;
+use wherry_state::{Section, UnitError};
+
+use crate::saved::SavedTransport;
+use crate::transport::Interrupts;
+
+/// What a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    /// Number of the device type (virtio 1.3, section 5).
+    pub id: u16,
+    /// Name of its state unit.
+    pub name: &'static str,
+    /// PCI base class, sub-class and programming interface.
+    pub class: [u8; 3],
+}
+
+/// One ring as the driver has set it up, and how far it has been served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingSetup {
+    /// Entries, a power of two.
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub descriptors: u64,
+    /// Guest address of the available ring, which the driver writes.
+    pub available: u64,
+    /// Guest address of the used ring, which the device writes.
+    pub used: u64,
+    /// Where it is served on.
+    pub position: Position,
+}
+
+/// How far a ring has been served: indices that count up and wrap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position {
+    /// Next entry of the available ring to take.
+    pub available: u16,
+    /// Next entry of the used ring to fill.
+    pub used: u16,
+}
+
+/// A ring that is to be served.
+pub struct RingGiven {
+    /// Its number.
+    pub index: u16,
+    /// Where it lies.
+    pub setup: RingSetup,
+    /// Readable when the driver has made something available.
+    pub kick: Arc<EventFd>,
+}
+
+/// Everything a device needs to serve its rings.
+pub struct Activation {
+    /// Guest memory; what is written through it is known to the VMM's dirty source.
+    pub memory: GuestMemory,
+    /// The features that driver and device have agreed on.
+    pub features: u64,
+    /// The rings that the driver has enabled.
+    pub rings: Vec<RingGiven>,
+    /// How the driver is told.
+    pub interrupts: Interrupts,
+}
+
+/// A virtio device behind a transport. There are no default implementations on purpose: a forgotten one would lose state.
+///
+/// Once [`activate`](Self::activate)d it serves its rings until [`reset`](Self::reset), except between
+/// [`stop`](Self::stop) and [`start`](Self::start). It finds what was made available meanwhile without being rung again.
+pub trait Device: Send + Sync {
+    /// What it is.
+    fn kind(&self) -> Kind;
+
+    /// What it offers, with the features of rings but without those of the transport.
+    fn features(&self) -> u64;
+
+    /// The most entries of each ring: powers of two.
+    fn ring_sizes(&self) -> &[u16];
+
+    /// Reads its configuration; zeros behind the end.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes its configuration.
+    fn write_config(&self, offset: u64, data: &[u8]);
+
+    /// The driver is ready: serves the rings from now on. After [`restore`](Self::restore) it first takes up what was under
+    /// way. Guest memory may not be there yet: it must not be touched on this thread.
+    fn activate(&self, activation: Activation) -> Result<(), UnitError>;
+
+    /// Lets go of the rings, when what is under way has ended. Called by a vCPU.
+    fn reset(&self);
+
+    /// Takes no more requests, without waiting for those under way.
+    fn quiesce(&self);
+
+    /// [`quiesce`](Self::quiesce), then waits until what is under way has ended and has reached its medium.
+    fn drain(&self, deadline: Instant) -> Result<(), UnitError>;
+
+    /// Comes to rest: it touches no guest memory until [`start`](Self::start). What could not end in time and has had no
+    /// effect is carried as state; if it may have an effect later, this fails.
+    fn stop(&self, deadline: Instant) -> Result<(), UnitError>;
+
+    /// How far the rings it was given have been served, with their numbers. At rest.
+    fn positions(&self) -> Vec<(u16, Position)>;
+
+    /// Serves on.
+    fn start(&self);
+
+    /// Newest schema of its state.
+    fn schema(&self) -> u32;
+
+    /// Its state together with that of the transport. At rest.
+    fn save(&self, transport: SavedTransport) -> Section;
+
+    /// Takes what [`save`](Self::save) gave, and gives the transport its part.
+    fn restore(&self, section: &Section) -> Result<SavedTransport, UnitError>;
+}

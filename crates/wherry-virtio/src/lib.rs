@@ -1,0 +1,28 @@
+//! Virtio 1.3 over PCI: the transport, and devices whose rings this process serves.
+//!
+//! - [`VirtioPci`] is the transport: a PCI function, the registers in its BAR, and the state unit of its device.
+//! - [`Device`] is what a device implements. Its rings may as well be served by another process.
+//! - [`chain`] and [`ring`] are for those who serve rings here; [`worker`] is the thread they do it on.
+//! - [`blk`] and [`rng`] are devices.
+//!
+//! Contract: whatever a driver does, the VMM lives on. A driver that breaks a rule finds its device in need of a reset,
+//! and the log says which rule. Devices come to rest before their state is saved: what is under way has ended, or is
+//! carried and done at the destination; it is never lost, and has its effect once.
+//!
+//! Section numbers are those of virtio 1.3. Nothing here knows KVM.
+
+// The driver of the tests uses this crate from outside and from inside.
+#[cfg(test)]
+extern crate self as wherry_virtio;
+
+pub mod blk;
+pub mod chain;
+pub mod device;
+pub mod ring;
+pub mod rng;
+pub mod saved;
+mod transport;
+pub mod worker;
+
+pub use device::{Activation, Device, Kind, Position, RingGiven, RingSetup};
+pub use transport::{Interrupts, PciParts, TransportError, VirtioPci};

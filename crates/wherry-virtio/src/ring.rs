@@ -1,0 +1,122 @@
+//! A ring that is being served in this process.
+
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+use wherry_memory::GuestMemory;
+
+use crate::chain::{Broken, Chain};
+use crate::device::{Activation, Position, RingGiven};
+use crate::transport::Interrupts;
+
+/// Features of rings that every device here offers.
+pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// A ring, its memory, and how the driver is told of what was used.
+pub struct Ring {
+    index: u16,
+    queue: Queue,
+    memory: GuestMemory,
+    interrupts: Interrupts,
+    kick: Arc<EventFd>,
+    indirect: bool,
+    /// Something was used since the driver was last told.
+    used: bool,
+}
+
+impl Ring {
+    /// The rings of an activation, and what else it holds.
+    pub fn all(activation: Activation) -> Result<Vec<Self>, Broken> {
+        let Activation { memory, features, rings, interrupts } = activation;
+        rings.into_iter().map(|given| Self::new(given, &memory, features, &interrupts)).collect()
+    }
+
+    fn new(given: RingGiven, memory: &GuestMemory, features: u64, interrupts: &Interrupts) -> Result<Self, Broken> {
+        let RingGiven { index, setup, kick } = given;
+        let state = QueueState {
+            max_size: setup.size,
+            next_avail: setup.position.available,
+            next_used: setup.position.used,
+            event_idx_enabled: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
+            size: setup.size,
+            ready: true,
+            desc_table: setup.descriptors,
+            avail_ring: setup.available,
+            used_ring: setup.used,
+        };
+        let queue = Queue::try_from(state).map_err(|_| Broken::RingOutside)?;
+        if !queue.is_valid(memory) {
+            return Err(Broken::RingOutside);
+        }
+        let indirect = features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0;
+        Ok(Self { index, queue, memory: memory.clone(), interrupts: interrupts.clone(), kick, indirect, used: false })
+    }
+
+    /// Its number.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Readable when the driver has made something available.
+    pub fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The next request, if there is one.
+    pub fn pop(&mut self) -> Result<Option<Chain>, Broken> {
+        let mut available = self.queue.iter(&self.memory).map_err(|_| Broken::AvailableIndex)?;
+        let head = available.next().map(|chain| chain.head_index());
+        head.map(|head| self.chain(head)).transpose()
+    }
+
+    /// The request that begins at a head: one that was taken before.
+    pub fn chain(&self, head: u16) -> Result<Chain, Broken> {
+        Chain::read(&self.memory, self.queue.desc_table(), self.queue.size(), head, self.indirect)
+    }
+
+    /// Takes the last request back: it will be popped again.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Gives a request back to the driver, with the number of bytes that were written for it.
+    pub fn push(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        self.queue.add_used(&self.memory, head, written).map_err(|_| Broken::RingOutside)?;
+        self.used = true;
+        Ok(())
+    }
+
+    /// Tells the driver of what was given back, if it wants to know.
+    pub fn notify(&mut self) -> Result<(), Broken> {
+        if std::mem::take(&mut self.used)
+            && self.queue.needs_notification(&self.memory).map_err(|_| Broken::RingOutside)?
+        {
+            self.interrupts.ring(self.index);
+        }
+        Ok(())
+    }
+
+    /// Asks to be rung. True if there is something available already.
+    pub fn listen(&mut self) -> Result<bool, Broken> {
+        self.queue.enable_notification(&self.memory).map_err(|_| Broken::RingOutside)
+    }
+
+    /// Asks not to be rung: it is being looked at.
+    pub fn hush(&mut self) -> Result<(), Broken> {
+        // What is counted has been seen.
+        let _ = self.kick.read();
+        self.queue.disable_notification(&self.memory).map_err(|_| Broken::RingOutside)
+    }
+
+    /// How far it has been served.
+    pub fn position(&self) -> Position {
+        Position { available: self.queue.next_avail(), used: self.queue.next_used() }
+    }
+}

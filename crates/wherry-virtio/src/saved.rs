@@ -1,0 +1,135 @@
+//! What the units of virtio devices save. The same transport for all of them, and the device's own beside it.
+
+use wherry_interrupt::saved::SavedVector;
+use wherry_pci::saved::SavedMsix;
+use wherry_state::SavedState;
+
+/// The transport: what the driver has set, and how far its rings have been served.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SavedTransport {
+    /// Configuration space; zeros at the end are left out.
+    #[prost(bytes = "vec", tag = "1")]
+    pub config: Vec<u8>,
+    /// Table and vectors.
+    #[prost(message, optional, tag = "2")]
+    pub msix: Option<SavedMsix>,
+    /// Which half of the device's features is shown.
+    #[prost(uint32, tag = "3")]
+    pub device_feature_select: u32,
+    /// Which half of the driver's features is written.
+    #[prost(uint32, tag = "4")]
+    pub driver_feature_select: u32,
+    /// What the device offered.
+    #[prost(fixed64, tag = "5")]
+    pub offered: u64,
+    /// What the driver has taken.
+    #[prost(fixed64, tag = "6")]
+    pub accepted: u64,
+    /// Device status.
+    #[prost(uint32, tag = "7")]
+    pub status: u32,
+    /// Interrupt status.
+    #[prost(uint32, tag = "8")]
+    pub isr: u32,
+    /// Number of the configuration.
+    #[prost(uint32, tag = "9")]
+    pub generation: u32,
+    /// Which ring is shown.
+    #[prost(uint32, tag = "10")]
+    pub queue_select: u32,
+    /// Vector of configuration changes.
+    #[prost(uint32, tag = "11")]
+    pub config_vector: u32,
+    /// The rings.
+    #[prost(message, repeated, tag = "12")]
+    pub rings: Vec<SavedRing>,
+}
+
+/// One ring.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct SavedRing {
+    /// Entries.
+    #[prost(uint32, tag = "1")]
+    pub size: u32,
+    /// Its vector.
+    #[prost(uint32, tag = "2")]
+    pub vector: u32,
+    /// The driver has enabled it.
+    #[prost(bool, tag = "3")]
+    pub enabled: bool,
+    /// Address of the descriptor table.
+    #[prost(fixed64, tag = "4")]
+    pub descriptors: u64,
+    /// Address of the available ring.
+    #[prost(fixed64, tag = "5")]
+    pub available: u64,
+    /// Address of the used ring.
+    #[prost(fixed64, tag = "6")]
+    pub used: u64,
+    /// Next entry of the available ring to take.
+    #[prost(uint32, tag = "7")]
+    pub next_available: u32,
+    /// Next entry of the used ring to fill.
+    #[prost(uint32, tag = "8")]
+    pub next_used: u32,
+}
+
+/// Unit `virtio-blk`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SavedBlk {
+    /// The transport.
+    #[prost(message, optional, tag = "1")]
+    pub transport: Option<SavedTransport>,
+    /// Sectors of 512 bytes that the guest sees.
+    #[prost(uint64, tag = "2")]
+    pub sectors: u64,
+    /// Heads of requests that were taken and had no effect yet, oldest first: they are done at the destination.
+    #[prost(uint32, repeated, tag = "3")]
+    pub in_flight: Vec<u32>,
+}
+
+impl SavedState for SavedBlk {
+    const SCHEMA: u32 = 1;
+}
+
+/// Unit `virtio-rng`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SavedRng {
+    /// The transport.
+    #[prost(message, optional, tag = "1")]
+    pub transport: Option<SavedTransport>,
+}
+
+impl SavedState for SavedRng {
+    const SCHEMA: u32 = 1;
+}
+
+/// A transport with something in every field, for golden files.
+#[doc(hidden)]
+pub fn example() -> SavedTransport {
+    let vector = |n: u32| SavedVector { address: 0xfee0_0000, data: 0x40 + n, open: n == 0, pending: n == 1 };
+    let ring = |n: u32| SavedRing {
+        size: 128 << n,
+        vector: n,
+        enabled: true,
+        descriptors: 0x10_0000 + u64::from(n),
+        available: 0x20_0000,
+        used: 0x30_0000,
+        next_available: 0xfff0 + n,
+        next_used: 7 + n,
+    };
+    SavedTransport {
+        config: (0..=255).collect(),
+        msix: Some(SavedMsix { table: (0..32).collect(), vectors: vec![vector(0), vector(1)] }),
+        device_feature_select: 1,
+        driver_feature_select: 2,
+        offered: 0x1_3000_0004,
+        accepted: 0x1_2000_0000,
+        status: 15,
+        isr: 1,
+        generation: 3,
+        queue_select: 4,
+        config_vector: 0xffff,
+        rings: vec![ring(0), ring(1)],
+    }
+}
