@@ -21,10 +21,10 @@
 //! | [`gate`] | what only ring 0 may do: port I/O, CPUID, MSRs, HLT |
 //! | [`mmio`], [`port`], [`serial`] | device access, the probe port, text output |
 //! | [`time`] | the TSC and its frequency |
-//! | [`report`], [`params`], [`data`], [`ram`] | shared with the host side of this crate |
+//! | [`pci`], [`virtio`] | PCI functions, and virtio devices with their rings |
+//! | [`report`], [`params`], [`data`], [`disk`], [`ram`] | shared with the host side of this crate |
 //!
-//! Drivers (PCI enumeration through `gate::outl(0xcf8, ..)` or ECAM through [`mmio`], virtio, MSI-X) come as modules
-//! beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
+//! Drivers come as modules beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
 //! [`interrupt::count`] for it from ring 3.
 #![no_std]
 #![warn(missing_docs)]
@@ -34,6 +34,8 @@ pub mod acpi;
 pub mod boot;
 #[path = "../src/data.rs"]
 pub mod data;
+#[path = "../src/disk.rs"]
+pub mod disk;
 pub mod fault;
 pub mod gate;
 pub mod interrupt;
@@ -42,6 +44,7 @@ pub mod memory;
 pub mod mmio;
 #[path = "../src/params.rs"]
 pub mod params;
+pub mod pci;
 pub mod percpu;
 pub mod port;
 #[path = "../src/ram.rs"]
@@ -51,3 +54,4 @@ pub mod report;
 pub mod serial;
 pub mod smp;
 pub mod time;
+pub mod virtio;

@@ -41,3 +41,23 @@ pub unsafe fn write32(gpa: u64, value: u32) {
     // SAFETY: vouched for by the caller.
     unsafe { asm!("mov dword ptr [{}], {:e}", in(reg) gpa, in(reg) value, options(nostack, preserves_flags)) };
 }
+
+/// Reads 16 bits. `gpa` must be a multiple of 2.
+///
+/// # Safety
+/// As for [`read8`].
+pub unsafe fn read16(gpa: u64) -> u16 {
+    let value;
+    // SAFETY: vouched for by the caller.
+    unsafe { asm!("mov {:x}, word ptr [{}]", out(reg) value, in(reg) gpa, options(nostack, preserves_flags)) };
+    value
+}
+
+/// Writes 16 bits. `gpa` must be a multiple of 2.
+///
+/// # Safety
+/// As for [`write8`].
+pub unsafe fn write16(gpa: u64, value: u16) {
+    // SAFETY: vouched for by the caller.
+    unsafe { asm!("mov word ptr [{}], {:x}", in(reg) gpa, in(reg) value, options(nostack, preserves_flags)) };
+}

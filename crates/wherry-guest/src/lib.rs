@@ -7,10 +7,12 @@
 //! - [`report`]: the pages in guest RAM through which the guest speaks, and where they are
 //! - [`params`]: what may stand on its command line
 //! - [`data`]: what its data pages hold
+//! - [`disk`]: what it writes to a disk
 //! - [`ram`]: which RAM it uses
 //! - [`snapshot`]: the report pages decoded, for programs that do not map them
 
 pub mod data;
+pub mod disk;
 pub mod params;
 pub mod ram;
 pub mod report;

@@ -5,7 +5,7 @@
 
 use core::fmt;
 
-use crate::report::{MAX_CPUS, RATE_MAX};
+use crate::report::{MAX_CPUS, MAX_DISK_DEPTH, RATE_MAX};
 
 /// Which pages are dirtied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,8 +89,23 @@ pub struct Params {
     pub tsc_khz: Option<u64>,
     /// `run=`: finish by itself after this many milliseconds of work. `None` (default): never.
     pub run_ms: Option<u64>,
+    /// `disk=`: bytes of the first virtio disk that are worked on. `None` (default): none.
+    pub disk: Option<u64>,
+    /// `disk_depth=`: requests in flight. Default 32.
+    pub disk_depth: u16,
+    /// `disk_wait=interrupt|poll`.
+    pub disk_wait: DiskWait,
     /// `fault=`: on purpose, for tests of the failure path: `page`, `gp`, `panic` or `registers`, after the fill.
     pub fault: Option<InjectedFault>,
+}
+
+/// How the end of a disk request is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskWait {
+    /// By its interrupt, and only so: a lost one stops the load.
+    Interrupt,
+    /// By looking at the ring.
+    Poll,
 }
 
 /// A failure on request.
@@ -123,6 +138,9 @@ impl Default for Params {
             idle: Idle::Spin,
             tsc_khz: None,
             run_ms: None,
+            disk: None,
+            disk_depth: 32,
+            disk_wait: DiskWait::Interrupt,
             fault: None,
         }
     }
@@ -146,7 +164,7 @@ impl fmt::Display for ParamError<'_> {
 impl core::error::Error for ParamError<'_> {}
 
 const NAMES: &str = "one of data, from, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
-                     fault, each with '=' and a value";
+                     disk, disk_depth, disk_wait, fault, each with '=' and a value";
 const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
 const PERCENT: &str = "a percentage from 0% to 100%";
 const NUMBER: &str = "a number";
@@ -219,6 +237,19 @@ impl Params {
                 self.tsc_khz = Some(khz.ok_or("a frequency in kHz from 1000 to 100000000")?);
             }
             "run" => self.run_ms = Some(number(value).filter(|&ms| ms <= 1 << 40).ok_or("a number of milliseconds")?),
+            "disk" => self.disk = Some(size(value).ok_or(SIZE)?),
+            "disk_depth" => {
+                self.disk_depth = number(value)
+                    .filter(|n| (1..=MAX_DISK_DEPTH as u64).contains(n))
+                    .ok_or("a number of requests from 1 to 80")? as u16;
+            }
+            "disk_wait" => {
+                self.disk_wait = match value {
+                    "interrupt" => DiskWait::Interrupt,
+                    "poll" => DiskWait::Poll,
+                    _ => return Err("interrupt or poll"),
+                }
+            }
             "fault" => {
                 self.fault = Some(match value {
                     "page" => InjectedFault::Page,

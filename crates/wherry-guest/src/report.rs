@@ -49,6 +49,8 @@ const TOUCH_STEPS_LOG: u32 = 4;
 /// Buckets of the histogram of touches: 16 of the same width for each power of two from [`TOUCH_FLOOR_NS`] on, up to a
 /// second; the last one counts longer ones too.
 pub const TOUCH_BUCKETS: usize = 20 << TOUCH_STEPS_LOG;
+/// Most disk requests in flight.
+pub const MAX_DISK_DEPTH: usize = 80;
 /// Bytes of failure text kept.
 pub const MESSAGE_BYTES: usize = 256;
 
@@ -151,6 +153,8 @@ pub enum FailureKind {
     Clock = 7,
     /// A register of a vCPU did not keep its value.
     Registers = 8,
+    /// A disk does not hold what was written to it, or does not do what it should.
+    Disk = 9,
 }
 
 impl FailureKind {
@@ -166,6 +170,7 @@ impl FailureKind {
             6 => Self::Panic,
             7 => Self::Clock,
             8 => Self::Registers,
+            9 => Self::Disk,
             _ => return None,
         })
     }
@@ -275,6 +280,49 @@ pub struct Header {
     pub extents: [Extent; MAX_EXTENTS],
     /// What happened, in words (UTF-8, without a final zero).
     pub message: [AtomicU8; MESSAGE_BYTES],
+    /// The disk load.
+    pub disk: DiskReport,
+}
+
+/// The disk load of vCPU 0.
+#[repr(C)]
+pub struct DiskReport {
+    /// 1 when there is a disk load.
+    pub present: AtomicU32,
+    /// Most requests in flight.
+    pub depth: AtomicU32,
+    /// Sectors of 512 bytes of the device.
+    pub sectors: AtomicU64,
+    /// Blocks of 4 KiB that are worked on, from the first of the device.
+    pub blocks: AtomicU64,
+    /// Guest physical address of their generations: a 64-bit word each; the top bit says that it is part of a request.
+    pub table_gpa: AtomicU64,
+    /// Blocks read, each compared.
+    pub reads: AtomicU64,
+    /// Blocks written.
+    pub writes: AtomicU64,
+    /// Flushes.
+    pub flushes: AtomicU64,
+    /// Sectors that were as they should be.
+    pub verified: AtomicU64,
+    /// Requests that failed, and blocks that were wrong.
+    pub errors: AtomicU64,
+    /// Requests that came back although the device did not have them.
+    pub unexpected: AtomicU64,
+    /// Interrupts of the device.
+    pub interrupts: AtomicU64,
+    /// Longest request, in ns.
+    pub longest_ns: AtomicU64,
+    /// The first wrong block.
+    pub first_block: AtomicU64,
+    /// In it, the word that should be there.
+    pub first_expected: AtomicU64,
+    /// The word that was there.
+    pub first_found: AtomicU64,
+    /// Requests in flight.
+    pub in_flight: AtomicU32,
+    /// 0.
+    pub disk_pad: AtomicU32,
 }
 
 /// Words that the host may write. The guest fills them from its parameters before any vCPU is [`Phase::Filling`].
@@ -428,7 +476,9 @@ const _: () = {
     assert!(offset_of!(Header, data_pages) == 56);
     assert!(offset_of!(Header, extents) == 96);
     assert!(offset_of!(Header, message) == 224);
-    assert!(size_of::<Header>() == 480);
+    assert!(offset_of!(Header, disk) == 480);
+    assert!(size_of::<DiskReport>() == 128);
+    assert!(size_of::<Header>() == 608);
     assert!(size_of::<Control>() == 48);
     assert!(size_of::<VerifyError>() == 56);
     assert!(size_of::<Fault>() == 48);

@@ -6,8 +6,9 @@
 use core::mem::offset_of;
 
 use crate::report::{
-    CpuPage, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS, MAX_EXTENTS, MESSAGE_BYTES,
-    MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, VERSION, VerifyError, touch_bucket_start,
+    CpuPage, DiskReport, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS, MAX_EXTENTS,
+    MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, VERSION, VerifyError,
+    touch_bucket_start,
 };
 
 /// Why there is no snapshot.
@@ -216,6 +217,37 @@ pub struct Snapshot {
     pub failure: Option<Failure>,
     /// One entry per vCPU that shares the work.
     pub cpus: Vec<CpuSnapshot>,
+    /// The disk load, if there is one.
+    pub disk: Option<DiskSnapshot>,
+}
+
+/// The disk load; the fields are those of [`DiskReport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are documented at `report::DiskReport`")]
+pub struct DiskSnapshot {
+    pub depth: u32,
+    pub sectors: u64,
+    pub blocks: u64,
+    pub table_gpa: u64,
+    pub reads: u64,
+    pub writes: u64,
+    pub flushes: u64,
+    pub verified: u64,
+    pub errors: u64,
+    pub unexpected: u64,
+    pub interrupts: u64,
+    pub longest_ns: u64,
+    pub first_block: u64,
+    pub first_expected: u64,
+    pub first_found: u64,
+    pub in_flight: u32,
+}
+
+impl DiskSnapshot {
+    /// Requests that have come back.
+    pub fn completed(&self) -> u64 {
+        self.reads + self.writes + self.flushes
+    }
 }
 
 /// Words at offsets in a page.
@@ -270,6 +302,7 @@ impl Snapshot {
                 .collect(),
             cpus_online: header.u32(offset_of!(Header, cpus_online)),
             failure: failure(&header),
+            disk: disk(&header),
             cpus: pages.take(cpus).map(|page| CpuSnapshot::decode(&Words(page))).collect(),
         })
     }
@@ -324,6 +357,30 @@ impl Snapshot {
     fn sum(&self, figure: impl Fn(&CpuSnapshot) -> u64) -> u64 {
         self.cpus.iter().map(figure).fold(0, u64::wrapping_add)
     }
+}
+
+fn disk(header: &Words<'_>) -> Option<DiskSnapshot> {
+    let at = |field: usize| offset_of!(Header, disk) + field;
+    let long = |field: usize| header.u64(at(field));
+    let short = |field: usize| header.u32(at(field));
+    (short(offset_of!(DiskReport, present)) == 1).then(|| DiskSnapshot {
+        depth: short(offset_of!(DiskReport, depth)),
+        sectors: long(offset_of!(DiskReport, sectors)),
+        blocks: long(offset_of!(DiskReport, blocks)),
+        table_gpa: long(offset_of!(DiskReport, table_gpa)),
+        reads: long(offset_of!(DiskReport, reads)),
+        writes: long(offset_of!(DiskReport, writes)),
+        flushes: long(offset_of!(DiskReport, flushes)),
+        verified: long(offset_of!(DiskReport, verified)),
+        errors: long(offset_of!(DiskReport, errors)),
+        unexpected: long(offset_of!(DiskReport, unexpected)),
+        interrupts: long(offset_of!(DiskReport, interrupts)),
+        longest_ns: long(offset_of!(DiskReport, longest_ns)),
+        first_block: long(offset_of!(DiskReport, first_block)),
+        first_expected: long(offset_of!(DiskReport, first_expected)),
+        first_found: long(offset_of!(DiskReport, first_found)),
+        in_flight: short(offset_of!(DiskReport, in_flight)),
+    })
 }
 
 fn failure(header: &Words<'_>) -> Option<Failure> {

@@ -8,6 +8,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod canary;
+mod disk;
 mod setup;
 mod worker;
 

@@ -4,6 +4,7 @@ use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 
+use crate::disk::{self, Disk};
 use wherry_guest_kernel::boot::BootInfo;
 use wherry_guest_kernel::data::ENTRY_BYTES;
 use wherry_guest_kernel::fault::{control, cpu_page, die, header};
@@ -143,6 +144,9 @@ fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     let header = header();
     let mut ram = Allocator::new(boot.memory_map());
     header.ram_bytes.store(ram.total(), Relaxed);
+    if let Some(disk) = Disk::set_up(&setup.params, &mut ram, setup.tsc_hz) {
+        disk::put(disk);
+    }
     let copies = if setup.params.shadow == Shadow::Full { 2 } else { 1 };
     let wanted = setup.params.data.unwrap_or((ram.free() / 2 / copies).min(DEFAULT_DATA));
     let pages = wanted.div_ceil(PAGE_SIZE);

@@ -15,6 +15,7 @@ use wherry_guest_kernel::report::{
 use wherry_guest_kernel::{gate, interrupt, port, serial, time};
 
 use crate::canary::{self, Canary, Lost};
+use crate::disk::{self, Disk};
 use crate::setup::Setup;
 
 type Page = [u64; PAGE_WORDS];
@@ -51,6 +52,8 @@ pub struct Worker {
     canary: Canary,
     /// TSC at which the canary is looked at even though there is no idle time.
     next_canary: u64,
+    /// vCPU 0's, if there is one.
+    disk: Option<Disk>,
 }
 
 /// The load in force, from the control words.
@@ -121,6 +124,7 @@ impl Worker {
             timer_ticks: 0,
             canary: Canary::set(cpu),
             next_canary: 0,
+            disk: if cpu == 0 { disk::take() } else { None },
         };
         if setup.params.idle == Idle::Halt {
             worker.timer_ticks = (interrupt::measure_timer(setup.tsc_hz) / 10_000).min(u32::MAX.into()) as u32;
@@ -158,6 +162,7 @@ impl Worker {
             if control.finish.load(Relaxed) != 0 || self.deadline.is_some_and(|deadline| now >= deadline) {
                 self.finish();
             }
+            let disk_busy = self.disk.as_mut().is_some_and(|disk| disk.work(now));
             let dirty_due = now >= self.load.next_dirty && self.load.dirty_interval != u64::MAX;
             let verify_due = now >= self.load.next_verify && self.load.verify_permille != 0;
             if now >= self.next_canary {
@@ -172,7 +177,7 @@ impl Worker {
                 let share = self.load.verify_permille;
                 self.load.next_verify = after + after.wrapping_sub(now) * (1000 - share) / share;
                 verified_last = true;
-            } else if self.setup.params.idle == Idle::Halt {
+            } else if self.setup.params.idle == Idle::Halt && !disk_busy {
                 interrupt::sleep(self.timer_ticks);
                 let taken = interrupt::count(self.cpu, interrupt::TIMER_VECTOR);
                 self.out.timer_interrupts.store(taken.into(), Relaxed);
@@ -525,11 +530,18 @@ impl Worker {
             self.verify();
             self.tick();
         }
+        loop {
+            let now = self.tick();
+            if !self.disk.as_mut().is_some_and(|disk| disk.finish(now)) {
+                break;
+            }
+        }
         add(&self.out.register_checks, 1);
         if let Err(lost) = self.canary.compare_msrs() {
             self.registers_lost(lost);
         }
-        let errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed);
+        let disk_errors = self.disk.as_ref().map_or(0, Disk::errors);
+        let errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed) + disk_errors;
         serial::line(format_args!(
             "vCPU {} finished: {} pages dirtied, {} verified, {errors} errors, largest gap {} us",
             self.cpu,

@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use wherry_guest::data::{ENTRY_BYTES, page_tag};
 use wherry_guest::params::Params;
 use wherry_guest::report::{
-    CONTROL_GPA, Control, CpuPage, Fault, Header, MAX_CPUS, PORT_GPA, PORT_ID, PORT_REG_EVENT, PORT_REG_ID,
+    CONTROL_GPA, Control, CpuPage, DiskReport, Fault, Header, MAX_CPUS, PORT_GPA, PORT_ID, PORT_REG_EVENT, PORT_REG_ID,
     PORT_REG_POWEROFF, REPORT_GPA, VERSION, VerifyError, cpu_page_gpa,
 };
 
@@ -58,8 +58,15 @@ fn the_tables_list_every_field_with_offset_and_size() {
         3,
         fields!(Header: magic, version, cpu_slots, cpus, cpus_online, failure, failure_cpu, tsc_khz, tsc_source,
             port_present, ram_bytes, data_pages, table_gpa, shadow_gpa, seed, extent_count, message_len, extents,
-            message),
+            message, disk),
         size_of::<Header>(),
+    );
+    check(
+        "### Disk",
+        2,
+        fields!(DiskReport: present, depth, sectors, blocks, table_gpa, reads, writes, flushes, verified, errors,
+            unexpected, interrupts, longest_ns, first_block, first_expected, first_found, in_flight, disk_pad),
+        size_of::<DiskReport>(),
     );
     check(
         "### Control",

@@ -1,7 +1,7 @@
 //! The command line.
 
 use proptest::prelude::*;
-use wherry_guest::params::{Idle, InjectedFault, Params, Pattern, Shadow, Write};
+use wherry_guest::params::{DiskWait, Idle, InjectedFault, Params, Pattern, Shadow, Write};
 use wherry_guest::report::RATE_MAX;
 
 #[test]
@@ -15,7 +15,7 @@ fn an_empty_line_gives_the_documented_defaults() {
 #[test]
 fn every_parameter_is_understood() {
     let line = "data=512M from=3G rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
-                cpus=2 idle=halt tsc_khz=2600000 run=1500 fault=gp";
+                cpus=2 idle=halt tsc_khz=2600000 run=1500 disk=1G disk_depth=64 disk_wait=poll fault=gp";
     let expected = Params {
         data: Some(512 << 20),
         from: 3 << 30,
@@ -31,6 +31,9 @@ fn every_parameter_is_understood() {
         idle: Idle::Halt,
         tsc_khz: Some(2_600_000),
         run_ms: Some(1500),
+        disk: Some(1 << 30),
+        disk_depth: 64,
+        disk_wait: DiskWait::Poll,
         fault: Some(InjectedFault::Gp),
     };
     assert_eq!(Params::parse(line), Ok(expected));
@@ -67,6 +70,10 @@ fn words_that_are_not_parameters_are_named_with_what_would_be_right() {
         ("shadow=none", "table or full"),
         ("seed=0x+1", "number"),
         ("run=forever", "milliseconds"),
+        ("disk=all", "number of bytes"),
+        ("disk_depth=81", "from 1 to 80"),
+        ("disk_depth=0", "from 1 to 80"),
+        ("disk_wait=never", "interrupt or poll"),
         ("fault=all", "page, gp, panic or registers"),
     ] {
         let line = format!("seed=1 {word} cpus=1");
