@@ -1,0 +1,227 @@
+//! VMs with virtio devices, moved between real processes while the guest keeps many requests in flight.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use std::fs::File;
+use std::mem::offset_of;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use support::{Place, Vm, kvm, stderr, wait_for};
+use wherry_guest::disk::{BLOCK_BYTES, BLOCK_WORDS, block_word};
+use wherry_guest::report::{CONTROL_GPA, Control, Phase, REPORT_GPA, REPORT_SIZE};
+use wherry_guest::snapshot::{DiskSnapshot, Snapshot};
+
+/// Requests that have to come back to show that the disk is served.
+const ENOUGH: u64 = 1500;
+const IMAGE: u64 = 32 << 20;
+
+/// The RAM of a VM, kept beyond the end of its process.
+struct Memory(File);
+
+impl Memory {
+    fn of(place: &Place, api: &str) -> Self {
+        let status = place.wait_for_state(api, "running");
+        let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
+        let path = format!("/proc/{}/fd/{}", status["pid"], block["fd"]);
+        Self(File::options().read(true).write(true).open(path).unwrap())
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut report = vec![0; REPORT_SIZE as usize];
+        self.0.read_exact_at(&mut report, REPORT_GPA).unwrap();
+        Snapshot::decode(&report).unwrap()
+    }
+
+    fn disk(&self) -> DiskSnapshot {
+        let snapshot = self.snapshot();
+        assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+        let disk = snapshot.disk.unwrap();
+        assert_eq!((disk.errors, disk.unexpected), (0, 0), "{disk:?}");
+        disk
+    }
+
+    /// Waits until so many more requests have come back, verified.
+    fn wait_for_requests(&self, what: &str) -> DiskSnapshot {
+        let before = self.disk();
+        wait_for(&format!("{ENOUGH} disk requests {what}"), || {
+            let now = self.disk();
+            let done = now.completed() >= before.completed() + ENOUGH && now.verified > before.verified;
+            done.then_some(now)
+        })
+    }
+
+    /// Has the guest read and compare everything once more, and switch off.
+    fn finish(&self) {
+        let word = |offset: usize| CONTROL_GPA + offset as u64;
+        self.0.write_all_at(&1u32.to_le_bytes(), word(offset_of!(Control, finish))).unwrap();
+    }
+
+    /// Compares an image with what the guest knows to have written; how many blocks that are.
+    fn compare(&self, image: &File, seed: u64) -> u64 {
+        let disk = self.disk();
+        let mut table = vec![0; disk.blocks as usize * 8];
+        self.0.read_exact_at(&mut table, disk.table_gpa).unwrap();
+        let mut compared = 0;
+        let mut bytes = vec![0; BLOCK_BYTES as usize];
+        for (block, entry) in (0..).zip(table.chunks_exact(8)) {
+            let generation = u64::from_le_bytes(entry.try_into().unwrap());
+            if generation == 0 {
+                continue;
+            }
+            image.read_exact_at(&mut bytes, block * BLOCK_BYTES).unwrap();
+            let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
+            let expected = (0..BLOCK_WORDS).map(|word| block_word(seed, block, generation, word));
+            assert!(words.eq(expected), "block {block} of the image is not of generation {generation}");
+            compared += 1;
+        }
+        compared
+    }
+}
+
+fn image(place: &Place, name: &str, bytes: u64) -> PathBuf {
+    let path = place.path(name);
+    File::create(&path).unwrap().set_len(bytes).unwrap();
+    path
+}
+
+fn run(place: &Place, image: &str, disk: &str) -> Vm {
+    let cmdline = format!("data=16M rate=4M {disk}");
+    let arguments = ["--memory", "64M", "--cmdline", &cmdline, "--disk", image, "--rng"];
+    place.run_guest("0", &arguments, &[])
+}
+
+fn migrate(place: &Place, api: &str, to: &str, more: &[&str]) -> std::process::Output {
+    let mut arguments = vec!["migrate", "--to", to, "--json"];
+    arguments.extend(more);
+    place.control(api, &arguments)
+}
+
+/// Moves a guest with a busy disk by all modes, and compares every byte at the end.
+fn moves_with(disk: &str) {
+    let place = Place::new();
+    let path = image(&place, "disk", IMAGE);
+    let path = path.to_str().unwrap();
+    let mut here = run(&place, path, disk);
+    let mut memory = Memory::of(&place, "0");
+    memory.wait_for_requests("before the first move");
+    for (leg, mode) in ["precopy", "postcopy", "hybrid", "postcopy", "precopy"].into_iter().enumerate() {
+        let (from, to) = (leg.to_string(), (leg + 1).to_string());
+        let (there, address) = place.receive(&to, &["--disk", path]);
+        let output = migrate(&place, &from, &address, &["--mode", mode]);
+        assert_eq!(output.status.code(), Some(0), "{mode}: {}", stderr(&output));
+        let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+        println!("{mode}: I/O stall {} us, blackout {}", job["io_stall_us"], job["blackout"]);
+        assert_eq!(here.end().code(), Some(0), "{}", here.log());
+        (memory, here) = (Memory::of(&place, &to), there);
+        let after = memory.wait_for_requests(&format!("after a move by {mode}"));
+        assert!(after.in_flight > 0 && after.flushes > 0, "{after:?}");
+    }
+    memory.finish();
+    assert_eq!(here.end().code(), Some(0), "{}", here.log());
+    assert_eq!(memory.snapshot().phase(), Phase::Finished);
+    let compared = memory.compare(&File::open(path).unwrap(), 1);
+    assert!(compared > IMAGE / BLOCK_BYTES / 4, "only {compared} blocks were ever written");
+}
+
+#[test]
+fn a_disk_with_many_requests_in_flight_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost() {
+    if !kvm("a_disk_with_many_requests_in_flight_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost") {
+        return;
+    }
+    moves_with("disk=32M disk_depth=80 disk_wait=interrupt");
+}
+
+#[test]
+fn a_disk_whose_driver_polls_moves_by_every_mode_and_not_a_byte_is_lost() {
+    if !kvm("a_disk_whose_driver_polls_moves_by_every_mode_and_not_a_byte_is_lost") {
+        return;
+    }
+    moves_with("disk=32M disk_depth=64 disk_wait=poll");
+}
+
+#[test]
+fn a_destination_without_the_right_disk_is_refused_by_name_and_the_vm_runs_on() {
+    if !kvm("a_destination_without_the_right_disk_is_refused_by_name_and_the_vm_runs_on") {
+        return;
+    }
+    let place = Place::new();
+    let path = image(&place, "disk", IMAGE);
+    let path = path.to_str().unwrap();
+    let small = image(&place, "small", 1 << 20);
+    let (small, read_only) = (small.to_str().unwrap(), format!("{path},ro"));
+    let _here = run(&place, path, "disk=32M");
+    let memory = Memory::of(&place, "0");
+    let wrong: [(&[&str], &str); 5] = [
+        (&[], "disk 0"),
+        (&["--disk", small], "2048"),
+        (&["--disk", &read_only], "writable"),
+        (&["--disk", path, "--disk", small], "it has 1"),
+        (&["--disk", "/nonexistent"], "/nonexistent"),
+    ];
+    for (n, (disks, word)) in wrong.into_iter().enumerate() {
+        let api = format!("r{n}");
+        let (_there, address) = place.receive(&api, disks);
+        let output = migrate(&place, "0", &address, &[]);
+        assert_eq!(output.status.code(), Some(1), "{disks:?}");
+        assert!(stderr(&output).contains(word), "{disks:?}: {}", stderr(&output));
+    }
+    memory.wait_for_requests("after refused moves");
+}
+
+#[test]
+fn an_image_belongs_to_the_process_that_runs_the_vm() {
+    if !kvm("an_image_belongs_to_the_process_that_runs_the_vm") {
+        return;
+    }
+    let place = Place::new();
+    let path = image(&place, "disk", IMAGE);
+    let path = path.to_str().unwrap();
+    let refused = |api: &str| {
+        let mut second = place.start(api, &["run", "--memory", "64M", "--disk", path]);
+        assert_eq!(second.end().code(), Some(1));
+        assert!(second.log().contains("locked") && second.log().contains(path), "{}", second.log());
+    };
+    let mut here = run(&place, path, "disk=32M");
+    refused("x");
+    let (_there, address) = place.receive("1", &["--disk", path]);
+    let output = migrate(&place, "0", &address, &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(here.end().code(), Some(0), "{}", here.log());
+    refused("y");
+    Memory::of(&place, "1").wait_for_requests("after the move");
+}
+
+#[test]
+fn a_move_that_fails_leaves_the_disk_served_and_locked_here() {
+    if !kvm("a_move_that_fails_leaves_the_disk_served_and_locked_here") {
+        return;
+    }
+    let place = Place::new();
+    let path = image(&place, "disk", IMAGE);
+    let path = path.to_str().unwrap();
+    let here = run(&place, path, "disk=32M");
+    let memory = Memory::of(&place, "0");
+    // Somebody else has the image where it goes: the destination cannot take the lock, and says that it will not run.
+    let other = image(&place, "other", IMAGE);
+    let (there, address) = place.receive("2", &["--disk", other.to_str().unwrap()]);
+    let thief = lock(&other);
+    let output = migrate(&place, "0", &address, &[]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("locked"), "{}", stderr(&output));
+    memory.wait_for_requests("after the move that failed");
+    let mut second = place.start("x", &["run", "--memory", "64M", "--disk", path]);
+    assert_eq!(second.end().code(), Some(1));
+    assert!(second.log().contains("locked"), "{}", second.log());
+    drop((thief, there, here));
+}
+
+/// Has another open file hold the lock of an image.
+fn lock(path: &Path) -> wherry_virtio::blk::Image {
+    let image = wherry_virtio::blk::Image::open(path, false).unwrap();
+    image.lock().unwrap();
+    image
+}
