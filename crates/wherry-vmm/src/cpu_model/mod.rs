@@ -103,7 +103,20 @@ fn host_table(host: &Host) -> Vec<CpuidEntry> {
             entry.ecx |= u32::from(host.tsc_deadline) << 24;
         }
     }
+    hide_without_msr(&mut table, |index| host.feature_msr(index).is_some());
     table
+}
+
+/// Hides what announces an MSR that a vCPU does not have here. KVM says so of IA32_ARCH_CAPABILITIES on AMD processors.
+fn hide_without_msr(table: &mut [CpuidEntry], has: impl Fn(u32) -> bool) {
+    for (msr, function, register, bit) in ANNOUNCED_MSRS {
+        if has(msr) {
+            continue;
+        }
+        for entry in table.iter_mut().filter(|e| e.function == function && e.index == 0) {
+            *entry.register(register) &= !(1 << bit);
+        }
+    }
 }
 
 /// Makes the table of a new machine with this many vCPUs. `tsc_khz` is the guest's TSC frequency.
@@ -230,13 +243,16 @@ pub(crate) fn offers_nesting(table: &[CpuidEntry]) -> bool {
     value(table, 1, 0, Register::Ecx) & 1 << 5 != 0 || value(table, 0x8000_0001, 0, Register::Ecx) & 1 << 2 != 0
 }
 
+/// MSRs that tell features, and the bit of CPUID that announces each: leaf, register, bit.
+const ANNOUNCED_MSRS: [(u32, u32, Register, u32); 3] =
+    [(0x10a, 7, Register::Edx, 29), (0xcf, 7, Register::Edx, 30), (0x345, 1, Register::Ecx, 15)];
+
 /// Which of the MSRs that tell features a guest with this table looks at.
 pub(crate) fn shown_feature_msrs(table: &[CpuidEntry]) -> impl Iterator<Item = u32> {
-    let edx = value(table, 7, 0, Register::Edx);
-    let pdcm = value(table, 1, 0, Register::Ecx) >> 15 & 1 != 0;
-    [(0x10a, edx >> 29 & 1 != 0), (0xcf, edx >> 30 & 1 != 0), (0x345, pdcm)]
+    ANNOUNCED_MSRS
         .into_iter()
-        .filter_map(|(index, shown)| shown.then_some(index))
+        .filter(|(_, function, register, bit)| value(table, *function, 0, *register) >> bit & 1 != 0)
+        .map(|(msr, ..)| msr)
 }
 
 #[cfg(test)]

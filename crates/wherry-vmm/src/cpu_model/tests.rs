@@ -90,6 +90,16 @@ fn what_a_destination_lacks_is_named_bit_by_bit() {
 }
 
 #[test]
+fn a_feature_whose_msr_no_vcpu_takes_is_not_shown() {
+    let mut table = everything();
+    table.iter_mut().filter(|e| e.function == 7 && e.index == 0).for_each(|e| e.edx |= 3 << 29);
+    let all: Vec<u32> = shown_feature_msrs(&table).collect();
+    assert_eq!(all, [0x10a, 0xcf, 0x345]);
+    hide_without_msr(&mut table, |index| index == 0xcf);
+    assert_eq!(shown_feature_msrs(&table).collect::<Vec<_>>(), [0xcf]);
+}
+
+#[test]
 fn more_than_the_guest_uses_is_no_reason_to_refuse() {
     let mut table = everything();
     levels::apply(&mut table, CpuModel::X86_64V2);

@@ -102,6 +102,9 @@ impl Host {
         let tsc_khz = vcpu.get_tsc_khz().map_err(VmError::kvm("reading the TSC frequency"))?;
         let xsave_bytes = vm.check_extension_int(Cap::Xsave2).max(0) as usize;
         let tsc_movable = tsc_movable(&vcpu);
+        vcpu.set_cpuid2(&supported).map_err(VmError::kvm("setting all of CPUID to ask"))?;
+        // KVM may say of one that it supports it, and then have no vCPU take it.
+        features.retain(|index, value| msrs::set(&vcpu, &[*index], &[*value]).is_ok());
         let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let has = |cap: u32| kvm.check_extension_raw(cap.into());
         Ok(Self {
