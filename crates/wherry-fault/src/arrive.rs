@@ -11,15 +11,11 @@ use crate::place::{Stopped, Target};
 use crate::service::{FaultService, Shared, Trouble, bytes};
 use crate::{FaultError, Outcome, PageState, SourceId, Way, lock, read};
 
-/// When somebody waits for a page of a longer run, its neighbours in this many pages are placed in the same call, and
-/// the rest is left to the background: the one who waits does not wait for it.
-const WINDOW: u64 = 64;
-
 impl FaultService {
-    /// The bytes of pages that the caller has claimed are in the engine map (way [`Way::InPlace`]): publishes them, and
-    /// places at once those that somebody waits for. The background mapper places the rest.
+    /// The bytes of pages that the caller has claimed are in the engine map (way [`Way::InPlace`]): publishes them, places
+    /// those that somebody waits for, and then the others, so that they never fault.
     ///
-    /// A page whose placement fails is [told of](Self::take_troubles) and tried again.
+    /// A page whose placement fails is [told of](Self::take_troubles), and placed when it is touched.
     pub fn received(&self, block: BlockId, pages: Range<u64>) -> Result<(), FaultError> {
         let arrived = Instant::now();
         let faults = self.shared.block_with(block, &pages)?;
@@ -27,7 +23,8 @@ impl FaultService {
         if fill.way() != Way::InPlace {
             return Err(FaultError::Way { block, want: Way::Copy, got: Way::InPlace });
         }
-        self.shared.publish(faults, pages, false, true, arrived);
+        self.shared.publish(faults, pages.clone(), false, true, arrived);
+        self.shared.place_rest(faults, pages);
         Ok(())
     }
 
@@ -114,44 +111,26 @@ impl Shared {
     /// `arrived` since when their bytes are there.
     fn publish(&self, block: &BlockFaults, pages: Range<u64>, hole: bool, place: bool, arrived: Instant) {
         let mut waited = Vec::new();
-        // The run of pages published here that the current page ends: only these may be placed with it.
-        let (mut run_start, mut windows) = (pages.start, Vec::<Range<u64>>::new());
-        for page in pages.clone() {
-            match block.states.settle(page, hole) {
-                None => run_start = page + 1,
-                Some(published) => {
-                    let unit = block.states.unit_of(page);
-                    if published.waited {
-                        waited.push(unit.clone());
-                        if !windows.last().is_some_and(|w| w.contains(&page)) {
-                            let window = match unit.end - unit.start {
-                                // Holes are made only for those who wait.
-                                1 if hole => unit,
-                                1 => run_start.max(page / WINDOW * WINDOW)..page + 1,
-                                _ => unit,
-                            };
-                            windows.push(window);
-                        }
-                    }
-                    // Grows to the window's end with what is published behind the page that is waited for.
-                    if let Some(window) = windows.last_mut()
-                        && !hole
-                        && window.end == page
-                        && page % WINDOW != 0
-                        && page >= run_start
-                    {
-                        window.end = page + 1;
-                    }
-                }
-            }
-        }
-        if place {
-            for window in windows {
-                self.place_or_retry(block, window);
+        for page in pages {
+            if block.states.settle(page, hole).is_some_and(|published| published.waited) {
+                waited.push(block.states.unit_of(page));
             }
         }
         for unit in waited {
+            if place {
+                self.place_or_retry(block, unit.clone());
+            }
             self.finish((block.id(), unit.start), unit, Some(arrived));
+        }
+    }
+
+    /// Places what has arrived in place, and nobody waits for, of the units in which these pages lie.
+    fn place_rest(&self, block: &BlockFaults, pages: Range<u64>) {
+        let (Some(first), Some(last)) = (pages.clone().next(), pages.last()) else { return };
+        for run in block.states.unplaced_runs(block.states.unit_of(first).start..block.states.unit_of(last).end) {
+            if let Err(FaultError::Place { start, reason, .. }) = self.map_run(block, run) {
+                self.trouble(Trouble::Placement { block: block.id(), page: start, reason });
+            }
         }
     }
 

@@ -1,8 +1,7 @@
-//! The background mapper: places what was received and nobody waited for, so that it never faults.
+//! The background mapper: places what was whole before the switch, so that it never faults. What arrives later is placed
+//! by whoever receives it.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use wherry_memory::GRANULE;
 
@@ -11,8 +10,6 @@ use crate::{FaultError, lock};
 
 /// Pages looked at and mapped in one step: short enough for a fault not to notice (some 50 us).
 const STEP: u64 = 256;
-/// Between two passes while pages still arrive.
-const PAUSE: Duration = Duration::from_millis(5);
 
 /// How far the background mapper came in one call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,33 +37,18 @@ pub(crate) struct Cursor {
     data_end: u64,
 }
 
-/// Passes over all blocks until everything is received and placed, or the service is stopped.
-pub(crate) fn run(shared: &Arc<Shared>) {
-    loop {
-        // Asked before the pass: what is complete then, the pass has seen whole.
-        let complete = shared.blocks.iter().all(|b| b.states.is_complete());
-        *lock(&shared.cursor) = Cursor::default();
-        loop {
-            if shared.stopping.load(Ordering::SeqCst) {
-                return;
-            }
-            match shared.map_background(STEP) {
-                Ok(mapped) if mapped.wrapped => break,
-                Ok(_) => {}
-                // Everything had come, and the guest maps were unregistered meanwhile.
-                Err(FaultError::NotRegistered) => return,
-                // Only the time is lost that faults take instead.
-                Err(error) => return shared.trouble(Trouble::Guest(format!("the background mapper ends: {error}"))),
-            }
+/// Passes over all blocks once, unless the service is stopped.
+pub(crate) fn run(shared: &Shared) {
+    *lock(&shared.cursor) = Cursor::default();
+    while !shared.stopping.load(Ordering::SeqCst) {
+        match shared.map_background(STEP) {
+            Ok(mapped) if mapped.wrapped => return,
+            Ok(_) => {}
+            // Everything had come, and the guest maps were unregistered meanwhile.
+            Err(FaultError::NotRegistered) => return,
+            // Only the time is lost that faults take instead.
+            Err(error) => return shared.trouble(Trouble::Guest(format!("the background mapper ends: {error}"))),
         }
-        if complete {
-            return;
-        }
-        let pause = lock(&shared.mapper.0);
-        if shared.stopping.load(Ordering::SeqCst) {
-            return;
-        }
-        let _ = shared.mapper.1.wait_timeout(pause, PAUSE);
     }
 }
 
@@ -106,7 +88,7 @@ impl Shared {
     }
 
     /// Maps a run of received pages, of which only whole units are taken.
-    fn map_run(&self, block: &crate::block::BlockFaults, run: std::ops::Range<u64>) -> Result<u64, FaultError> {
+    pub fn map_run(&self, block: &crate::block::BlockFaults, run: std::ops::Range<u64>) -> Result<u64, FaultError> {
         let unit = block.states.unit_granules();
         let whole = run.start.next_multiple_of(unit)..run.end / unit * unit;
         if whole.is_empty() {

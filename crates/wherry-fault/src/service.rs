@@ -8,7 +8,7 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -124,8 +124,6 @@ pub(crate) struct Shared {
     pub replaced_pages: AtomicU64,
     /// Where the background mapper goes on.
     pub cursor: Mutex<crate::mapper::Cursor>,
-    /// Ends the background mapper's pauses.
-    pub mapper: (Mutex<()>, Condvar),
 }
 
 impl Shared {
@@ -259,7 +257,6 @@ impl FaultService {
             punched_pages: AtomicU64::new(0),
             replaced_pages: AtomicU64::new(0),
             cursor: Mutex::default(),
-            mapper: Default::default(),
         };
         Ok(Arc::new(Self {
             shared: Arc::new(shared),
@@ -350,8 +347,8 @@ impl FaultService {
         Ok(())
     }
 
-    /// Starts the thread `wherry-map`, which places what is received and not placed yet, while faults go first.
-    /// It ends when everything is received and placed. To be called after `Run`.
+    /// Starts the thread `wherry-map`, which places what was whole before the switch, while faults go first. It ends with
+    /// that. To be called after `Run`.
     pub fn start_mapper(&self) -> Result<(), FaultError> {
         let mut threads = lock(&self.threads);
         if threads.stopped {
@@ -500,10 +497,6 @@ impl FaultService {
         self.shared.stopping.store(true, Ordering::SeqCst);
         // Only an overflow can fail, and then the event is there.
         let _ = rustix::io::write(self.shared.kick.as_fd(), &1u64.to_ne_bytes());
-        {
-            let _pause = lock(&self.shared.mapper.0);
-            self.shared.mapper.1.notify_all();
-        }
         for thread in running {
             // A requester may stop the service from the thread itself.
             if thread.thread().id() != std::thread::current().id() {

@@ -4,7 +4,7 @@
 
 mod support;
 
-use support::{BLOCK, HugePages, Lab, PAGE, Sharer, until};
+use support::{BLOCK, HugePages, Lab, PAGE, Sharer};
 use wherry_fault::{FaultError, Mode, Outcome, SourceId, Trouble, Userfault, Way};
 use wherry_memory::{Block, BlockSpec, PageSize};
 
@@ -36,7 +36,7 @@ fn units_of_large_pages_are_placed_whole() {
     with_block(4, by_copy_a_unit_is_staged_until_it_is_whole);
     with_block(2, the_way_can_be_changed_with_units_half_received);
     with_block(2, a_punched_unit_is_found_out);
-    with_block(4, the_background_maps_whole_units);
+    with_block(4, whole_units_are_placed_when_their_last_granule_arrives_and_in_the_background);
 }
 
 fn a_unit_is_requested_as_a_whole_and_appears_when_its_last_granule_is_received(lab: &Lab) {
@@ -143,15 +143,16 @@ fn a_punched_unit_is_found_out(lab: &Lab) {
     assert_eq!(lab.trouble(), Trouble::Punched { block: BLOCK, page: UNIT, suspects: vec![] });
 }
 
-fn the_background_maps_whole_units(lab: &Lab) {
-    lab.receive(0..UNIT, 1);
+fn whole_units_are_placed_when_their_last_granule_arrives_and_in_the_background(lab: &Lab) {
+    (0..UNIT).for_each(|page| lab.write_engine(page, 1));
+    lab.service.mark_received(BLOCK, 0..UNIT).unwrap();
     lab.receive(2 * UNIT..3 * UNIT, 2);
     lab.receive(3 * UNIT..4 * UNIT - 1, 3);
-    assert_eq!(lab.service.map_background(u64::MAX).unwrap().pages, 2 * UNIT);
-    assert_eq!((lab.guest_read(5), lab.guest_read(2 * UNIT)), ((1, 1), (2, 2)));
+    assert_eq!(lab.guest_read(2 * UNIT), (2, 2));
+    assert_eq!(lab.service.map_background(u64::MAX).unwrap().pages, UNIT, "the unit that was whole before");
+    assert_eq!(lab.guest_read(5), (1, 1));
     assert!(matches!(lab.service.unregister_guest_maps(), Err(FaultError::Incomplete { missing: 513, .. })));
     lab.receive(0..4 * UNIT, 4);
-    lab.service.start_mapper().unwrap();
-    until("all units are mapped", || lab.service.statistics().background_pages == 4 * UNIT);
+    assert_eq!((lab.guest_read(UNIT), lab.guest_read(4 * UNIT - 1)), ((4, 4), (4, 4)));
     assert_eq!(lab.service.statistics().sources[0].faults, 0);
 }

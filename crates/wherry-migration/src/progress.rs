@@ -149,9 +149,9 @@ pub struct Postcopy {
     pub pages_asked: u64,
     /// Pages that were sent in answer; at the destination, that came so. What the push was faster with comes twice.
     pub pages_answered: u64,
-    /// Pages asked for because they lie beside one that was touched.
+    /// Pages asked for because they lie behind one that was touched in a walk through memory.
     pub prefetched: u64,
-    /// Of these, how many were touched later, under way or there already. A page counts once.
+    /// Of these, how many were touched before they were there. A page counts once; one that has come never faults.
     pub prefetch_hits: u64,
     /// From reading a fault to its page being visible: half of them took no longer. At most 1/16 above the true one.
     pub fault_p50_us: u64,

@@ -10,6 +10,7 @@
 //! [`receive`] is the one place that runs the phases; each is one function, in the file of its name. Whatever fails ends
 //! in [`Destination::fail`]. Once this side has said that it is ready, only the source, or an operator, decides.
 
+mod asker;
 mod check;
 mod doubt;
 mod host;

@@ -10,24 +10,25 @@
 //! When every page is there the guest maps are unregistered, and the machine is like any other.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use wherry_fault::{FaultService, Requester, Wanted};
+use wherry_fault::FaultService;
 use wherry_memory::{BlockId, GRANULE, PageSet, Ram};
 use wherry_stream::message::{Body, Empty, Follow as FollowMessage, Reason};
-use wherry_stream::{Channel, Closer, Extent, ExtentKind, Frame, FrameReader, FrameWriter, MAX_EXTENTS};
+use wherry_stream::{Channel, Closer, Frame, FrameReader};
 
+use super::asker::{Asked, Asker, pages_of};
 use super::doubt::{next_word, take_connection};
 use super::place::Place;
 use super::receivers::{News, Receivers};
 use super::{Destination, no_setup};
 use crate::error::Cause;
 use crate::figures::{of_faults, to_complete};
-use crate::journey::{EventKind, Recover, lock};
+use crate::journey::{EventKind, Recover};
 use crate::link::TICK;
 use crate::machine::Machine;
 use crate::ownership::DestinationInput;
@@ -37,10 +38,6 @@ use crate::progress::{Phase, Postcopy};
 use crate::source::take_follow;
 use crate::testpoint::{Point, reach};
 
-/// Pages after one that is missed that are asked for with it: a guest that touches one often touches the next.
-const NEIGHBOURS: u64 = 7;
-/// Pages asked for in one extent, at most: a huge page.
-const MOST: u32 = 512;
 /// Numbers in one `Follow` message.
 const RUNS: usize = 1 << 16;
 /// How often it is looked whether every page is there.
@@ -74,68 +71,6 @@ impl Follow {
     }
 }
 
-/// Asks the source for what the guest misses. Called on the fault thread.
-struct Asker {
-    writer: Mutex<FrameWriter>,
-    faults: Weak<FaultService>,
-    asked: Arc<Asked>,
-}
-
-/// What has been asked for, and what came in answer, over all links.
-#[derive(Default)]
-struct Asked {
-    requests: AtomicU64,
-    pages: AtomicU64,
-    answered: AtomicU64,
-}
-
-impl Asker {
-    fn ask(&self, extents: &[Extent]) {
-        for part in extents.chunks(MAX_EXTENTS) {
-            if let Err(error) = lock(&self.writer).write_request(part) {
-                // The conductor finds the link gone; what was asked for is asked again when there is one.
-                tracing::debug!(%error, "a request was lost");
-            }
-            self.asked.requests.fetch_add(1, Ordering::Relaxed);
-            self.asked.pages.fetch_add(pages_of(part), Ordering::Relaxed);
-        }
-    }
-}
-
-fn pages_of(extents: &[Extent]) -> u64 {
-    extents.iter().map(|extent| u64::from(extent.count)).sum()
-}
-
-impl Requester for Asker {
-    fn request(&self, pages: &[Wanted]) {
-        let extent =
-            |wanted: &Wanted, first, count| Extent { block: wanted.block.0, kind: ExtentKind::Data, first, count };
-        let mut missed: Vec<Extent> = Vec::with_capacity(pages.len());
-        for wanted in pages {
-            match missed.last_mut() {
-                Some(last)
-                    if last.block == wanted.block.0
-                        && last.first + u64::from(last.count) == wanted.page
-                        && last.count < MOST =>
-                {
-                    last.count += 1;
-                }
-                _ => missed.push(extent(wanted, wanted.page, 1)),
-            }
-        }
-        self.ask(&missed);
-        let Some(faults) = self.faults.upgrade() else { return };
-        let mut around = Vec::new();
-        for wanted in pages {
-            let first = wanted.page.saturating_add(1);
-            for run in faults.prefetch(wanted.block, first..first.saturating_add(NEIGHBOURS)) {
-                around.push(extent(wanted, run.start, (run.end - run.start) as u32));
-            }
-        }
-        self.ask(&around);
-    }
-}
-
 /// What serves the guest's faults while pages follow.
 pub(super) struct Following {
     faults: Arc<FaultService>,
@@ -151,8 +86,7 @@ impl Following {
         let closer = channel.closer();
         let (reader, writer) = channel.split();
         let asked = Arc::<Asked>::default();
-        let asker = Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&faults), asked: asked.clone() };
-        let asker = Arc::new(asker);
+        let asker = Arc::new(Asker::new(writer, &faults, asked.clone()));
         faults.start(asker.clone()).map_err(|e| Cause::Faults(e.to_string()))?;
         let reader = Some(spawn_reader(reader, place, asked)?);
         Ok(Self { faults, asker, closer, reader, since: None })
@@ -179,9 +113,9 @@ impl Following {
         self.disconnect();
         self.closer = channel.closer();
         let (reader, writer) = channel.split();
-        let asked = self.asker.asked.clone();
+        let asked = self.asker.asked().clone();
         self.reader = Some(spawn_reader(reader, place, asked.clone())?);
-        self.asker = Arc::new(Asker { writer: Mutex::new(writer), faults: Arc::downgrade(&self.faults), asked });
+        self.asker = Arc::new(Asker::new(writer, &self.faults, asked));
         self.faults.recover(self.asker.clone());
         Ok(())
     }
@@ -493,7 +427,7 @@ impl Destination<'_> {
         let machine = self.host.machine.as_ref()?;
         let following = self.receiving.as_mut()?.following.as_mut()?;
         let since = *following.since.get_or_insert_with(Instant::now);
-        let asked = &following.asker.asked;
+        let asked = following.asker.asked();
         let remaining_pages: u64 = machine
             .ram()
             .blocks()
