@@ -56,6 +56,15 @@ enum Task {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Run the accelerator's conformance list with a move before every call of each item, one run for each; `test` does a
+    /// sample of it.
+    Conformance {
+        /// To each kind of host from every call, rather than to one by turns: four times as many runs.
+        #[arg(long)]
+        every_host: bool,
+        /// Only items whose name has this.
+        item: Option<String>,
+    },
     /// Run the fuzz targets (fuzz/README.md).
     Fuzz {
         /// Time for all targets together.
@@ -108,6 +117,9 @@ fn main() -> ExitCode {
         .map(|tally| finish(&tally, true)),
         Task::Cuts { cuts, seed } => {
             debian::ensure(&debian::TESTS).and_then(|()| suite::cuts(cuts, seed)).map(|tally| finish(&tally, true))
+        }
+        Task::Conformance { every_host, item } => {
+            suite::conformance(every_host, item.as_deref()).map(|tally| finish(&tally, true))
         }
         Task::Setup => debian::ensure(&debian::TESTS).map(|()| true),
     };

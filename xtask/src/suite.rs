@@ -31,6 +31,16 @@ pub fn cuts(cuts: u32, seed: Option<u64>) -> Result<Tally> {
     counted(cargo)
 }
 
+/// Runs the conformance list of the accelerator with every move, optimised: there are thousands of runs.
+pub fn conformance(every_host: bool, item: Option<&str>) -> Result<Tally> {
+    let mut cargo = cargo_test();
+    cargo
+        .args(["--release", "-p", "wherry-accel", "--test", "conformance", "--"])
+        .args(item)
+        .env("WHERRY_ACCEL_MOVES", if every_host { "all" } else { "each" });
+    counted(cargo)
+}
+
 fn cargo_test() -> Command {
     let mut cargo = command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(["test", "--color", "never"]).current_dir(crate::root());
