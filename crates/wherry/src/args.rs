@@ -56,6 +56,66 @@ pub enum Command {
     Demo(Demo),
     /// Measure moves, beside raw loopback TCP and, where it is installed, beside QEMU
     Bench(Bench),
+    /// Use the accelerator of this program: list its engines, run a job file on them
+    Accel(Accel),
+}
+
+/// Options of `accel`.
+#[derive(Debug, Args)]
+pub struct Accel {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: AccelCommand,
+}
+
+/// What to do with the accelerator.
+#[derive(Debug, Subcommand)]
+pub enum AccelCommand {
+    /// List engines, the workers that serve them here, and what they can do
+    Engines(AccelEngines),
+    /// Run the steps of a job file, then show results, contexts and how long engines were busy
+    #[command(after_help = "\
+docs/accel-job.md describes job files; docs/examples/accel-job.toml is one.
+Exit status: 0 every step ended as it should; 1 one did not, or not in time; 2 bad arguments or job file.")]
+    Run(AccelRun),
+}
+
+/// Options of `accel engines`.
+#[derive(Debug, Args)]
+pub struct AccelEngines {
+    /// List the engines of this job file's device rather than the usual ones
+    #[arg(value_name = "JOB")]
+    pub job: Option<PathBuf>,
+    /// Workers that serve the engines [default: as many as processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: Option<u16>,
+    /// Answer in JSON on stdout
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `accel run`.
+#[derive(Debug, Args)]
+pub struct AccelRun {
+    /// The job file
+    #[arg(value_name = "JOB")]
+    pub job: PathBuf,
+    /// Workers that serve the engines [default: as the job file says, else as many as processors]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: Option<u16>,
+    /// When all steps are submitted, stop the device wherever they are, and go on with its saved state in another
+    /// device with so many workers
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub move_to: Option<u16>,
+    /// Give up when the steps have not ended after so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub timeout: u64,
+    /// Show contexts and busy times on stderr twice a second meanwhile
+    #[arg(long)]
+    pub watch: bool,
+    /// Answer in JSON on stdout
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Options of `run`.
@@ -306,6 +366,9 @@ pub struct Bench {
     /// 1ms,1G. Needs root and `ip`
     #[arg(long, value_name = "TIME,RATE", value_parser = link, conflicts_with = "vs")]
     pub link: Option<Shape>,
+    /// Measure the accelerator instead: its engines beside the crates called directly, latency, workers, fairness
+    #[arg(long, conflicts_with_all = ["vs", "link"])]
+    pub accel: bool,
     /// Blackout to stay below, in milliseconds, for all programs
     #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     pub downtime_limit: u64,

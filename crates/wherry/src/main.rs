@@ -5,12 +5,14 @@
 //! - [`control`], [`migrate`]: commands to such a process, over its API by [`client`].
 //! - [`mod@bench`]: figures, beside those of the machine and of a peer.
 //! - [`demo`]: all of it in one command; [`probe`] watches the guest from outside.
+//! - [`mod@accel`]: the accelerator, which needs no VM.
 //! - [`records`]: what this host remembers of VMs that changed hands.
 //! - [`report`]: figures as people read them.
 //!
 //! Results go to stdout, everything else to stderr. The exit status is part of the contract: 0 it happened; 1 it did
 //! not, and the VM runs on where it was; 2 bad arguments; 3 in doubt or paused, recoverable.
 
+mod accel;
 mod args;
 mod bench;
 mod client;
@@ -64,6 +66,7 @@ fn main() -> ExitCode {
         Command::Stop(options) => control::stop(&options),
         Command::Demo(options) => demo::demo(&options),
         Command::Bench(options) => bench::bench(&options),
+        Command::Accel(options) => accel::accel(&options),
     };
     match result {
         Ok(status) => ExitCode::from(status),

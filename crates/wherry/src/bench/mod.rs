@@ -8,8 +8,11 @@
 //! - the whole guest: the probe guest as in `wherry demo`, blackout measured from outside.
 //! - [`qemu`]: the same guest under QEMU, where it is installed.
 //!
+//! - [`accel`]: with `--accel`, the accelerator, and that alone.
+//!
 //! With `--link` the guest moves between two network namespaces over a slow link instead, and that alone is measured.
 
+mod accel;
 mod qemu;
 
 use std::path::Path;
@@ -112,6 +115,9 @@ pub struct Results {
 
 /// `wherry bench`
 pub fn bench(options: &Bench) -> Result<u8> {
+    if options.accel {
+        return accel::bench(options);
+    }
     check_kvm()?;
     if options.vs == Some(Peer::Qemu) && qemu::version().is_none() {
         anyhow::bail!("--vs qemu: QEMU is not installed (Debian: apt-get install qemu-system-x86)");

@@ -1,0 +1,115 @@
+//! `wherry bench --accel`: the accelerator in real time.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use wherry_accel::bench as engine;
+
+use crate::args::Bench;
+use crate::{HAPPENED, control, report};
+
+/// Bytes of one operation.
+const SIZES: [usize; 3] = [4 << 10, 64 << 10, 1 << 20];
+/// Empty requests for the latency.
+const REQUESTS: usize = 5000;
+/// How long contexts compete for one engine.
+const FAIR: Duration = Duration::from_secs(1);
+
+/// An operation at a size.
+#[derive(Serialize)]
+struct Operation {
+    operation: &'static str,
+    bytes: usize,
+    device_bytes_per_s: f64,
+    direct_bytes_per_s: f64,
+    /// Device by direct.
+    ratio: f64,
+}
+
+/// All of it.
+#[derive(Serialize)]
+struct Results {
+    operations: Vec<Operation>,
+    polled_p50_ns: u64,
+    polled_p99_ns: u64,
+    interrupt_p50_ns: u64,
+    interrupt_p99_ns: u64,
+    /// SHA-256 on four engines by one worker, and by two.
+    by_workers_bytes_per_s: [f64; 2],
+    /// Shares of an engine that three contexts of one priority got.
+    shares: Vec<f64>,
+}
+
+pub(super) fn bench(options: &Bench) -> Result<u8> {
+    let say = |what: &str| {
+        if !options.json {
+            eprintln!("{what}");
+        }
+    };
+    let runs = options.runs as usize;
+    say("each operation, in turn with the crate called directly");
+    let measured = engine::throughput(&SIZES, runs, engine::VOLUME).context("measuring the engines")?;
+    say("empty requests, workers, fairness");
+    let (polled, woken) = engine::latency(REQUESTS).context("measuring empty requests")?;
+    let scaling = |workers| engine::scaling(workers, runs).context("measuring workers");
+    let results = Results {
+        operations: measured
+            .into_iter()
+            .map(|one| Operation {
+                operation: one.operation,
+                bytes: one.bytes,
+                device_bytes_per_s: one.device,
+                direct_bytes_per_s: one.direct,
+                ratio: one.device / one.direct,
+            })
+            .collect(),
+        polled_p50_ns: polled.p50,
+        polled_p99_ns: polled.p99,
+        interrupt_p50_ns: woken.p50,
+        interrupt_p99_ns: woken.p99,
+        by_workers_bytes_per_s: [scaling(1)?, scaling(2)?],
+        shares: engine::fairness(3, FAIR).context("measuring fairness")?,
+    };
+    match options.json {
+        true => control::print_json(&results)?,
+        false => control::print(&results.text()),
+    }
+    Ok(HAPPENED)
+}
+
+impl Results {
+    /// For a person.
+    fn text(&self) -> String {
+        let rate = |rate: f64| format!("{}/s", report::bytes(rate as u64));
+        let mut rows = vec![["operation", "size", "device", "directly", "ratio"].map(String::from).to_vec()];
+        for one in &self.operations {
+            rows.push(vec![
+                one.operation.into(),
+                report::bytes(one.bytes as u64),
+                rate(one.device_bytes_per_s),
+                rate(one.direct_bytes_per_s),
+                format!("{:.0} %", 100.0 * one.ratio),
+            ]);
+        }
+        let mut text = report::table(&rows);
+        let us = |ns: u64| format!("{:.1} us", ns as f64 / 1e3);
+        let [one, two] = self.by_workers_bytes_per_s;
+        let shares: Vec<_> = self.shares.iter().map(|share| format!("{:.1} %", 100.0 * share)).collect();
+        text.push_str(&format!(
+            "\nEmpty request, submission to record: polled p50 {}, p99 {}; by interrupt p50 {}, p99 {}\n",
+            us(self.polled_p50_ns),
+            us(self.polled_p99_ns),
+            us(self.interrupt_p50_ns),
+            us(self.interrupt_p99_ns)
+        ));
+        text.push_str(&format!(
+            "SHA-256 on four engines: {} by one worker, {} by two ({:.2} times)\n",
+            rate(one),
+            rate(two),
+            two / one
+        ));
+        text.push_str(&format!("Shares of one engine that three contexts got in a second: {}\n", shares.join(", ")));
+        text
+    }
+}
