@@ -259,6 +259,10 @@ impl Arena {
     }
 
     fn mark(&self, at: u64, bytes: u64) {
+        // Nothing was written, and `at` may be anywhere: ranges of no bytes need no memory.
+        if bytes == 0 {
+            return;
+        }
         for page in at / PAGE..(at + bytes).div_ceil(PAGE) {
             if let Some(region) = self.region(page * PAGE) {
                 let index = page - region.base / PAGE;
@@ -376,6 +380,16 @@ mod tests {
         assert_eq!(back[..2], [0, 0], "nothing moves when a part is missing");
         assert!(arena.take_dirty().is_empty());
         assert!(arena.read(u64::MAX, &mut back).is_err() && arena.read(1, &mut back).is_err());
+    }
+
+    #[test]
+    fn a_write_of_no_bytes_marks_nothing_wherever_it_is() {
+        let arena = arena();
+        for at in [0, 1, 0x1001, 0x7001, 0xb001, u64::MAX] {
+            arena.write(at, &[]).unwrap();
+            arena.copy(0x1000, at, 0).unwrap();
+        }
+        assert!(arena.take_dirty().is_empty());
     }
 
     #[test]
