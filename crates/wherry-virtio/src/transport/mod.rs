@@ -139,7 +139,7 @@ impl VirtioPci {
         Ok(Arc::new_cyclic(|this: &Weak<Self>| {
             let mut bars = BarMap::default();
             let bar = Bar {
-                bus: parts.memory_bus.clone(),
+                bus: Arc::downgrade(&parts.memory_bus),
                 doorbells: parts.doorbells.clone(),
                 kicks: kicks.clone(),
                 window: Arc::new(Window(this.clone())),
@@ -392,7 +392,8 @@ impl BusDevice for Window {
 
 /// The BAR: registers, and a doorbell for each ring.
 struct Bar {
-    bus: Arc<Bus>,
+    /// Not the bus itself: it owns the bridge to configuration space, which owns the function, which owns this.
+    bus: Weak<Bus>,
     doorbells: Arc<dyn Doorbells>,
     kicks: Vec<Arc<EventFd>>,
     window: Arc<Window>,
@@ -406,7 +407,9 @@ impl Bar {
 
 impl BarTarget for Bar {
     fn map(&self, address: u64, size: u64) -> Result<(), BusError> {
-        self.bus.insert(address, size, self.window.clone())?;
+        if let Some(bus) = self.bus.upgrade() {
+            bus.insert(address, size, self.window.clone())?;
+        }
         for (at, kick) in self.bells(address) {
             if let Err(error) = self.doorbells.attach(at, kick) {
                 // The registers answer for it, more slowly.
@@ -422,7 +425,9 @@ impl BarTarget for Bar {
                 tracing::debug!(%error, at, "there was no doorbell");
             }
         }
-        // It was inserted by `map`; if it is gone, it answers nowhere already.
-        let _ = self.bus.remove(address);
+        if let Some(bus) = self.bus.upgrade() {
+            // It was inserted by `map`; if it is gone, it answers nowhere already.
+            let _ = bus.remove(address);
+        }
     }
 }
