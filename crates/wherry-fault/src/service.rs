@@ -330,7 +330,7 @@ impl FaultService {
     }
 
     /// Whether anybody may be asking for pages.
-    pub(crate) fn has_started(&self) -> bool {
+    pub fn has_started(&self) -> bool {
         lock(&self.threads).started
     }
 

@@ -3,7 +3,7 @@
 //! - [`VirtioPci`] is the transport: a PCI function, the registers in its BAR, and the state unit of its device.
 //! - [`Device`] is what a device implements. Its rings may as well be served by another process.
 //! - [`chain`] and [`ring`] are for those who serve rings here; [`worker`] is the thread they do it on.
-//! - [`blk`] and [`rng`] are devices.
+//! - [`blk`] and [`rng`] are devices; [`vhost`] are those that another process serves.
 //!
 //! Contract: whatever a driver does, the VMM lives on. A driver that breaks a rule finds its device in need of a reset,
 //! and the log says which rule. Devices come to rest before their state is saved: what is under way has ended, or is
@@ -22,6 +22,7 @@ pub mod ring;
 pub mod rng;
 pub mod saved;
 mod transport;
+pub mod vhost;
 pub mod worker;
 
 pub use device::{Activation, Device, Kind, Position, RingGiven, RingSetup};

@@ -104,6 +104,24 @@ impl SavedState for SavedRng {
     const SCHEMA: u32 = 1;
 }
 
+/// Units `vhost-user-blk` and `vhost-user`: devices that another process serves. What that process keeps is its own.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SavedVhostUser {
+    /// The transport.
+    #[prost(message, optional, tag = "1")]
+    pub transport: Option<SavedTransport>,
+    /// Number of the device type.
+    #[prost(uint32, tag = "2")]
+    pub id: u32,
+    /// Its configuration, as the guest sees it.
+    #[prost(bytes = "vec", tag = "3")]
+    pub config: Vec<u8>,
+}
+
+impl SavedState for SavedVhostUser {
+    const SCHEMA: u32 = 1;
+}
+
 /// A transport with something in every field, for golden files.
 #[doc(hidden)]
 pub fn example() -> SavedTransport {

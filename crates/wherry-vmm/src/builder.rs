@@ -84,9 +84,10 @@ impl VmBuilder {
             return Err(Refusal(reasons));
         };
         let ram = Arc::new(Ram::create(&specs).map_err(|e| one(format!("RAM as described: {e}")))?);
-        let faults = match wants.postcopy {
-            true => fault_service(&ram),
-            false => Err("the machine was built without".into()),
+        let faults = match (wants.postcopy, backing.cannot_follow()) {
+            (true, None) => fault_service(&ram),
+            (true, Some(why)) => Err(why),
+            (false, _) => Err("the machine was built without".into()),
         };
         let name = description.name.clone();
         let made = Vm::make(&host, ram, faults, vmm, identity, name, backing);

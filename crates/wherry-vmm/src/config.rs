@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use wherry_memory::PageSize;
+pub use wherry_virtio::vhost::{MOST_QUEUES, VhostSpec};
 
 /// Most vCPUs of a machine: xAPIC ids are 8 bits, and 255 is the broadcast.
 pub const MAX_CPUS: u32 = 254;
@@ -48,6 +49,8 @@ pub struct MachineConfig {
 pub struct VirtioConfig {
     /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskConfig>,
+    /// Devices that other processes serve.
+    pub vhost_user: Vec<VhostSpec>,
     /// A source of random numbers. A destination has one if the machine does, whatever this says.
     pub rng: bool,
 }

@@ -45,7 +45,7 @@ pub struct VmDescription {
 /// A device. One that an older reader does not know has a state unit that it does not know either.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct DeviceDescription {
-    /// What it is: `disk`, `rng`.
+    /// What it is: `disk`, `rng`, `vhost-user`.
     #[prost(string, tag = "1")]
     pub kind: String,
     /// What it is connected to at the writer's, for people.
@@ -57,6 +57,18 @@ pub struct DeviceDescription {
     /// Of a disk: it is only read.
     #[prost(bool, tag = "4")]
     pub read_only: bool,
+    /// Of a device of another process: number of the virtio device type.
+    #[prost(uint32, tag = "5")]
+    pub virtio_id: u32,
+    /// Its rings.
+    #[prost(uint32, tag = "6")]
+    pub queues: u32,
+    /// What it offers to its driver.
+    #[prost(fixed64, tag = "7")]
+    pub features: u64,
+    /// Its configuration.
+    #[prost(bytes = "vec", tag = "8")]
+    pub config: Vec<u8>,
 }
 
 /// An MSR that tells features.

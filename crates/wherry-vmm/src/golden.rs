@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
 use wherry_state::{SavedState, Section};
-use wherry_virtio::saved::{self, SavedBlk, SavedRng};
+use wherry_virtio::saved::{self, SavedBlk, SavedRng, SavedVhostUser};
 
 use crate::pci::{SavedFunction, SavedPciHost};
 use crate::units::clock::saved::ClockState;
@@ -31,6 +31,7 @@ const UNITS: &[(&str, u32)] = &[
     ("acpi", crate::power::SavedAcpi::SCHEMA),
     ("virtio-blk", SavedBlk::SCHEMA),
     ("virtio-rng", SavedRng::SCHEMA),
+    ("vhost-user", SavedVhostUser::SCHEMA),
 ];
 
 fn directory() -> PathBuf {
@@ -290,4 +291,10 @@ fn virtio_blk() {
 #[test]
 fn virtio_rng() {
     check("virtio-rng", 1, &SavedRng { transport: Some(saved::example()) });
+}
+
+#[test]
+fn vhost_user() {
+    let state = SavedVhostUser { transport: Some(saved::example()), id: 2, config: (1..=60).collect() };
+    check("vhost-user", 1, &state);
 }

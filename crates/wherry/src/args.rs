@@ -171,6 +171,11 @@ pub struct Process {
     /// in the same order
     #[arg(long, value_name = "FILE[,ro]", value_parser = disk)]
     pub disk: Vec<wherry_vmm::config::DiskConfig>,
+    /// A device that another process serves, once for each: vhost-user-blk=SOCKET, or vhost-user=SOCKET,id=N for a virtio
+    /// device of another type; with `,queues=N` it has so many rings. A receiver needs back ends for the same devices in the
+    /// same order
+    #[arg(long, value_name = "KIND=SOCKET", value_parser = device)]
+    pub device: Vec<wherry_vmm::config::VhostSpec>,
     /// Where the serial port leads: stdio, file:PATH, socket:PATH or null
     #[arg(long, value_name = "TARGET", default_value = "stdio", value_parser = serial)]
     pub serial: wherry_vmm::config::SerialTarget,
@@ -180,6 +185,14 @@ pub struct Process {
     /// For programs that start this one: end when the process PID, the parent, ends.
     #[arg(long, value_name = "PID", hide = true)]
     pub die_with: Option<i32>,
+}
+
+impl Process {
+    /// What the virtio devices of its VM are connected to.
+    pub fn virtio(&self, rng: bool) -> wherry_vmm::config::VirtioConfig {
+        let (disks, vhost_user) = (self.disk.clone(), self.device.clone());
+        wherry_vmm::config::VirtioConfig { disks, vhost_user, rng }
+    }
 }
 
 /// Options of `receive`.
@@ -445,6 +458,32 @@ fn disk(text: &str) -> Result<wherry_vmm::config::DiskConfig, String> {
         }
     }
     Ok(wherry_vmm::config::DiskConfig { path: path.into(), read_only })
+}
+
+/// Reads a device of another process.
+fn device(text: &str) -> Result<wherry_vmm::config::VhostSpec, String> {
+    let (kind, rest) = text.split_once('=').ok_or("use KIND=SOCKET, such as vhost-user-blk=/run/disk.sock")?;
+    let mut id = match kind {
+        "vhost-user-blk" => Some(2),
+        "vhost-user" => None,
+        other => return Err(format!("unknown kind of device {other:?}: use vhost-user-blk or vhost-user")),
+    };
+    let mut parts = rest.split(',');
+    let socket = parts.next().filter(|path| !path.is_empty()).ok_or("give the socket of a back end")?;
+    let mut queues = 1;
+    for option in parts {
+        let number = |text: &str, most: u16| match text.parse() {
+            Ok(number) if (1..=most).contains(&number) => Ok(number),
+            _ => Err(format!("{option}: give a number from 1 to {most}")),
+        };
+        match option.split_once('=') {
+            Some(("id", value)) if kind == "vhost-user" => id = Some(number(value, 63)?),
+            Some(("queues", value)) => queues = number(value, wherry_vmm::config::MOST_QUEUES)?,
+            _ => return Err(format!("unknown option {option:?} of {kind}: use id=N (of vhost-user) or queues=N")),
+        }
+    }
+    let id = id.ok_or("vhost-user=SOCKET needs the number of its virtio device type: ,id=N")?;
+    Ok(wherry_vmm::config::VhostSpec { socket: socket.into(), id, queues })
 }
 
 fn serial(text: &str) -> Result<wherry_vmm::config::SerialTarget, String> {

@@ -12,7 +12,7 @@ use wherry_migration::ownership::VmId;
 use wherry_vmm::api::server::Server;
 use wherry_vmm::api::socket::ApiSocket;
 use wherry_vmm::api::types::VmState;
-use wherry_vmm::config::{Kernel, MachineConfig, VirtioConfig};
+use wherry_vmm::config::{Kernel, MachineConfig};
 use wherry_vmm::serial::restore_terminal;
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
@@ -39,7 +39,7 @@ pub fn run(options: Run) -> Result<u8> {
         initrd,
         cmdline,
         serial: process.serial.clone(),
-        virtio: VirtioConfig { disks: process.disk.clone(), rng },
+        virtio: process.virtio(rng),
     };
     if let Err(error) = config.check() {
         eprintln!("error: {error}");
@@ -75,8 +75,7 @@ pub fn receive(options: Receive) -> Result<u8> {
     check_kvm()?;
     records::open_and_sweep()?;
     let host = Host::open(&process, Policy { reboot: None, linger: process.linger })?;
-    let virtio = VirtioConfig { disks: process.disk.clone(), rng: false };
-    let devices = DeviceConfig { serial: process.serial.clone(), virtio };
+    let devices = DeviceConfig { serial: process.serial.clone(), virtio: process.virtio(false) };
     let arrival = kvm::Arrival::listen(&listen, devices)
         .map_err(|e| anyhow::anyhow!("{e}"))
         .with_context(|| format!("listening at {listen}"))?;

@@ -5,82 +5,15 @@
 mod support;
 
 use std::fs::File;
-use std::mem::offset_of;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use support::{Place, Vm, kvm, stderr, wait_for};
-use wherry_guest::disk::{BLOCK_BYTES, BLOCK_WORDS, block_word};
-use wherry_guest::report::{CONTROL_GPA, Control, Phase, REPORT_GPA, REPORT_SIZE};
-use wherry_guest::snapshot::{DiskSnapshot, Snapshot};
+use support::disk::Memory;
+use support::{Place, Vm, kvm, stderr};
+use wherry_guest::disk::BLOCK_BYTES;
+use wherry_guest::report::Phase;
 
-/// Requests that have to come back to show that the disk is served.
-const ENOUGH: u64 = 1500;
 const IMAGE: u64 = 32 << 20;
-
-/// The RAM of a VM, kept beyond the end of its process.
-struct Memory(File);
-
-impl Memory {
-    fn of(place: &Place, api: &str) -> Self {
-        let status = place.wait_for_state(api, "running");
-        let block = status["vm"]["blocks"].as_array().unwrap().iter().find(|b| b["guest_base"] == 0).unwrap();
-        let path = format!("/proc/{}/fd/{}", status["pid"], block["fd"]);
-        Self(File::options().read(true).write(true).open(path).unwrap())
-    }
-
-    fn snapshot(&self) -> Snapshot {
-        let mut report = vec![0; REPORT_SIZE as usize];
-        self.0.read_exact_at(&mut report, REPORT_GPA).unwrap();
-        Snapshot::decode(&report).unwrap()
-    }
-
-    fn disk(&self) -> DiskSnapshot {
-        let snapshot = self.snapshot();
-        assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
-        let disk = snapshot.disk.unwrap();
-        assert_eq!((disk.errors, disk.unexpected), (0, 0), "{disk:?}");
-        disk
-    }
-
-    /// Waits until so many more requests have come back, verified.
-    fn wait_for_requests(&self, what: &str) -> DiskSnapshot {
-        let before = self.disk();
-        wait_for(&format!("{ENOUGH} disk requests {what}"), || {
-            let now = self.disk();
-            let done = now.completed() >= before.completed() + ENOUGH && now.verified > before.verified;
-            done.then_some(now)
-        })
-    }
-
-    /// Has the guest read and compare everything once more, and switch off.
-    fn finish(&self) {
-        let word = |offset: usize| CONTROL_GPA + offset as u64;
-        self.0.write_all_at(&1u32.to_le_bytes(), word(offset_of!(Control, finish))).unwrap();
-    }
-
-    /// Compares an image with what the guest knows to have written; how many blocks that are.
-    fn compare(&self, image: &File, seed: u64) -> u64 {
-        let disk = self.disk();
-        let mut table = vec![0; disk.blocks as usize * 8];
-        self.0.read_exact_at(&mut table, disk.table_gpa).unwrap();
-        let mut compared = 0;
-        let mut bytes = vec![0; BLOCK_BYTES as usize];
-        for (block, entry) in (0..).zip(table.chunks_exact(8)) {
-            let generation = u64::from_le_bytes(entry.try_into().unwrap());
-            if generation == 0 {
-                continue;
-            }
-            image.read_exact_at(&mut bytes, block * BLOCK_BYTES).unwrap();
-            let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap()));
-            let expected = (0..BLOCK_WORDS).map(|word| block_word(seed, block, generation, word));
-            assert!(words.eq(expected), "block {block} of the image is not of generation {generation}");
-            compared += 1;
-        }
-        compared
-    }
-}
 
 fn image(place: &Place, name: &str, bytes: u64) -> PathBuf {
     let path = place.path(name);

@@ -43,11 +43,20 @@ impl Interrupts {
 
     /// The driver has broken a rule (section 2.1.2): the device does nothing more until it is reset.
     pub fn broken(&self, why: &dyn std::fmt::Display) {
+        self.needs_reset(why, "its driver has broken a rule; the device needs a reset");
+    }
+
+    /// The device cannot go on, through no fault of its driver's: it does nothing more until it is reset.
+    pub fn failed(&self, why: &dyn std::fmt::Display) {
+        self.needs_reset(why, "the device cannot go on; it needs a reset");
+    }
+
+    fn needs_reset(&self, why: &dyn std::fmt::Display, what: &str) {
         let before = self.0.status.fetch_or(NEEDS_RESET, Ordering::AcqRel);
         if before & NEEDS_RESET != 0 {
             return;
         }
-        tracing::warn!(device = self.0.name, %why, "its driver has broken a rule; the device needs a reset");
+        tracing::warn!(device = self.0.name, %why, "{what}");
         if before & DRIVER_OK != 0 {
             self.configuration();
         }

@@ -9,12 +9,12 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_guest::report;
-use wherry_memory::{GuestMemory, Ram};
+use wherry_memory::{DirtySource, GuestMemory};
 use wherry_state::StateUnit;
 use wherry_virtio::PciParts;
 
 use super::router::KvmRouter;
-use super::virtio::{Backing, VirtioDevices};
+use super::virtio::{Backing, Shown, VirtioDevices};
 use super::{ExitNotice, ExitReason, VmError};
 use crate::acpi::{self, AcpiConfig};
 use crate::config::{SerialTarget, VirtioConfig};
@@ -61,9 +61,10 @@ impl Devices {
         described: &[DeviceDescription],
         backing: Backing,
         vm: &Arc<VmFd>,
-        ram: &Arc<Ram>,
+        shown: &Shown<'_>,
         notice: &ExitNotice,
     ) -> Result<Self, VmError> {
+        let ram = shown.ram;
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let on_pio = |base: u64, len: u64, device: Arc<dyn BusDevice>| pio.insert(base, len, device).map_err(failed);
         let on_mmio = |base: u64, len: u64, device: Arc<dyn BusDevice>| mmio.insert(base, len, device).map_err(failed);
@@ -106,7 +107,7 @@ impl Devices {
             pin_input,
             memory: ram.memory().clone(),
         };
-        let virtio = VirtioDevices::make(described, &backing, &pci, parts)?;
+        let virtio = VirtioDevices::make(described, &backing, &pci, shown, parts)?;
 
         let mut units: Vec<Arc<dyn StateUnit>> = vec![serial.clone(), pci.clone(), acpi.clone(), rtc];
         units.extend(virtio.units());
@@ -119,6 +120,11 @@ impl Devices {
 
     pub(super) fn units(&self) -> &[Arc<dyn StateUnit>] {
         &self.units
+    }
+
+    /// What devices in other processes write.
+    pub(super) fn logs(&self) -> &[Arc<dyn DirtySource>] {
+        self.virtio.logs()
     }
 
     /// Writes the tables that tell the guest of its hardware; where they begin.

@@ -43,6 +43,7 @@ pub(crate) use virtio::Backing;
 
 use self::assemble::assemble;
 use self::devices::Devices;
+use self::virtio::Shown;
 use crate::boot::{self, Entry, KernelSource, entry_state};
 use crate::config::{Kernel, MachineConfig};
 use crate::cpu_model;
@@ -170,7 +171,8 @@ impl Vm {
     ) -> Result<Self, VmError> {
         let notice = ExitNotice::new();
         let parts = assemble(host, &ram, &description, &notice)?;
-        let devices = Devices::make(&description.devices, backing, &parts.vm, &ram, &notice)?;
+        let shown = Shown { ram: &ram, faults: faults.as_ref().ok().cloned() };
+        let devices = Devices::make(&description.devices, backing, &parts.vm, &shown, &notice)?;
         let mut units: Vec<Arc<dyn StateUnit>> = vec![
             Arc::new(ClockUnit::new(parts.vm.clone(), host.clone(), parts.traits.time.clone(), parts.vcpus.clone())),
             Arc::new(IrqchipUnit::new(parts.vm.clone())),
@@ -181,10 +183,12 @@ impl Vm {
             units.push(Arc::new(VcpuUnit::new(vcpu.clone(), parts.traits.clone())));
         }
         let log = KvmDirtyLog::new(parts.vm.clone(), parts.slots, parts.manual_log);
+        let mut dirty_sources: Vec<Arc<dyn DirtySource>> = vec![Arc::new(log), Arc::new(VmmWrites::new(ram.clone()))];
+        dirty_sources.extend(devices.logs().iter().cloned());
         let vm = Self {
             throttle: Throttle::new(parts.vcpus.clone()),
             units: Units::new(units)?,
-            dirty_sources: vec![Arc::new(log), Arc::new(VmmWrites::new(ram.clone()))],
+            dirty_sources,
             vm: parts.vm,
             faults,
             ram,

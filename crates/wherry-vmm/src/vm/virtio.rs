@@ -1,12 +1,16 @@
 //! The virtio devices of a machine: made from its description and from what this host has for them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use wherry_fault::FaultService;
 use wherry_interrupt::Input;
+use wherry_memory::{DirtySource, Ram};
 use wherry_state::StateUnit;
 use wherry_virtio::blk::{Blk, Image, ImageError};
 use wherry_virtio::rng::Rng;
+use wherry_virtio::vhost::{self, Backend, VhostError, VhostSpec, VhostUser};
 use wherry_virtio::{Device, PciParts, TransportError, VirtioPci};
 
 use super::VmError;
@@ -17,25 +21,40 @@ use crate::pci::{PciError, PciRoot};
 /// Names of devices in a description.
 const DISK: &str = "disk";
 const RNG: &str = "rng";
+const VHOST_USER: &str = "vhost-user";
+
+/// What a device needs on this host cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BackingError {
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A back end.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
+}
 
 /// What this host has for the devices of one machine. Nothing is locked.
 #[derive(Debug)]
 pub(crate) struct Backing {
     pub(super) serial: SerialTarget,
     disks: Vec<Arc<Image>>,
+    backends: Vec<Backend>,
 }
 
 impl Backing {
     /// Opens what the configuration names.
-    pub(crate) fn open(serial: &SerialTarget, config: &VirtioConfig) -> Result<Self, ImageError> {
+    pub(crate) fn open(serial: &SerialTarget, config: &VirtioConfig) -> Result<Self, BackingError> {
         let serial = serial.clone();
         let open = |disk: &DiskConfig| Image::open(&disk.path, disk.read_only).map(Arc::new);
-        Ok(Self { serial, disks: config.disks.iter().map(open).collect::<Result<_, _>>()? })
+        let disks = config.disks.iter().map(open).collect::<Result<_, _>>()?;
+        let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
+        Ok(Self { serial, disks, backends })
     }
 
     /// Without any virtio device.
     pub(crate) fn bare(serial: &SerialTarget) -> Self {
-        Self { serial: serial.clone(), disks: Vec::new() }
+        Self { serial: serial.clone(), disks: Vec::new(), backends: Vec::new() }
     }
 
     /// Describes the devices of a machine that is made of this.
@@ -45,9 +64,19 @@ impl Backing {
             label: image.path().display().to_string(),
             sectors: image.sectors(),
             read_only: image.is_read_only(),
+            ..Default::default()
+        });
+        let backends = self.backends.iter().map(|backend| DeviceDescription {
+            kind: VHOST_USER.into(),
+            label: backend.spec().socket.display().to_string(),
+            virtio_id: backend.spec().id.into(),
+            queues: backend.spec().queues.into(),
+            features: backend.features(),
+            config: backend.config().to_vec(),
+            ..Default::default()
         });
         let rng = config.rng.then(|| DeviceDescription { kind: RNG.into(), ..Default::default() });
-        disks.chain(rng).collect()
+        disks.chain(backends).chain(rng).collect()
     }
 
     /// What a described machine needs and this is not.
@@ -80,10 +109,37 @@ impl Backing {
                 image.path().display()
             ));
         }
-        for device in described.iter().filter(|device| ![DISK, RNG].contains(&device.kind.as_str())) {
+        let wanted: Vec<_> = described.iter().filter(|device| device.kind == VHOST_USER).collect();
+        for (n, device) in wanted.iter().enumerate() {
+            match self.backends.get(n) {
+                Some(backend) => reasons.extend(lacking_backend(n, backend, device)),
+                None => {
+                    let label: String = device.label.chars().take(200).collect();
+                    let id = device.virtio_id;
+                    reasons.push(format!(
+                        "vhost-user device {n} (virtio device {id}, {label:?} at the source): give `receive` a --device for it"
+                    ));
+                }
+            }
+        }
+        for backend in self.backends.iter().skip(wanted.len()) {
+            reasons.push(format!(
+                "a VM with a vhost-user device more (it has {}, and {} was given)",
+                wanted.len(),
+                backend.spec().socket.display()
+            ));
+        }
+        for device in described.iter().filter(|device| ![DISK, RNG, VHOST_USER].contains(&device.kind.as_str())) {
             reasons.push(format!("a device {:?}", device.kind.chars().take(40).collect::<String>()));
         }
         reasons
+    }
+
+    /// Why memory cannot follow a machine with these devices, if so.
+    pub(crate) fn cannot_follow(&self) -> Option<String> {
+        let backend = self.backends.iter().find(|backend| !backend.can_fault())?;
+        let socket = backend.spec().socket.display();
+        Some(format!("the vhost-user back end at {socket} does not take part in postcopy (no PAGEFAULT)"))
     }
 
     /// Locks all images for the owner of the VM, or none.
@@ -102,10 +158,42 @@ impl Backing {
     }
 }
 
+/// What of a described device a back end here is not.
+fn lacking_backend(n: usize, backend: &Backend, described: &DeviceDescription) -> Vec<String> {
+    let VhostSpec { socket, id, queues } = backend.spec();
+    let at = |what: String| format!("vhost-user device {n} {what} (the back end at {} is another)", socket.display());
+    let mut reasons = Vec::new();
+    if described.virtio_id != u32::from(*id) {
+        reasons.push(at(format!("that is a virtio device {}", described.virtio_id)));
+    }
+    if described.queues != u32::from(*queues) {
+        reasons.push(at(format!("with {} rings", described.queues)));
+    }
+    let missing = described.features & !backend.features();
+    if missing != 0 {
+        reasons.push(at(format!("with features {missing:#x}")));
+    }
+    // Its size in sectors, at the beginning of its configuration.
+    if *id == vhost::BLK && described.config.get(..8) != backend.config().get(..8) {
+        let sectors = |config: &[u8]| config.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let (wanted, here) = (sectors(&described.config), sectors(backend.config()));
+        reasons.push(at(format!("with {wanted} sectors, not {here}")));
+    }
+    reasons
+}
+
 /// The virtio devices of a machine.
 #[derive(Default)]
 pub(super) struct VirtioDevices {
     functions: Vec<Arc<VirtioPci>>,
+    logs: Vec<Arc<dyn DirtySource>>,
+}
+
+/// What a device of another process is given of a machine.
+pub(super) struct Shown<'a> {
+    pub(super) ram: &'a Arc<Ram>,
+    /// Serves faults, if memory may follow.
+    pub(super) faults: Option<Arc<FaultService>>,
 }
 
 impl VirtioDevices {
@@ -115,12 +203,14 @@ impl VirtioDevices {
         described: &[DeviceDescription],
         backing: &Backing,
         pci: &PciRoot,
+        shown: &Shown<'_>,
         parts: impl Fn(Input) -> PciParts,
     ) -> Result<Self, VmError> {
         let failed = |e: std::io::Error| VmError::Device(e.into());
         let mut functions = Vec::new();
-        let mut images = backing.disks.iter();
+        let (mut images, mut backends) = (backing.disks.iter(), backing.backends.iter());
         let (mut disks, mut rngs) = (0, 0);
+        let (mut logs, mut others) = (Vec::<Arc<dyn DirtySource>>::new(), BTreeMap::<&str, u32>::new());
         for described in described {
             let (device, instance): (Arc<dyn Device>, u32) = match described.kind.as_str() {
                 DISK => {
@@ -131,6 +221,15 @@ impl VirtioDevices {
                 RNG => {
                     rngs += 1;
                     (Arc::new(Rng::new(rngs - 1).map_err(failed)?), rngs - 1)
+                }
+                VHOST_USER => {
+                    let backend = backends.next().ok_or_else(|| VmError::Lacks(vec!["a vhost-user device".into()]))?;
+                    let number = others.entry(vhost::unit_name(backend.spec().id)).or_default();
+                    let device = VhostUser::new(backend, *number, shown.ram, shown.faults.clone());
+                    let device = device.map_err(|e| VmError::Device(e.into()))?;
+                    *number += 1;
+                    logs.push(device.log());
+                    (Arc::new(device), *number - 1)
                 }
                 other => return Err(VmError::Lacks(vec![format!("a device {other:?}")])),
             };
@@ -143,7 +242,12 @@ impl VirtioDevices {
             pci.add(address, function.clone()).map_err(|e| VmError::Device(e.into()))?;
             functions.push(function);
         }
-        Ok(Self { functions })
+        Ok(Self { functions, logs })
+    }
+
+    /// What devices in other processes write.
+    pub(super) fn logs(&self) -> &[Arc<dyn DirtySource>] {
+        &self.logs
     }
 
     pub(super) fn units(&self) -> impl Iterator<Item = Arc<dyn StateUnit>> + '_ {

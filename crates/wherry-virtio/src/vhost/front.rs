@@ -1,0 +1,299 @@
+//! The front end's calls, one function for each, and what the back end said of itself.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+use wherry_memory::Ram;
+
+use super::wire::{Connection, Request, VhostError};
+
+/// The protocol has features of its own.
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// The back end logs what it writes.
+pub(super) const LOG_ALL: u64 = 1 << 26;
+
+/// Features of the protocol (bits).
+pub(super) mod protocol {
+    pub(in super::super) const MQ: u64 = 1 << 0;
+    pub(in super::super) const LOG_SHMFD: u64 = 1 << 1;
+    pub(in super::super) const REPLY_ACK: u64 = 1 << 3;
+    pub(in super::super) const PAGEFAULT: u64 = 1 << 8;
+    pub(in super::super) const CONFIG: u64 = 1 << 9;
+    /// What is used here. Memory slots are not: the blocks of a machine do not change, and with them a table cannot be
+    /// sent in postcopy to back ends that follow the document.
+    pub(super) const WANTED: u64 = MQ | LOG_SHMFD | REPLY_ACK | PAGEFAULT | CONFIG;
+}
+
+/// How long each message may take.
+const LIMIT: Duration = Duration::from_secs(5);
+/// Regions of a table.
+const MOST_REGIONS: usize = 8;
+/// Bytes of a region in a table.
+const REGION: usize = 32;
+
+/// Where one ring lies, in the addresses of the table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RingAddresses {
+    pub(super) descriptors: u64,
+    pub(super) used: u64,
+    pub(super) available: u64,
+    /// Guest address of the used ring, for the log.
+    pub(super) used_guest: u64,
+}
+
+/// A back end, as it presents itself.
+pub(super) struct Front {
+    connection: Connection,
+    /// What the device can do.
+    features: u64,
+    /// What was agreed on of the protocol.
+    protocol: u64,
+    /// Rings it can serve; 1 if it does not say.
+    queues: u64,
+}
+
+impl Front {
+    /// Connects, and agrees on the protocol. No memory is shown to it.
+    pub(super) fn open(path: &Path) -> Result<Self, VhostError> {
+        Self::over(Connection::open(path, LIMIT)?)
+    }
+
+    pub(super) fn over(connection: Connection) -> Result<Self, VhostError> {
+        let mut this = Self { connection, features: 0, protocol: 0, queues: 1 };
+        this.features = this.read(Request::GetFeatures)?;
+        if this.features & PROTOCOL_FEATURES != 0 {
+            this.protocol = this.read(Request::GetProtocolFeatures)? & protocol::WANTED;
+            let agreed = this.protocol.to_ne_bytes();
+            this.connection.tell(Request::SetProtocolFeatures, &agreed, &[])?;
+        }
+        if this.has(protocol::MQ) {
+            this.queues = this.read(Request::GetQueueNum)?;
+        }
+        this.connection.tell(Request::SetOwner, &[], &[])?;
+        Ok(this)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.connection.path()
+    }
+
+    pub(super) fn limit(&self) -> Duration {
+        self.connection.limit()
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// Features of the device, without those of the protocol.
+    pub(super) fn features(&self) -> u64 {
+        self.features & !(PROTOCOL_FEATURES | LOG_ALL)
+    }
+
+    pub(super) fn queues(&self) -> u64 {
+        self.queues
+    }
+
+    pub(super) fn has(&self, feature: u64) -> bool {
+        self.protocol & feature == feature
+    }
+
+    /// Whether it tells what it writes.
+    pub(super) fn logs(&self) -> bool {
+        self.features & LOG_ALL != 0 && self.has(protocol::LOG_SHMFD)
+    }
+
+    fn read(&self, what: Request) -> Result<u64, VhostError> {
+        self.connection.number(what, &self.connection.ask(what, &[], &[])?)
+    }
+
+    /// Has something done: with an answer if that was agreed on.
+    fn set(&self, what: Request, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), VhostError> {
+        match self.has(protocol::REPLY_ACK) {
+            true => self.connection.order(what, payload, fds),
+            false => self.connection.tell(what, payload, fds),
+        }
+    }
+
+    /// Reads the device's configuration, `bytes` of it.
+    pub(super) fn config(&self, bytes: u32) -> Result<Vec<u8>, VhostError> {
+        let what = Request::GetConfig;
+        let answer = self.connection.ask(what, &config_payload(0, &vec![0; bytes as usize]), &[])?;
+        if answer.payload.is_empty() {
+            return Err(self.connection.wrong(what, "it has no configuration"));
+        }
+        let said = answer.payload.get(4..8).and_then(|size| size.try_into().ok()).map(u32::from_ne_bytes);
+        match answer.payload.get(12..) {
+            Some(content) if said == Some(bytes) && content.len() == bytes as usize => Ok(content.to_vec()),
+            _ => {
+                let got = answer.payload.len();
+                Err(self.connection.wrong(what, format!("an answer of {got} bytes, where {} are due", bytes + 12)))
+            }
+        }
+    }
+
+    /// Writes part of the device's configuration, as a driver does.
+    pub(super) fn set_config(&self, offset: u32, content: &[u8]) -> Result<(), VhostError> {
+        self.set(Request::SetConfig, &config_payload(offset, content), &[])
+    }
+
+    /// What the driver has taken; with `log` the back end logs what it writes.
+    pub(super) fn set_features(&self, accepted: u64, log: bool) -> Result<(), VhostError> {
+        let protocol = self.features & PROTOCOL_FEATURES;
+        let features = accepted | protocol | if log { LOG_ALL } else { 0 };
+        self.set(Request::SetFeatures, &features.to_ne_bytes(), &[])
+    }
+
+    /// Shows it all of guest memory, under our addresses.
+    pub(super) fn set_memory(&self, ram: &Ram) -> Result<(), VhostError> {
+        self.set(Request::SetMemTable, &self.table(ram)?, &descriptors(ram))?;
+        if !self.has(protocol::REPLY_ACK) {
+            // An answer to anything comes after the table was taken.
+            self.read(Request::GetFeatures)?;
+        }
+        Ok(())
+    }
+
+    fn table(&self, ram: &Ram) -> Result<Vec<u8>, VhostError> {
+        let blocks = ram.blocks();
+        if blocks.len() > MOST_REGIONS {
+            return Err(self.connection.lacks(format!("{} RAM blocks; a table has {MOST_REGIONS}", blocks.len())));
+        }
+        let mut table = Vec::with_capacity(8 + REGION * blocks.len());
+        table.extend((blocks.len() as u64).to_ne_bytes());
+        for block in blocks {
+            let spec = block.spec();
+            for word in [spec.guest_base, spec.size, block.guest_map() as u64, 0] {
+                table.extend(word.to_ne_bytes());
+            }
+        }
+        Ok(table)
+    }
+
+    /// Begins postcopy: the back end's userfaultfd.
+    pub(super) fn advise(&self) -> Result<OwnedFd, VhostError> {
+        let what = Request::PostcopyAdvise;
+        let mut answer = self.connection.ask(what, &[], &[])?;
+        match (answer.descriptors.pop(), answer.descriptors.len()) {
+            (Some(fd), 0) => Ok(fd),
+            (_, more) => Err(self.connection.wrong(what, format!("{more} descriptors beside one that is due"))),
+        }
+    }
+
+    /// What follows is to be registered with its userfaultfd.
+    pub(super) fn listen(&self) -> Result<(), VhostError> {
+        self.set(Request::PostcopyListen, &[], &[])
+    }
+
+    /// Shows it guest memory that is not there yet: where it has mapped each block. It touches nothing until
+    /// [`acknowledge`](Self::acknowledge).
+    pub(super) fn set_missing_memory(&self, ram: &Ram) -> Result<Vec<u64>, VhostError> {
+        let what = Request::SetMemTable;
+        let table = self.table(ram)?;
+        let answer = self.connection.ask(what, &table, &descriptors(ram))?;
+        if answer.payload.len() != table.len() || !answer.descriptors.is_empty() {
+            let (got, due) = (answer.payload.len(), table.len());
+            return Err(self.connection.wrong(what, format!("an answer of {got} bytes, where {due} are due")));
+        }
+        let regions = |bytes: &[u8]| {
+            let words: Vec<u64> = bytes[8..].as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+            words.chunks_exact(4).map(|region| [region[0], region[1], region[2], region[3]]).collect::<Vec<_>>()
+        };
+        let (asked, said) = (regions(&table), regions(&answer.payload));
+        if answer.payload[..4] != table[..4] || asked.iter().zip(&said).any(|(a, b)| a[..2] != b[..2]) {
+            return Err(self.connection.wrong(what, "it answers with other regions than it was shown"));
+        }
+        Ok(said.into_iter().map(|region| region[2]).collect())
+    }
+
+    /// Its faults are served from now on: it may register its memory, and touch it.
+    pub(super) fn acknowledge(&self) -> Result<(), VhostError> {
+        self.connection.tell(Request::SetMemTable, &0u64.to_ne_bytes(), &[])
+    }
+
+    /// Ends postcopy: all memory is there.
+    pub(super) fn end(&self) -> Result<(), VhostError> {
+        self.set(Request::PostcopyEnd, &[], &[])
+    }
+
+    /// Where it is to log what it writes: a bit for each 4 KiB of guest addresses.
+    pub(super) fn set_log(&self, log: BorrowedFd<'_>, bytes: u64) -> Result<(), VhostError> {
+        let mut payload = bytes.to_ne_bytes().to_vec();
+        payload.extend(0u64.to_ne_bytes());
+        // Its answer has been read in many forms; that there is one says that it was done.
+        self.connection.ask(Request::SetLogBase, &payload, &[log]).map(drop)
+    }
+
+    pub(super) fn set_size(&self, ring: u16, size: u16) -> Result<(), VhostError> {
+        self.set(Request::SetVringNum, &pair(ring, size.into()), &[])
+    }
+
+    pub(super) fn set_base(&self, ring: u16, available: u16) -> Result<(), VhostError> {
+        self.set(Request::SetVringBase, &pair(ring, available.into()), &[])
+    }
+
+    pub(super) fn set_addresses(&self, ring: u16, at: &RingAddresses, log: bool) -> Result<(), VhostError> {
+        let mut payload = pair(ring, log.into()).to_vec();
+        for address in [at.descriptors, at.used, at.available, at.used_guest] {
+            payload.extend(address.to_ne_bytes());
+        }
+        self.set(Request::SetVringAddr, &payload, &[])
+    }
+
+    pub(super) fn set_kick(&self, ring: u16, event: BorrowedFd<'_>) -> Result<(), VhostError> {
+        self.set(Request::SetVringKick, &u64::from(ring).to_ne_bytes(), &[event])
+    }
+
+    pub(super) fn set_call(&self, ring: u16, event: BorrowedFd<'_>) -> Result<(), VhostError> {
+        self.set(Request::SetVringCall, &u64::from(ring).to_ne_bytes(), &[event])
+    }
+
+    /// Without features of the protocol, rings are enabled as they start.
+    pub(super) fn enable(&self, ring: u16, on: bool) -> Result<(), VhostError> {
+        match self.features & PROTOCOL_FEATURES {
+            0 => Ok(()),
+            _ => self.set(Request::SetVringEnable, &pair(ring, on.into()), &[]),
+        }
+    }
+
+    /// Stops a ring: the next entry of its available ring that would have been taken.
+    pub(super) fn stop(&self, ring: u16) -> Result<u16, VhostError> {
+        let what = Request::GetVringBase;
+        let answer = self.connection.number(what, &self.connection.ask(what, &pair(ring, 0), &[])?)?;
+        // The pair (ring, base); both halves in the order of this host.
+        let bytes = answer.to_ne_bytes();
+        let half = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        match (half(0) == u32::from(ring), u16::try_from(half(4))) {
+            (true, Ok(base)) => Ok(base),
+            _ => Err(self.connection.wrong(what, format!("ring {} at {}, asked about ring {ring}", half(0), half(4)))),
+        }
+    }
+}
+
+impl AsFd for Front {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+}
+
+fn pair(ring: u16, value: u32) -> [u8; 8] {
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&u32::from(ring).to_ne_bytes());
+    bytes[4..].copy_from_slice(&value.to_ne_bytes());
+    bytes
+}
+
+/// Offset, length, flags (0: as a driver writes), and the content.
+fn config_payload(offset: u32, content: &[u8]) -> Vec<u8> {
+    let mut payload = Vec::with_capacity(12 + content.len());
+    for word in [offset, content.len() as u32, 0] {
+        payload.extend(word.to_ne_bytes());
+    }
+    payload.extend(content);
+    payload
+}
+
+fn descriptors(ram: &Ram) -> Vec<BorrowedFd<'_>> {
+    ram.blocks().iter().map(|block| block.fd()).collect()
+}

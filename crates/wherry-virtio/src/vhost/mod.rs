@@ -1,0 +1,291 @@
+//! vhost-user: virtio devices whose rings another process serves.
+//!
+//! - [`Backend`] is a connection to such a process, with what it said of itself: enough to describe a machine, or to refuse
+//!   one. Making it shows the process no memory.
+//! - [`VhostUser`] is the device behind a transport. Its thread speaks with the back end: features, memory, rings.
+//! - [`VhostLog`] is what the back end writes, as a dirty source.
+//! - `wire` are messages with their deadlines, `front` one function for each, `worker` the thread, `postcopy` how a back end
+//!   takes part while memory follows.
+//!
+//! The guest rings the back end by its ioeventfds, and the back end interrupts the guest by the irqfds of its vectors: this
+//! process is in neither way.
+//!
+//! Contract: the back end is another process, and hostile. It has a deadline for every answer, and one that answers wrongly,
+//! late, or not at all is given up and named; its device then needs a reset, by which the driver gets another back end if
+//! there is one. At rest means that it has given back everything it had taken: only then is its log read for the last time.
+
+mod front;
+mod log;
+mod postcopy;
+#[cfg(test)]
+mod tests;
+mod wire;
+mod worker;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_MQ;
+use wherry_fault::FaultService;
+use wherry_memory::Ram;
+use wherry_state::{SavedState, Section, UnitError, UnitId};
+
+use self::front::{Front, protocol};
+pub use self::log::VhostLog;
+pub use self::wire::VhostError;
+use self::worker::Worker;
+use crate::device::{Activation, Device, Kind, Position};
+use crate::saved::{SavedTransport, SavedVhostUser};
+
+/// Number of the block device (virtio 1.3, section 5.2).
+pub const BLK: u16 = 2;
+/// Bytes of a block device's configuration, and where it says how many rings it has.
+const BLK_CONFIG: u32 = 60;
+const BLK_QUEUES: usize = 34;
+/// Bytes of the configuration of a device that nothing else is known of.
+const CONFIG: u32 = 256;
+/// Features of the device that this process would have to do something for: packed rings, an IOMMU, more notification data.
+const NOT_HERE: u64 = 1 << 33 | 1 << 34 | 1 << 38 | 1 << 40;
+/// Entries of each ring.
+const RING: u16 = 256;
+/// Most rings of a device.
+pub const MOST_QUEUES: u16 = 64;
+
+/// What a device behind a back end is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VhostSpec {
+    /// The back end's socket.
+    pub socket: PathBuf,
+    /// Number of the device type.
+    pub id: u16,
+    /// Rings.
+    pub queues: u16,
+}
+
+/// A back end that is connected, and has seen no memory yet.
+pub struct Backend {
+    spec: VhostSpec,
+    features: u64,
+    config: Vec<u8>,
+    can_fault: bool,
+    /// Taken by the device that is made of it.
+    front: Mutex<Option<Front>>,
+}
+
+impl std::fmt::Debug for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backend").field("spec", &self.spec).field("features", &self.features).finish_non_exhaustive()
+    }
+}
+
+impl Backend {
+    /// Connects.
+    pub fn connect(spec: &VhostSpec) -> Result<Self, VhostError> {
+        let front = Front::open(&spec.socket)?;
+        if u64::from(spec.queues) > front.queues() {
+            let reason = format!("it serves {} rings, and {} are wanted", front.queues(), spec.queues);
+            return Err(front.connection().lacks(reason));
+        }
+        let mut features = front.features() & !NOT_HERE;
+        let mut config = match (front.has(protocol::CONFIG), spec.id) {
+            (true, BLK) => front.config(BLK_CONFIG)?,
+            // It may have less than is asked for, or nothing at all.
+            (true, _) => front.config(CONFIG).unwrap_or_default(),
+            (false, BLK) => return Err(front.connection().lacks("it does not tell its configuration (CONFIG)")),
+            (false, _) => Vec::new(),
+        };
+        if spec.id == BLK {
+            if spec.queues == 1 {
+                features &= !(1 << VIRTIO_BLK_F_MQ);
+            }
+            if let Some(queues) = config.get_mut(BLK_QUEUES..BLK_QUEUES + 2) {
+                queues.copy_from_slice(&spec.queues.to_le_bytes());
+            }
+        }
+        let can_fault = front.has(protocol::PAGEFAULT);
+        Ok(Self { spec: spec.clone(), features, config, can_fault, front: Mutex::new(Some(front)) })
+    }
+
+    /// What it was asked to be.
+    pub fn spec(&self) -> &VhostSpec {
+        &self.spec
+    }
+
+    /// What it offers.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// The device's configuration, as the guest sees it.
+    pub fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    /// Whether it takes part in postcopy.
+    pub fn can_fault(&self) -> bool {
+        self.can_fault
+    }
+}
+
+fn kind(id: u16) -> Kind {
+    match id {
+        BLK => Kind { id, name: "vhost-user-blk", class: [1, 0x80, 0] },
+        _ => Kind { id, name: "vhost-user", class: [0xff, 0, 0] },
+    }
+}
+
+/// The name of a device type's state unit; several device types may share one.
+pub fn unit_name(id: u16) -> &'static str {
+    kind(id).name
+}
+
+/// A device whose rings another process serves.
+pub struct VhostUser {
+    worker: Worker,
+    socket: PathBuf,
+    instance: u32,
+    id: u16,
+    features: u64,
+    sizes: Vec<u16>,
+    config: Mutex<Vec<u8>>,
+    log: Arc<VhostLog>,
+}
+
+impl VhostUser {
+    /// A device of a back end, which goes with it; `instance` as that of its transport. With `faults`, memory may follow.
+    pub fn new(
+        backend: &Backend,
+        instance: u32,
+        ram: &Arc<Ram>,
+        faults: Option<Arc<FaultService>>,
+    ) -> Result<Self, VhostError> {
+        let spec = &backend.spec;
+        let front = backend.front.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let front = match front {
+            Some(front) => front,
+            // The device that had it is gone: a back end serves one front end after the other.
+            None => Front::open(&spec.socket)?,
+        };
+        let socket = spec.socket.clone();
+        let limit = front.limit();
+        let name = format!("vhost-{}-{instance}", spec.id);
+        let worker = Worker::spawn(name, front, ram.clone(), faults).map_err(|source| VhostError::Socket {
+            path: socket.clone(),
+            what: format!("starting the thread that speaks with it (each answer has {limit:?})"),
+            source,
+        })?;
+        let log = VhostLog::new(format!("vhost-user {}", socket.display()), ram.clone(), worker.orders.clone());
+        Ok(Self {
+            worker,
+            socket,
+            instance,
+            id: spec.id,
+            features: backend.features,
+            sizes: vec![RING; spec.queues.into()],
+            config: Mutex::new(backend.config.clone()),
+            log: Arc::new(log),
+        })
+    }
+
+    /// What the back end writes.
+    pub fn log(&self) -> Arc<VhostLog> {
+        self.log.clone()
+    }
+
+    /// The back end's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    fn config(&self) -> std::sync::MutexGuard<'_, Vec<u8>> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Device for VhostUser {
+    fn kind(&self) -> Kind {
+        kind(self.id)
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn ring_sizes(&self) -> &[u16] {
+        &self.sizes
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.config();
+        for (at, byte) in (offset as usize..).zip(data) {
+            *byte = config.get(at).copied().unwrap_or(0);
+        }
+    }
+
+    fn write_config(&self, offset: u64, data: &[u8]) {
+        let mut config = self.config();
+        let Some(there) =
+            (offset as usize).checked_add(data.len()).and_then(|end| config.get_mut(offset as usize..end))
+        else {
+            return;
+        };
+        there.copy_from_slice(data);
+        drop(config);
+        self.worker.orders.config(offset as u32, data.to_vec());
+    }
+
+    fn activate(&self, activation: Activation) -> Result<(), UnitError> {
+        self.worker.orders.activate(activation);
+        Ok(())
+    }
+
+    fn reset(&self) {
+        self.worker.orders.reset();
+    }
+
+    /// The driver rings the back end itself: it goes on as long as the vCPUs do, or until a drain.
+    fn quiesce(&self) {}
+
+    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.worker.orders.drain(deadline)
+    }
+
+    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.worker.orders.rest(deadline)
+    }
+
+    fn positions(&self) -> Vec<(u16, Position)> {
+        self.worker.orders.positions()
+    }
+
+    fn start(&self) {
+        self.worker.orders.start();
+    }
+
+    fn schema(&self) -> u32 {
+        SavedVhostUser::SCHEMA
+    }
+
+    fn save(&self, transport: SavedTransport) -> Section {
+        let saved = SavedVhostUser { transport: Some(transport), id: self.id.into(), config: self.config().clone() };
+        saved.to_section(&UnitId::new(self.kind().name, self.instance))
+    }
+
+    fn restore(&self, section: &Section) -> Result<SavedTransport, UnitError> {
+        let saved = SavedVhostUser::from_section(section)?;
+        let socket = self.socket.display();
+        if saved.id != u32::from(self.id) {
+            let (wanted, here) = (saved.id, self.id);
+            return Err(UnitError::failed(format!("a virtio device {wanted}; the back end at {socket} is a {here}")));
+        }
+        // The first words say how large the device is; what a driver may write, it has written.
+        if self.id == BLK && saved.config.get(..8) != self.config().get(..8) {
+            return Err(UnitError::failed(format!("a disk of another size than that of the back end at {socket}")));
+        }
+        if saved.config.len() == self.config().len() {
+            self.config().clone_from(&saved.config);
+        }
+        saved.transport.ok_or_else(|| UnitError::failed("there is no state of its transport"))
+    }
+}

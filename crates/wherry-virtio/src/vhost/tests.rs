@@ -1,0 +1,240 @@
+//! Back ends that do not do what they should: each is named, with what was wrong, and within its deadline.
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
+
+use super::front::{Front, LOG_ALL, protocol};
+use super::wire::{Connection, VhostError};
+
+/// Shorter than that of a real front end: some of these never answer.
+const LIMIT: Duration = Duration::from_millis(300);
+
+/// What a back end that is asked answers: its message, or nothing more if there is none.
+type Script = Box<dyn FnMut(u32, &[u8], &UnixStream) -> Option<Vec<u8>> + Send>;
+
+fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes: Vec<u8> = [request, flags, payload.len() as u32].into_iter().flat_map(u32::to_ne_bytes).collect();
+    bytes.extend(payload);
+    bytes
+}
+
+fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
+    message(request, 5, payload)
+}
+
+/// What an honest back end answers to a request; empty if that has no answer.
+fn honest(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let number = |value: u64| reply(request, &value.to_ne_bytes());
+    match request {
+        1 => number(1 << 30 | LOG_ALL | 1 << 32),
+        15 => number(protocol::LOG_SHMFD | protocol::REPLY_ACK | protocol::PAGEFAULT | protocol::CONFIG | protocol::MQ),
+        17 => number(1),
+        6 => number(0),
+        11 | 24 => reply(request, payload),
+        _ if flags & 8 != 0 => number(0),
+        _ => Vec::new(),
+    }
+}
+
+/// A back end at a socket: honest, but for the request of that number, which the script answers.
+fn back_end(odd: u32, mut script: Script) -> (tempfile::TempDir, PathBuf, JoinHandle<()>) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let thread = std::thread::spawn(move || {
+        let mut stream = listener.accept().unwrap().0;
+        loop {
+            let mut header = [0; 12];
+            if stream.read_exact(&mut header).is_err() {
+                return;
+            }
+            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+            let (request, flags) = (word(0), word(4));
+            let mut payload = vec![0; word(8) as usize];
+            stream.read_exact(&mut payload).unwrap();
+            let answer = match request == odd {
+                true => script(request, &payload, &stream),
+                false => Some(honest(request, flags, &payload)),
+            };
+            match answer {
+                // The other side may have given up.
+                Some(bytes) => drop(stream.write_all(&bytes)),
+                None => return,
+            }
+        }
+    });
+    (directory, path, thread)
+}
+
+fn ram() -> Ram {
+    let spec = BlockSpec { id: BlockId(0), guest_base: 0, size: 1 << 20, page_size: PageSize::Base };
+    Ram::create(&[spec]).unwrap()
+}
+
+/// Everything a front end asks for, one after the other.
+fn all(path: &std::path::Path) -> Result<(), VhostError> {
+    let front = Front::over(Connection::open(path, LIMIT)?)?;
+    front.config(60)?;
+    front.set_features(1 << 32, true)?;
+    let ram = ram();
+    front.set_memory(&ram)?;
+    let log = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    front.set_log(log.as_fd(), 4096)?;
+    front.set_size(0, 64)?;
+    front.set_base(0, 7)?;
+    front.enable(0, true)?;
+    front.stop(0)?;
+    front.advise()?;
+    front.set_missing_memory(&ram)?;
+    front.end()
+}
+
+/// Runs against a back end that answers one request oddly; what is said of it.
+fn said(odd: u32, script: Script) -> String {
+    let (_directory, path, thread) = back_end(odd, script);
+    let error = all(&path).unwrap_err().to_string();
+    thread.join().unwrap();
+    assert!(error.contains(path.to_str().unwrap()), "the back end is not named: {error}");
+    error
+}
+
+#[test]
+fn a_back_end_that_does_not_answer_one_of_the_requests_is_given_up_at_the_deadline_by_name() {
+    for (request, name) in [
+        (1, "GetFeatures"),
+        (15, "GetProtocolFeatures"),
+        (17, "GetQueueNum"),
+        (24, "GetConfig"),
+        (2, "SetFeatures"),
+        (5, "SetMemTable"),
+        (6, "SetLogBase"),
+        (8, "SetVringNum"),
+        (10, "SetVringBase"),
+        (18, "SetVringEnable"),
+        (11, "GetVringBase"),
+        (28, "PostcopyAdvise"),
+    ] {
+        let error = said(request, Box::new(|_, _, _| Some(Vec::new())));
+        assert!(error.contains(&format!("no answer to {name} within 300ms")), "{error}");
+    }
+}
+
+#[test]
+fn a_back_end_that_hangs_up_at_one_of_the_requests_is_told_of_with_the_request() {
+    for (request, name) in [(1, "GetFeatures"), (2, "SetFeatures"), (5, "SetMemTable"), (11, "GetVringBase")] {
+        let error = said(request, Box::new(|_, _, _| None));
+        assert!(error.contains("closed the connection") && error.contains(name), "{error}");
+    }
+}
+
+#[test]
+fn answers_of_a_wrong_form_are_refused_with_what_was_wrong() {
+    let with = |bytes: Vec<u8>| -> Script { Box::new(move |_, _, _| Some(bytes.clone())) };
+    let cases: [(u32, Vec<u8>, &str); 9] = [
+        (1, reply(2, &[0; 8]), "answers request 2"),
+        (1, message(1, 1, &[0; 8]), "flags 0x1"),
+        (1, reply(1, &[0; 4]), "4 bytes, where 8 are due"),
+        // A length that is never sent.
+        (
+            1,
+            [1u32, 5, u32::MAX].into_iter().flat_map(u32::to_ne_bytes).collect(),
+            "4294967295 bytes; 4096 are possible",
+        ),
+        (5, reply(5, &1u64.to_ne_bytes()), "refused, with 0x1"),
+        (24, reply(24, &[]), "no configuration"),
+        (24, reply(24, &[0; 20]), "20 bytes, where 72 are due"),
+        (11, reply(11, &[9; 8]), "asked about ring 0"),
+        (28, reply(28, &[]), "0 descriptors beside one that is due"),
+    ];
+    for (request, bytes, words) in cases {
+        let error = said(request, with(bytes));
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+/// Sends an answer with so many descriptors.
+fn with_descriptors(stream: &UnixStream, bytes: &[u8], count: usize) {
+    let file = std::fs::File::open("/dev/null").unwrap();
+    let fds = vec![file.as_fd(); count];
+    let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    rustix::net::sendmsg(stream, &[std::io::IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
+}
+
+#[test]
+fn descriptors_nobody_asked_for_are_refused_and_closed() {
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    let error = said(
+        1,
+        Box::new(|_, _, stream| {
+            with_descriptors(stream, &reply(1, &[0; 8]), 20);
+            Some(Vec::new())
+        }),
+    );
+    assert!(error.contains("more than 8 descriptors"), "{error}");
+    let error = said(
+        28,
+        Box::new(|_, _, stream| {
+            with_descriptors(stream, &reply(28, &[]), 3);
+            Some(Vec::new())
+        }),
+    );
+    assert!(error.contains("2 descriptors beside one"), "{error}");
+    // Other tests open and close their own beside this one.
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while open() > before + 16 {
+        assert!(std::time::Instant::now() < deadline, "descriptors are left: {before} before, {} now", open());
+    }
+}
+
+#[test]
+fn a_table_that_comes_back_with_other_regions_is_refused() {
+    // The first answer to a table is that of precopy, the second one has the addresses.
+    let mut tables = 0;
+    let script = move |request: u32, payload: &[u8], stream: &UnixStream| {
+        if request == 28 {
+            with_descriptors(stream, &reply(28, &[]), 1);
+            return Some(Vec::new());
+        }
+        tables += 1;
+        if tables == 1 {
+            return Some(reply(request, &[0; 8]));
+        }
+        let mut table = payload.to_vec();
+        table[8] = 1;
+        Some(reply(request, &table))
+    };
+    let (_directory, path, thread) = back_end(5, Box::new(script));
+    let front = Front::over(Connection::open(&path, LIMIT).unwrap()).unwrap();
+    let ram = ram();
+    front.set_memory(&ram).unwrap();
+    let error = front.set_missing_memory(&ram).unwrap_err().to_string();
+    assert!(error.contains("other regions"), "{error}");
+    drop(front);
+    thread.join().unwrap();
+}
+
+#[test]
+fn a_socket_at_which_nobody_makes_room_is_given_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let _listener = UnixListener::bind(&path).unwrap();
+    // Until there is no room for one more.
+    let mut waiting = Vec::new();
+    let error = loop {
+        match Connection::open(&path, LIMIT) {
+            Ok(connection) => waiting.push(connection),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(error.contains("connecting") && error.contains(path.to_str().unwrap()), "{error}");
+}

@@ -1,0 +1,617 @@
+//! The thread that speaks with one back end: everything that is asked of it is asked here, one after the other.
+//!
+//! [`Orders`] is how others reach it; each order that waits has a deadline. The thread also relays interrupts of a guest
+//! without MSI-X, ends postcopy when all memory is there, and notices that the back end has gone.
+#![expect(unsafe_code, reason = "lends descriptors of eventfds, which are open while they are lent")]
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_fault::{FaultService, SourceId};
+use wherry_memory::{GuestMemory, Ram};
+use wherry_state::UnitError;
+
+use super::front::{Front, RingAddresses};
+use super::log::Log;
+use super::postcopy;
+use super::wire::VhostError;
+use crate::device::{Activation, Position, RingGiven};
+use crate::transport::Interrupts;
+
+/// How long a device may take to come to rest when its driver resets it.
+const RESET_LIMIT: Duration = Duration::from_secs(10);
+/// Between two looks whether all memory is there.
+const LOOK: Duration = Duration::from_millis(10);
+/// Between two looks whether a back end has given everything back.
+const SETTLE: Duration = Duration::from_micros(50);
+
+type Done<E> = SyncSender<Result<(), E>>;
+
+enum Order {
+    Activate(Activation),
+    Reset(Done<UnitError>),
+    Drain(Instant, Done<UnitError>),
+    Rest(Instant, Done<UnitError>),
+    Start,
+    Log(Option<Arc<Log>>, Done<String>),
+    Config(u32, Vec<u8>),
+    Quit,
+}
+
+/// How the thread is reached.
+pub(super) struct Orders {
+    sender: Mutex<Sender<Order>>,
+    wake: EventFd,
+    positions: Mutex<Vec<(u16, Position)>>,
+}
+
+impl Orders {
+    fn send(&self, order: Order) {
+        // A thread that has ended leaves whoever waits without an answer, which is one.
+        let _ = self.sender.lock().unwrap_or_else(PoisonError::into_inner).send(order);
+        let _ = self.wake.write(1);
+    }
+
+    fn wait<E>(&self, order: impl FnOnce(Done<E>) -> Order, deadline: Instant, late: impl Fn() -> E) -> Result<(), E> {
+        let (done, answer) = sync_channel(1);
+        self.send(order(done));
+        match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(late()),
+        }
+    }
+
+    pub(super) fn activate(&self, activation: Activation) {
+        self.send(Order::Activate(activation));
+    }
+
+    pub(super) fn reset(&self) {
+        let late = || UnitError::Deadline("the back end did not answer".into());
+        if let Err(error) = self.wait(Order::Reset, Instant::now() + RESET_LIMIT, late) {
+            tracing::error!(%error, "resetting a vhost-user device");
+        }
+    }
+
+    pub(super) fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
+        let late = || UnitError::Deadline("the back end did not answer".into());
+        self.wait(|done| Order::Drain(deadline, done), deadline, late)
+    }
+
+    pub(super) fn rest(&self, deadline: Instant) -> Result<(), UnitError> {
+        let late = || UnitError::Deadline("the back end did not answer".into());
+        self.wait(|done| Order::Rest(deadline, done), deadline, late)
+    }
+
+    pub(super) fn start(&self) {
+        self.send(Order::Start);
+    }
+
+    pub(super) fn log(&self, log: Option<Arc<Log>>) -> Result<(), String> {
+        let late = || "the back end did not answer".into();
+        self.wait(|done| Order::Log(log, done), Instant::now() + RESET_LIMIT, late)
+    }
+
+    pub(super) fn config(&self, offset: u32, content: Vec<u8>) {
+        self.send(Order::Config(offset, content));
+    }
+
+    pub(super) fn positions(&self) -> Vec<(u16, Position)> {
+        self.positions.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The thread of one back end.
+pub(super) struct Worker {
+    pub(super) orders: Arc<Orders>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    pub(super) fn spawn(
+        name: String,
+        front: Front,
+        ram: Arc<Ram>,
+        faults: Option<Arc<FaultService>>,
+    ) -> std::io::Result<Self> {
+        let (sender, orders) = channel();
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        let shared = Arc::new(Orders { sender: Mutex::new(sender), wake, positions: Mutex::default() });
+        let its = shared.clone();
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            let mut thread = Thread {
+                path: front.path().into(),
+                shared: its,
+                orders,
+                front: Some(front),
+                ram,
+                faults,
+                sharer: None,
+                served: None,
+                held: false,
+                starved: false,
+                log: None,
+            };
+            thread.run();
+        })?;
+        Ok(Self { orders: shared, thread: Some(thread) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.orders.send(Order::Quit);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread of a vhost-user device panicked");
+        }
+    }
+}
+
+/// A ring that the back end serves, or will.
+struct Served {
+    given: RingGiven,
+    position: Position,
+    /// Signalled by the back end where the guest has no vector for the ring.
+    relay: Option<EventFd>,
+    /// The back end has it.
+    started: bool,
+}
+
+impl Served {
+    fn index(&self, memory: &GuestMemory, at: u64) -> Option<u16> {
+        memory.load(GuestAddress(at), Ordering::Acquire).ok()
+    }
+
+    /// How much the driver has made available, ever.
+    fn available(&self, memory: &GuestMemory) -> Option<u16> {
+        self.index(memory, self.given.setup.available + 2)
+    }
+
+    /// How much the back end has given back, ever.
+    fn used(&self, memory: &GuestMemory) -> Option<u16> {
+        self.index(memory, self.given.setup.used + 2)
+    }
+
+    /// How much it has taken, ever, as far as it says so: the word behind the used ring.
+    fn taken(&self, memory: &GuestMemory) -> Option<u16> {
+        self.index(memory, self.given.setup.used + 4 + 8 * u64::from(self.given.setup.size))
+    }
+}
+
+/// What the driver has activated.
+struct Active {
+    memory: GuestMemory,
+    features: u64,
+    rings: Vec<Served>,
+    interrupts: Interrupts,
+}
+
+struct Thread {
+    path: std::path::PathBuf,
+    shared: Arc<Orders>,
+    orders: Receiver<Order>,
+    /// None: it has gone, or was given up.
+    front: Option<Front>,
+    ram: Arc<Ram>,
+    faults: Option<Arc<FaultService>>,
+    /// It takes part in postcopy, as this source.
+    sharer: Option<SourceId>,
+    served: Option<Active>,
+    /// Nothing is to be served until the next start.
+    held: bool,
+    /// The back end hears of nothing new, and has given back what it had taken.
+    starved: bool,
+    log: Option<Arc<Log>>,
+}
+
+impl Thread {
+    fn run(&mut self) {
+        loop {
+            self.wait();
+            let _ = self.shared.wake.read();
+            loop {
+                match self.orders.try_recv() {
+                    Ok(Order::Quit) | Err(std::sync::mpsc::TryRecvError::Disconnected) => return self.quit(),
+                    Ok(order) => self.obey(order),
+                    Err(std::sync::mpsc::TryRecvError::Empty) => break,
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Activate(activation) => {
+                let result = self.activate(activation);
+                self.judge("activating it", result);
+            }
+            Order::Reset(done) => {
+                let _ = done.send(self.reset());
+            }
+            Order::Drain(deadline, done) => {
+                let result = self.starve(deadline);
+                self.judge("draining it", result);
+                let _ = done.send(Ok(()));
+            }
+            Order::Rest(deadline, done) => {
+                let _ = done.send(self.rest(deadline));
+            }
+            Order::Start => {
+                self.held = false;
+                let result = self.feed().and_then(|()| self.start_rings());
+                self.judge("starting its rings", result);
+            }
+            Order::Log(log, done) => {
+                let result = self.set_log(log);
+                let told = result.as_ref().map_err(ToString::to_string).copied();
+                self.judge("switching its log", result);
+                let _ = done.send(told);
+            }
+            Order::Config(offset, content) => {
+                let result = self.front.as_ref().map_or(Ok(()), |front| front.set_config(offset, &content));
+                self.judge("writing its configuration", result);
+            }
+            Order::Quit => {}
+        }
+    }
+
+    /// Waits for orders, interrupts to relay, the end of the back end, and the end of postcopy.
+    fn wait(&mut self) {
+        loop {
+            let mut events = vec![PollFd::from_borrowed_fd(lend(&self.shared.wake), PollFlags::IN)];
+            let mut relays = Vec::new();
+            if let Some(front) = &self.front {
+                events.push(PollFd::new(front, PollFlags::IN));
+            }
+            let first = events.len();
+            if let Some(active) = &self.served {
+                for ring in &active.rings {
+                    if let Some(relay) = &ring.relay {
+                        events.push(PollFd::from_borrowed_fd(lend(relay), PollFlags::IN));
+                        relays.push((ring.given.index, relay));
+                    }
+                }
+                if !relays.is_empty() {
+                    // SAFETY: the pin lives as long as the interrupts, which are not dropped during the call.
+                    let pin = unsafe { BorrowedFd::borrow_raw(active.interrupts.pin().resample_fd()) };
+                    events.push(PollFd::from_borrowed_fd(pin, PollFlags::IN));
+                }
+            }
+            let look = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
+            let limit = self.sharer.is_some().then_some(&look);
+            // Interrupted or not, what has happened is looked at.
+            let _ = poll(&mut events, limit);
+            let is = |at: usize| events.get(at).is_some_and(|event| !event.revents().is_empty());
+            let (ordered, spoke) = (is(0), first == 2 && is(1));
+            let rung: Vec<bool> = (0..=relays.len()).map(|n| is(first + n)).collect();
+            drop(events);
+            if let Some(active) = &self.served {
+                for ((index, relay), rung) in relays.iter().zip(&rung) {
+                    if *rung && relay.read().is_ok() {
+                        active.interrupts.ring(*index);
+                    }
+                }
+                if !relays.is_empty() && rung.last() == Some(&true) {
+                    active.interrupts.pin().resample();
+                }
+            }
+            drop(relays);
+            if spoke {
+                let what = "it closed the connection, or spoke unasked";
+                self.lose(&what);
+            }
+            self.end_postcopy();
+            if ordered {
+                return;
+            }
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), VhostError> {
+        let Activation { memory, features, rings, interrupts } = activation;
+        let mut served = Vec::new();
+        for given in rings {
+            let relay = match interrupts.ring_vector(given.index) {
+                Some(_) => None,
+                None => EventFd::new(EFD_NONBLOCK).ok(),
+            };
+            let position = given.setup.position;
+            served.push(Served { given, position, relay, started: false });
+        }
+        self.served = Some(Active { memory, features, rings: served, interrupts });
+        if self.front.is_none() {
+            // It was lost, and the driver has reset its device: perhaps there is another one.
+            self.front = Some(Front::open(&self.path)?);
+        }
+        self.show()
+    }
+
+    /// Features, memory, rings.
+    fn show(&mut self) -> Result<(), VhostError> {
+        let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
+        front.set_features(active.features, false)?;
+        match self.faults.as_ref().filter(|faults| faults.has_started() && !faults.is_complete()) {
+            Some(faults) => {
+                if let Some(before) = self.sharer.take() {
+                    let _ = faults.remove_source(before);
+                }
+                self.sharer = Some(postcopy::share(front, &self.ram, faults)?);
+            }
+            None => front.set_memory(&self.ram)?,
+        }
+        if let Some(log) = self.log.clone() {
+            self.set_log(Some(log))?;
+        }
+        self.start_rings()
+    }
+
+    fn addresses(&self, ring: &Served) -> Result<RingAddresses, VhostError> {
+        let ours = |guest: u64| match self.ram.find(guest) {
+            Some((block, offset)) => Ok(block.guest_map() as u64 + offset),
+            None => {
+                let reason = format!("its driver has a ring at {guest:#x}, which is no RAM");
+                Err(VhostError::Lacks { path: self.path.clone(), reason })
+            }
+        };
+        let setup = &ring.given.setup;
+        Ok(RingAddresses {
+            descriptors: ours(setup.descriptors)?,
+            used: ours(setup.used)?,
+            available: ours(setup.available)?,
+            used_guest: setup.used,
+        })
+    }
+
+    fn start_rings(&mut self) -> Result<(), VhostError> {
+        if self.held {
+            return Ok(());
+        }
+        let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
+        let mut started = Vec::new();
+        for ring in active.rings.iter().filter(|ring| !ring.started) {
+            let index = ring.given.index;
+            front.set_size(index, ring.given.setup.size)?;
+            front.set_base(index, ring.position.available)?;
+            front.set_addresses(index, &self.addresses(ring)?, self.log.is_some())?;
+            // Before the doorbell: from then on requests may end.
+            match (active.interrupts.ring_vector(index), &ring.relay) {
+                // While it is masked nothing is attached to it; what it counts is then pending.
+                (Some(vector), None) => front.set_call(index, lend(vector.kvm_interrupt_event()))?,
+                (_, Some(relay)) => front.set_call(index, lend(relay))?,
+                (None, None) => {}
+            }
+            front.set_kick(index, lend(&ring.given.kick))?;
+            front.enable(index, true)?;
+            // What the driver made available meanwhile is found, although it has rung before.
+            let _ = ring.given.kick.write(1);
+            started.push(index);
+        }
+        if let Some(active) = &mut self.served {
+            active.rings.iter_mut().filter(|r| started.contains(&r.given.index)).for_each(|ring| ring.started = true);
+        }
+        Ok(())
+    }
+
+    /// While the driver still runs: takes the doorbells away from the back end, and waits until it has given back what it had
+    /// taken. What the driver makes available meanwhile is carried.
+    ///
+    /// How much the back end has taken is what it asks to be notified after (virtio 1.3, section 2.7.10). One that does not
+    /// say it so, or needs too long, gets its doorbells back, and has to do everything when the driver has been stopped.
+    fn starve(&mut self, deadline: Instant) -> Result<(), VhostError> {
+        let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
+        if active.features & 1 << VIRTIO_RING_F_EVENT_IDX == 0 || self.held || self.starved {
+            return Ok(());
+        }
+        let Ok(silent) = EventFd::new(EFD_NONBLOCK) else { return Ok(()) };
+        for ring in &active.rings {
+            front.set_kick(ring.given.index, lend(&silent))?;
+        }
+        self.starved = true;
+        // Half of the time is left for who comes next.
+        let half = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+        while !active.rings.iter().all(|ring| ring.taken(&active.memory) == ring.used(&active.memory)) {
+            if Instant::now() >= half {
+                tracing::debug!(socket = %self.path.display(), "the back end does not come to rest beside its driver");
+                return self.feed();
+            }
+            std::thread::sleep(SETTLE);
+        }
+        Ok(())
+    }
+
+    /// Gives the doorbells back.
+    fn feed(&mut self) -> Result<(), VhostError> {
+        let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
+        if std::mem::take(&mut self.starved) {
+            for ring in active.rings.iter().filter(|ring| ring.started) {
+                front.set_kick(ring.given.index, lend(&ring.given.kick))?;
+                let _ = ring.given.kick.write(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the back end to rest: the driver makes nothing available any more, everything it had made available is done,
+    /// and the rings are stopped.
+    ///
+    /// They are not stopped before: some back ends close the eventfd of a ring that is stopped, and then fail when a request
+    /// of it ends. If time runs out, the back end serves on.
+    fn rest(&mut self, deadline: Instant) -> Result<(), UnitError> {
+        if !self.starved {
+            self.settle(deadline)?;
+        }
+        self.held = true;
+        let result = self.stop_rings();
+        self.judge("stopping its rings", result);
+        let given_back = self.await_used(deadline);
+        self.starved = false;
+        self.note_positions();
+        given_back
+    }
+
+    fn stop_rings(&mut self) -> Result<(), VhostError> {
+        let (Some(front), Some(active)) = (&self.front, &mut self.served) else { return Ok(()) };
+        for ring in active.rings.iter_mut().filter(|ring| ring.started) {
+            ring.position.available = front.stop(ring.given.index)?;
+            ring.started = false;
+        }
+        Ok(())
+    }
+
+    /// Waits until as much was given back as was taken when the rings were stopped.
+    fn await_used(&mut self, deadline: Instant) -> Result<(), UnitError> {
+        let Some(active) = &mut self.served else { return Ok(()) };
+        for ring in &mut active.rings {
+            loop {
+                ring.position.used = ring.used(&active.memory).unwrap_or(ring.position.used);
+                // A back end that has gone gives nothing back, and writes nothing.
+                if ring.position.used == ring.position.available || self.front.is_none() {
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    return Err(under_way(&self.path, ring));
+                }
+                std::thread::sleep(SETTLE);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the back end has given back everything that is available: then it touches nothing any more.
+    fn settle(&mut self, deadline: Instant) -> Result<(), UnitError> {
+        let Some(active) = &mut self.served else { return Ok(()) };
+        for ring in &mut active.rings {
+            // The driver may have been stopped before it rang.
+            let _ = ring.given.kick.write(1);
+            while let (Some(available), Some(used)) = (ring.available(&active.memory), ring.used(&active.memory)) {
+                ring.position = Position { available, used };
+                if used == available || self.front.is_none() {
+                    break;
+                }
+                if Instant::now() >= deadline {
+                    return Err(under_way(&self.path, ring));
+                }
+                std::thread::sleep(SETTLE);
+            }
+        }
+        Ok(())
+    }
+
+    fn note_positions(&mut self) {
+        let Some(active) = &self.served else { return };
+        let positions = active.rings.iter().map(|ring| (ring.given.index, ring.position)).collect();
+        *self.shared.positions.lock().unwrap_or_else(PoisonError::into_inner) = positions;
+        // What the back end has signalled last.
+        for ring in &active.rings {
+            if let Some(relay) = &ring.relay
+                && relay.read().is_ok()
+            {
+                active.interrupts.ring(ring.given.index);
+            }
+        }
+    }
+
+    fn reset(&mut self) -> Result<(), UnitError> {
+        let settled = self.settle(Instant::now() + RESET_LIMIT);
+        if settled.is_ok() {
+            let result = self.stop_rings();
+            self.judge("resetting it", result);
+        }
+        if let (Some(front), Some(active)) = (&self.front, &self.served) {
+            let disabled = active.rings.iter().try_for_each(|ring| front.enable(ring.given.index, false));
+            self.judge("disabling its rings", disabled);
+        }
+        self.served = None;
+        self.starved = false;
+        if let Err(error) = &settled {
+            // It may write what the driver takes for its own again: nothing is shown to it any more.
+            self.lose(error);
+        }
+        settled
+    }
+
+    fn set_log(&mut self, log: Option<Arc<Log>>) -> Result<(), VhostError> {
+        let Some(front) = &self.front else {
+            self.log = log;
+            return Ok(());
+        };
+        if log.is_some() && !front.logs() {
+            return Err(front.connection().lacks("it cannot log what it writes (F_LOG_ALL, LOG_SHMFD)"));
+        }
+        if let Some(log) = &log
+            && let Some(fd) = log.fd()
+        {
+            front.set_log(fd, log.bytes())?;
+        }
+        let on = log.is_some();
+        self.log = log;
+        let Some(active) = &self.served else { return Ok(()) };
+        front.set_features(active.features, on)?;
+        for ring in active.rings.iter().filter(|ring| ring.started) {
+            front.set_addresses(ring.given.index, &self.addresses(ring)?, on)?;
+        }
+        Ok(())
+    }
+
+    /// All memory is there: it is told, and is no source of faults any more.
+    fn end_postcopy(&mut self) {
+        let Some(faults) = self.faults.clone() else { return };
+        let Some(source) = self.sharer.take_if(|_| faults.is_complete()) else { return };
+        let result = self.front.as_ref().map_or(Ok(()), Front::end);
+        // The service may have ended with the journey meanwhile.
+        let _ = faults.remove_source(source);
+        self.judge("ending postcopy", result);
+    }
+
+    fn judge(&mut self, what: &str, result: Result<(), VhostError>) {
+        if let Err(error) = result {
+            tracing::warn!(%error, what, "a vhost-user device failed");
+            self.lose(&error);
+        }
+    }
+
+    /// Gives the back end up. Its device needs a reset, which connects anew.
+    fn lose(&mut self, why: &dyn std::fmt::Display) {
+        if self.front.take().is_none() {
+            return;
+        }
+        tracing::warn!(socket = %self.path.display(), %why, "the vhost-user back end is lost");
+        if let Some(log) = &self.log {
+            log.doubt();
+        }
+        if let (Some(faults), Some(source)) = (&self.faults, self.sharer.take()) {
+            let _ = faults.remove_source(source);
+        }
+        if let Some(active) = &mut self.served {
+            active.rings.iter_mut().for_each(|ring| ring.started = false);
+            active.interrupts.failed(&why);
+        }
+    }
+
+    fn quit(&mut self) {
+        if let (Some(faults), Some(source)) = (&self.faults, self.sharer.take()) {
+            let _ = faults.remove_source(source);
+        }
+    }
+}
+
+fn under_way(path: &std::path::Path, ring: &Served) -> UnitError {
+    let left = ring.position.available.wrapping_sub(ring.position.used);
+    let (ring, path) = (ring.given.index, path.display());
+    UnitError::Deadline(format!("the back end at {path} has {left} requests of ring {ring} under way"))
+}
+
+/// An eventfd as a descriptor that can be sent.
+fn lend(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is open as long as the value that is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}

@@ -1,0 +1,250 @@
+//! VMs whose disk is served by a process that nobody here wrote: `qemu-storage-daemon`, one at each end of a move.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+use support::disk::Memory;
+use support::{Place, Vm, kvm, stderr, wait_for};
+use wherry_guest::disk::BLOCK_BYTES;
+use wherry_guest::report::Phase;
+
+const IMAGE: u64 = 32 << 20;
+
+/// A `qemu-storage-daemon`; it ends with the value.
+struct Daemon {
+    process: Child,
+    socket: PathBuf,
+}
+
+impl Daemon {
+    /// Serves an image. Others may have it open, too: only one of them has a guest at any time.
+    fn serve(place: &Place, name: &str, image: &Path) -> Self {
+        let socket = place.path(name);
+        let node = format!("driver=file,node-name=f,filename={},locking=off", image.display());
+        let export =
+            format!("type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={}", socket.display());
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--blockdev", &node, "--export", &export]).stdout(Stdio::null()).stderr(Stdio::null());
+        let process = command.spawn().unwrap();
+        wait_for("the socket of qemu-storage-daemon", || socket.exists().then_some(()));
+        Self { process, socket }
+    }
+
+    fn device(&self) -> String {
+        format!("vhost-user-blk={}", self.socket.display())
+    }
+
+    fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Whether both are there; says what is skipped if not.
+fn able(test: &str) -> bool {
+    let there = Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !there {
+        println!("SKIPPED {test}: qemu-storage-daemon is not installed (Debian package qemu-utils)");
+    }
+    there && kvm(test)
+}
+
+fn image(place: &Place) -> PathBuf {
+    let path = place.path("disk");
+    File::create(&path).unwrap().set_len(IMAGE).unwrap();
+    path
+}
+
+fn run(place: &Place, device: &str, disk: &str) -> Vm {
+    let cmdline = format!("data=16M rate=4M {disk}");
+    place.run_guest("0", &["--memory", "64M", "--cmdline", &cmdline, "--device", device], &[])
+}
+
+fn migrate(place: &Place, api: &str, to: &str, mode: &str) -> Output {
+    place.control(api, &["migrate", "--to", to, "--json", "--mode", mode])
+}
+
+/// How often a guest is moved: `WHERRY_VHOST_MOVES`, 5 unless told.
+fn moves() -> usize {
+    std::env::var("WHERRY_VHOST_MOVES").ok().and_then(|moves| moves.parse().ok()).unwrap_or(5)
+}
+
+/// Moves a guest with a busy disk by all modes in turn, and compares every byte at the end.
+fn moves_with(disk: &str) {
+    let place = Place::new();
+    let image = image(&place);
+    let mut daemon = Daemon::serve(&place, "d0", &image);
+    let mut here = run(&place, &daemon.device(), disk);
+    let mut memory = Memory::of(&place, "0");
+    memory.wait_for_requests("before the first move");
+    let modes = ["precopy", "postcopy", "hybrid", "postcopy", "precopy"].into_iter().cycle();
+    for (leg, mode) in modes.take(moves()).enumerate() {
+        let (from, to) = (leg.to_string(), (leg + 1).to_string());
+        let next = Daemon::serve(&place, &format!("d{to}"), &image);
+        let (there, address) = place.receive(&to, &["--device", &next.device()]);
+        let output = migrate(&place, &from, &address, mode);
+        assert_eq!(output.status.code(), Some(0), "{mode}: {}", stderr(&output));
+        let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+        println!("{mode}: I/O stall {} us, blackout {}", job["io_stall_us"], job["blackout"]);
+        if mode == "postcopy" {
+            let sources = job["postcopy"]["sources"].as_array().unwrap();
+            println!("faults of the back end: {sources:?}");
+            assert!(sources.iter().all(|source| source["quarantined"].is_null()), "{sources:?}");
+        }
+        assert_eq!(here.end().code(), Some(0), "{}", here.log());
+        (memory, here, daemon) = (Memory::of(&place, &to), there, next);
+        let after = memory.wait_for_requests(&format!("after a move by {mode}"));
+        assert!(after.in_flight > 0 && after.flushes > 0, "{after:?}");
+    }
+    memory.finish();
+    assert_eq!(here.end().code(), Some(0), "{}", here.log());
+    assert_eq!(memory.snapshot().phase(), Phase::Finished);
+    let compared = memory.compare(&File::open(image).unwrap(), 1);
+    assert!(compared > IMAGE / BLOCK_BYTES / 8, "only {compared} blocks were ever written");
+    drop(daemon);
+}
+
+#[test]
+fn a_disk_of_another_process_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost() {
+    if able("a_disk_of_another_process_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost") {
+        moves_with("disk=32M disk_depth=64 disk_wait=interrupt");
+    }
+}
+
+#[test]
+fn a_disk_of_another_process_whose_driver_polls_moves_by_every_mode_and_not_a_byte_is_lost() {
+    if able("a_disk_of_another_process_whose_driver_polls_moves_by_every_mode_and_not_a_byte_is_lost") {
+        moves_with("disk=32M disk_depth=64 disk_wait=poll");
+    }
+}
+
+#[test]
+fn a_back_end_that_is_killed_is_named_and_the_vm_lives() {
+    let test = "a_back_end_that_is_killed_is_named_and_the_vm_lives";
+    if !able(test) {
+        return;
+    }
+    let place = Place::new();
+    let image = image(&place);
+    let mut daemon = Daemon::serve(&place, "d0", &image);
+    let here = run(&place, &daemon.device(), "disk=32M disk_depth=64 disk_wait=interrupt");
+    let memory = Memory::of(&place, "0");
+    memory.wait_for_requests("before its end");
+    daemon.kill();
+    wait_for("the back end to be missed", || {
+        let log = here.log();
+        (log.contains("back end is lost") && log.contains(daemon.socket.to_str().unwrap())).then_some(())
+    });
+    let beat = |memory: &Memory| memory.snapshot().cpus.first().unwrap().heartbeat;
+    let before = beat(&memory);
+    wait_for("the guest to work on", || (beat(&memory) > before + 2).then_some(()));
+    place.wait_for_state("0", "running");
+}
+
+#[test]
+fn a_destination_without_the_right_back_end_is_refused_by_name_and_the_vm_runs_on() {
+    let test = "a_destination_without_the_right_back_end_is_refused_by_name_and_the_vm_runs_on";
+    if !able(test) {
+        return;
+    }
+    let place = Place::new();
+    let image = image(&place);
+    let daemon = Daemon::serve(&place, "d0", &image);
+    let _here = run(&place, &daemon.device(), "disk=32M disk_depth=64");
+    let memory = Memory::of(&place, "0");
+    let small = place.path("small");
+    File::create(&small).unwrap().set_len(1 << 20).unwrap();
+    let small = Daemon::serve(&place, "small.sock", &small);
+    let mute = UnixListener::bind(place.path("mute")).unwrap();
+    let (nobody, mute_device) =
+        ("vhost-user-blk=/nonexistent", format!("vhost-user-blk={}", place.path("mute").display()));
+    let wrong: [(&[&str], &[&str]); 4] = [
+        (&[], &["vhost-user device 0", "give `receive` a --device"]),
+        (&["--device", &small.device()], &["65536 sectors, not 2048"]),
+        (&["--device", nobody], &["connecting", "/nonexistent"]),
+        (&["--device", &mute_device], &["no answer to GetFeatures", "mute"]),
+    ];
+    for (n, (devices, words)) in wrong.into_iter().enumerate() {
+        let api = format!("r{n}");
+        let (_there, address) = place.receive(&api, devices);
+        let output = migrate(&place, "0", &address, "hybrid");
+        assert_eq!(output.status.code(), Some(1), "{devices:?}");
+        assert!(words.iter().all(|word| stderr(&output).contains(word)), "{devices:?}: {}", stderr(&output));
+    }
+    drop(mute);
+    memory.wait_for_requests("after refused moves");
+}
+
+/// One message: header and payload.
+fn message(stream: &mut impl Read) -> Option<Vec<u8>> {
+    let mut message = vec![0; 12];
+    stream.read_exact(&mut message).ok()?;
+    let bytes = u32::from_ne_bytes(message[8..].try_into().unwrap());
+    message.resize(12 + bytes as usize, 0);
+    stream.read_exact(&mut message[12..]).ok()?;
+    Some(message)
+}
+
+/// Between a front end and a daemon: hides the feature PAGEFAULT, and passes everything else on until memory is shown.
+fn without_page_faults(place: &Place, daemon: &Daemon) -> (String, std::thread::JoinHandle<()>) {
+    let path = place.path("filtered");
+    let listener = UnixListener::bind(&path).unwrap();
+    let socket = daemon.socket.clone();
+    let thread = std::thread::spawn(move || {
+        let mut front = listener.accept().unwrap().0;
+        let mut back = std::os::unix::net::UnixStream::connect(socket).unwrap();
+        // No descriptor goes this way before memory is shown, and it never is.
+        while let Some(message) = message(&mut front) {
+            back.write_all(&message).unwrap();
+            let request = message[0];
+            // Set features, set owner and set protocol features have no answer.
+            if [2, 3, 16].contains(&request) {
+                continue;
+            }
+            let mut answer = self::message(&mut back).unwrap();
+            if request == 15 {
+                answer[13] &= !1;
+            }
+            front.write_all(&answer).unwrap();
+        }
+    });
+    (format!("vhost-user-blk={}", path.display()), thread)
+}
+
+#[test]
+fn a_back_end_that_takes_no_part_in_postcopy_is_named() {
+    let test = "a_back_end_that_takes_no_part_in_postcopy_is_named";
+    if !able(test) {
+        return;
+    }
+    let place = Place::new();
+    let image = image(&place);
+    let daemon = Daemon::serve(&place, "d0", &image);
+    let _here = run(&place, &daemon.device(), "disk=32M disk_depth=64");
+    let memory = Memory::of(&place, "0");
+    let other = Daemon::serve(&place, "d1", &image);
+    let (device, filter) = without_page_faults(&place, &other);
+    let (there, address) = place.receive("1", &["--device", &device]);
+    let output = migrate(&place, "0", &address, "postcopy");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let said = stderr(&output);
+    assert!(said.contains("PAGEFAULT") && said.contains("filtered"), "{said}");
+    memory.wait_for_requests("after the refused move");
+    drop(there);
+    filter.join().unwrap();
+}
