@@ -5,6 +5,7 @@
 //! - A plain link is a veth pair, as fast as the kernel. A [shaped](Network::shaped) one is a TUN device in each namespace
 //!   and two threads that carry packets between them: it needs no traffic shaper of the kernel's (`netem` is missing from
 //!   many), and is the same on every machine.
+//! - [`TapPeer`] is a tap device for a VM and its other end.
 //! - [`connections`] finds the TCP connections of another process, and ends them under it.
 //!
 //! All of it needs root and `ip` (Debian package iproute2): [`missing`] says what is not there.
@@ -14,12 +15,14 @@ mod namespace;
 mod network;
 mod shaper;
 mod sockets;
+mod tap;
 mod tun;
 
 pub use line::{Shape, Traffic};
 pub use namespace::Namespace;
 pub use network::{LEFT, Network, RIGHT};
 pub use sockets::{Connection, connections};
+pub use tap::{ETHERTYPE, TapPeer};
 
 /// Something of the network could not be made or changed.
 #[derive(Debug, thiserror::Error)]

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 use wherry_memory::GuestMemory;
 
@@ -24,6 +25,8 @@ pub struct Ring {
     indirect: bool,
     /// Something was used since the driver was last told.
     used: bool,
+    /// The driver is told whatever it asked for.
+    tells: bool,
 }
 
 impl Ring {
@@ -51,12 +54,26 @@ impl Ring {
             return Err(Broken::RingOutside);
         }
         let indirect = features & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0;
-        Ok(Self { index, queue, memory: memory.clone(), interrupts: interrupts.clone(), kick, indirect, used: false })
+        Ok(Self {
+            index,
+            queue,
+            memory: memory.clone(),
+            interrupts: interrupts.clone(),
+            kick,
+            indirect,
+            used: false,
+            tells: false,
+        })
     }
 
     /// Its number.
     pub fn index(&self) -> u16 {
         self.index
+    }
+
+    /// Its entries.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     /// Guest memory.
@@ -93,10 +110,28 @@ impl Ring {
         Ok(())
     }
 
+    /// Gives several back so that the driver sees all of them or none: buffers of one packet.
+    pub fn push_all(&mut self, used: &[(u16, u32)]) -> Result<(), Broken> {
+        let Some((&(head, written), others)) = used.split_last() else { return Ok(()) };
+        for (head, written) in others {
+            let next = self.queue.next_used();
+            let at = 4 + 8 * u64::from(next % self.queue.size());
+            let at = self.queue.used_ring().checked_add(at).ok_or(Broken::RingOutside)?;
+            let entry = u64::from(*head) | u64::from(*written) << 32;
+            self.memory.write_obj(entry.to_le(), GuestAddress(at)).map_err(|_| Broken::RingOutside)?;
+            self.queue.set_next_used(next.wrapping_add(1));
+            // The queue does not count these, so its answer whether the driver wants to know would not be for them.
+            self.tells = true;
+        }
+        // Publishes the index, and all entries with it.
+        self.push(head, written)
+    }
+
     /// Tells the driver of what was given back, if it wants to know.
     pub fn notify(&mut self) -> Result<(), Broken> {
         if std::mem::take(&mut self.used)
-            && self.queue.needs_notification(&self.memory).map_err(|_| Broken::RingOutside)?
+            && (self.queue.needs_notification(&self.memory).map_err(|_| Broken::RingOutside)?
+                | std::mem::take(&mut self.tells))
         {
             self.interrupts.ring(self.index);
         }

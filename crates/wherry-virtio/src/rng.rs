@@ -55,6 +55,10 @@ impl Handler for Source {
         Ok(())
     }
 
+    fn waits(&self, _ring: u16) -> bool {
+        true
+    }
+
     fn has_room(&self) -> bool {
         true
     }

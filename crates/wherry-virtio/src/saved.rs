@@ -92,6 +92,33 @@ impl SavedState for SavedBlk {
     const SCHEMA: u32 = 1;
 }
 
+/// Unit `virtio-net`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SavedNet {
+    /// The transport.
+    #[prost(message, optional, tag = "1")]
+    pub transport: Option<SavedTransport>,
+    /// The guest's address, 6 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub mac: Vec<u8>,
+    /// Offloads of the driver that are on: bits of features.
+    #[prost(fixed64, tag = "3")]
+    pub offloads: u64,
+    /// The driver has been asked to announce itself, and has not answered.
+    #[prost(bool, tag = "4")]
+    pub announcing: bool,
+    /// A packet behind its header that was received and waits for buffers; empty if none does.
+    #[prost(bytes = "vec", tag = "5")]
+    pub packet: Vec<u8>,
+    /// Heads of the buffers that were taken for it.
+    #[prost(uint32, repeated, tag = "6")]
+    pub buffers: Vec<u32>,
+}
+
+impl SavedState for SavedNet {
+    const SCHEMA: u32 = 1;
+}
+
 /// Unit `virtio-rng`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedRng {

@@ -33,13 +33,17 @@ pub trait Handler: Send + 'static {
     /// Gives back requests that are done.
     fn reap(&mut self, rings: &mut [Ring]) -> Result<(), Broken>;
 
+    /// Whether it waits for the driver to make more available in this ring. A ring of buffers for what comes from outside
+    /// is mostly full, and of interest only when it is empty.
+    fn waits(&self, ring: u16) -> bool;
+
     /// Whether it would take more requests if there were any.
     fn has_room(&self) -> bool;
 
     /// Requests that it has taken and not given back, and that may still have an effect.
     fn in_flight(&self) -> usize;
 
-    /// Readable when there is something to reap; none for a device that does everything at once.
+    /// Readable when there is something to reap, or to take from outside; none if there is nothing to wait for.
     fn event(&self) -> Option<RawFd>;
 
     /// Takes back what has not begun: it is carried. What has begun goes on.
@@ -315,14 +319,18 @@ impl<H: Handler> Thread<H> {
     /// One look at all rings; whether more has come meanwhile.
     fn turn(&mut self) -> Result<bool, Broken> {
         for ring in &mut self.rings {
-            ring.hush()?;
+            if self.handler.waits(ring.index()) {
+                ring.hush()?;
+            }
         }
         self.handler.serve(&mut self.rings)?;
         self.handler.reap(&mut self.rings)?;
         let mut more = false;
         for ring in &mut self.rings {
             ring.notify()?;
-            more |= ring.listen()?;
+            if self.handler.waits(ring.index()) {
+                more |= ring.listen()?;
+            }
         }
         Ok(more)
     }
@@ -366,7 +374,10 @@ impl<H: Handler> Thread<H> {
     /// Waits for orders, for what is under way, and, if it serves, for the driver.
     fn wait(&mut self, serves: bool) {
         let mut list = vec![readable(self.shared.wake.as_raw_fd())];
-        list.extend(self.handler.event().map(readable));
+        // A broken device takes nothing new, from outside neither.
+        if !self.broken || self.handler.in_flight() > 0 {
+            list.extend(self.handler.event().map(readable));
+        }
         let pin = self.interrupts.as_ref().map(|interrupts| interrupts.pin());
         let pin_at = pin.map(|pin| {
             list.push(readable(pin.resample_fd()));
@@ -374,7 +385,8 @@ impl<H: Handler> Thread<H> {
         });
         // With no room there is nothing a kick could start.
         if serves && !self.broken && self.handler.has_room() {
-            list.extend(self.rings.iter().map(|ring| readable(ring.kick().as_raw_fd())));
+            let waited_for = self.rings.iter().filter(|ring| self.handler.waits(ring.index()));
+            list.extend(waited_for.map(|ring| readable(ring.kick().as_raw_fd())));
         }
         poll(&mut list);
         if let (Some(pin), Some(at)) = (pin, pin_at)

@@ -49,6 +49,8 @@ pub struct MachineConfig {
 pub struct VirtioConfig {
     /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskConfig>,
+    /// Network devices, in the order in which the guest sees them.
+    pub nets: Vec<NetConfig>,
     /// Devices that other processes serve.
     pub vhost_user: Vec<VhostSpec>,
     /// A source of random numbers. A destination has one if the machine does, whatever this says.
@@ -62,6 +64,22 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// It is only read.
     pub read_only: bool,
+}
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// The tap device of this host that it is connected to.
+    pub tap: String,
+    /// Its address; without, one that follows from the VM's identity. A destination's is always that of the machine.
+    pub mac: Option<[u8; 6]>,
+}
+
+impl NetConfig {
+    /// The address of the `n`-th device of a VM: made from the VM's identity, unicast, and not one of a manufacturer.
+    pub fn mac(&self, vm: &[u8; 16], n: usize) -> [u8; 6] {
+        self.mac.unwrap_or([2, vm[0], vm[1], vm[2], vm[3], vm[4].wrapping_add(n as u8)])
+    }
 }
 
 /// What the guest's CPUs are.

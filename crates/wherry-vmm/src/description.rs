@@ -45,7 +45,7 @@ pub struct VmDescription {
 /// A device. One that an older reader does not know has a state unit that it does not know either.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct DeviceDescription {
-    /// What it is: `disk`, `rng`, `vhost-user`.
+    /// What it is: `disk`, `net`, `rng`, `vhost-user`.
     #[prost(string, tag = "1")]
     pub kind: String,
     /// What it is connected to at the writer's, for people.
@@ -69,6 +69,9 @@ pub struct DeviceDescription {
     /// Its configuration.
     #[prost(bytes = "vec", tag = "8")]
     pub config: Vec<u8>,
+    /// Of a network device: its address, 6 bytes.
+    #[prost(bytes = "vec", tag = "9")]
+    pub mac: Vec<u8>,
 }
 
 /// An MSR that tells features.

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
 use wherry_state::{SavedState, Section};
-use wherry_virtio::saved::{self, SavedBlk, SavedRng, SavedVhostUser};
+use wherry_virtio::saved::{self, SavedBlk, SavedNet, SavedRng, SavedVhostUser};
 
 use crate::pci::{SavedFunction, SavedPciHost};
 use crate::units::clock::saved::ClockState;
@@ -30,6 +30,7 @@ const UNITS: &[(&str, u32)] = &[
     ("pci-host", SavedPciHost::SCHEMA),
     ("acpi", crate::power::SavedAcpi::SCHEMA),
     ("virtio-blk", SavedBlk::SCHEMA),
+    ("virtio-net", SavedNet::SCHEMA),
     ("virtio-rng", SavedRng::SCHEMA),
     ("vhost-user", SavedVhostUser::SCHEMA),
 ];
@@ -286,6 +287,19 @@ fn acpi() {
 fn virtio_blk() {
     let state = SavedBlk { transport: Some(saved::example()), sectors: 1 << 40, in_flight: vec![0, 255, 3] };
     check("virtio-blk", 1, &state);
+}
+
+#[test]
+fn virtio_net() {
+    let state = SavedNet {
+        transport: Some(saved::example()),
+        mac: vec![2, 3, 4, 5, 6, 7],
+        offloads: 0x382,
+        announcing: true,
+        packet: (0..=255).collect(),
+        buffers: vec![0, 255, 3],
+    };
+    check("virtio-net", 1, &state);
 }
 
 #[test]

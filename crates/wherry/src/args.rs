@@ -171,6 +171,10 @@ pub struct Process {
     /// in the same order
     #[arg(long, value_name = "FILE[,ro]", value_parser = disk)]
     pub disk: Vec<wherry_vmm::config::DiskConfig>,
+    /// Tap device for a network device, once for each; with `,mac=AA:BB:CC:DD:EE:FF` the guest's address [default: from the
+    /// identity of the VM]. A receiver needs as many in the same order, and takes the addresses that the VM has
+    #[arg(long, value_name = "TAP[,mac=MAC]", value_parser = net)]
+    pub net: Vec<wherry_vmm::config::NetConfig>,
     /// A device that another process serves, once for each: vhost-user-blk=SOCKET, or vhost-user=SOCKET,id=N for a virtio
     /// device of another type; with `,queues=N` it has so many rings. A receiver needs back ends for the same devices in the
     /// same order
@@ -190,8 +194,8 @@ pub struct Process {
 impl Process {
     /// What the virtio devices of its VM are connected to.
     pub fn virtio(&self, rng: bool) -> wherry_vmm::config::VirtioConfig {
-        let (disks, vhost_user) = (self.disk.clone(), self.device.clone());
-        wherry_vmm::config::VirtioConfig { disks, vhost_user, rng }
+        let (disks, nets, vhost_user) = (self.disk.clone(), self.net.clone(), self.device.clone());
+        wherry_vmm::config::VirtioConfig { disks, nets, vhost_user, rng }
     }
 }
 
@@ -458,6 +462,34 @@ fn disk(text: &str) -> Result<wherry_vmm::config::DiskConfig, String> {
         }
     }
     Ok(wherry_vmm::config::DiskConfig { path: path.into(), read_only })
+}
+
+/// Reads the name of a tap device with options behind it.
+fn net(text: &str) -> Result<wherry_vmm::config::NetConfig, String> {
+    let mut parts = text.split(',');
+    let tap = parts.next().filter(|tap| !tap.is_empty()).ok_or("give the name of a tap device")?;
+    let mut address = None;
+    for option in parts {
+        match option.split_once('=') {
+            Some(("mac", text)) => address = Some(mac(text)?),
+            _ => return Err(format!("unknown option {option:?}: use mac=MAC")),
+        }
+    }
+    Ok(wherry_vmm::config::NetConfig { tap: tap.into(), mac: address })
+}
+
+fn mac(text: &str) -> Result<[u8; 6], String> {
+    let byte = |part: &str| {
+        let whole = part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+        whole.then(|| u8::from_str_radix(part, 16).ok()).flatten()
+    };
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    let mac = bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok());
+    match mac {
+        Some(mac) if mac[0] & 1 == 0 && mac != [0; 6] => Ok(mac),
+        Some(_) => Err(format!("{text} is no address of one device")),
+        None => Err(format!("{text:?} is no address: give six pairs of hexadecimal digits with colons between them")),
+    }
 }
 
 /// Reads a device of another process.

@@ -286,6 +286,10 @@ impl Handler for Requests {
         result
     }
 
+    fn waits(&self, _ring: u16) -> bool {
+        true
+    }
+
     fn has_room(&self) -> bool {
         !self.free.is_empty()
     }

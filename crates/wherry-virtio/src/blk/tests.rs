@@ -1,6 +1,3 @@
-#[path = "../../tests/support/mod.rs"]
-mod support;
-
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -10,9 +7,9 @@ use vmm_sys_util::eventfd::EventFd;
 use wherry_memory::{DirtySource, PageSet, VmmWrites};
 use wherry_state::{Saved, StateUnit};
 
-use self::support::*;
 use super::engine::{Done, Engine, Job, Threads, Uring};
 use super::*;
+use crate::support::*;
 
 const VERSION_1: u64 = 1 << 32;
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;

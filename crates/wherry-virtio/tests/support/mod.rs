@@ -1,4 +1,4 @@
-//! A driver: sets a device up through its registers, and works with one ring.
+//! A driver: sets a device up through its registers, and works with its rings.
 #![allow(dead_code, clippy::unwrap_used, reason = "each test uses its part; a test that cannot go on fails")]
 
 use std::io;
@@ -22,6 +22,8 @@ pub const AVAILABLE: u64 = 0x1_2000;
 pub const USED: u64 = 0x1_3000;
 /// Entries of it.
 pub const SIZE: u16 = 16;
+/// Bytes from the rings of one number to those of the next.
+pub const RING_STEP: u64 = 0x4000;
 pub const LIMIT: Duration = Duration::from_secs(20);
 pub const PIN: Input = Input(17);
 
@@ -50,6 +52,8 @@ pub struct Driver {
     pub available: u16,
     /// Next entry of the used ring to look at.
     pub seen: u16,
+    /// Both, of the rings behind the first.
+    pub others: [(u16, u16); 2],
 }
 
 pub fn ram() -> Arc<Ram> {
@@ -77,7 +81,7 @@ impl Driver {
             memory: ram.memory().clone(),
         };
         let function = VirtioPci::new::<TransportError>(device, 0, &parts, |config| Ok(config.set_bar(0, BAR)?));
-        Self { function: function.unwrap(), router, bus, ram, available: 0, seen: 0 }
+        Self { function: function.unwrap(), router, bus, ram, available: 0, seen: 0, others: [(0, 0); 2] }
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -127,8 +131,13 @@ impl Driver {
         at.into()
     }
 
-    /// Takes these features and sets the ring up: the whole way of section 3.1.1.
+    /// Takes these features and sets the first ring up: the whole way of section 3.1.1.
     pub fn set_up(&mut self, features: u64) {
+        self.set_up_rings(features, 1);
+    }
+
+    /// The same with so many rings. All have vector 0, and the configuration has vector 1.
+    pub fn set_up_rings(&mut self, features: u64, rings: u16) {
         self.write(0x14, &[0]);
         until("the reset", || self.status() == 0);
         self.write(0x14, &[1]);
@@ -140,17 +149,25 @@ impl Driver {
         self.write(0x14, &[11]);
         assert_eq!(self.status(), 11, "the features were not accepted");
         self.write(0x10, &1u16.to_le_bytes());
-        self.write(0x16, &0u16.to_le_bytes());
-        self.write(0x18, &SIZE.to_le_bytes());
-        self.write(0x1a, &0u16.to_le_bytes());
-        self.write(0x20, &DESCRIPTORS.to_le_bytes());
-        self.write(0x28, &AVAILABLE.to_le_bytes());
-        self.write(0x30, &USED.to_le_bytes());
-        self.memory().write_slice(&[0; 0x1000], GuestAddress(AVAILABLE)).unwrap();
-        self.memory().write_slice(&[0; 0x1000], GuestAddress(USED)).unwrap();
-        self.write(0x1c, &1u16.to_le_bytes());
+        for ring in 0..rings {
+            let step = RING_STEP * u64::from(ring);
+            self.write(0x16, &ring.to_le_bytes());
+            self.write(0x18, &SIZE.to_le_bytes());
+            self.write(0x1a, &0u16.to_le_bytes());
+            self.write(0x20, &(DESCRIPTORS + step).to_le_bytes());
+            self.write(0x28, &(AVAILABLE + step).to_le_bytes());
+            self.write(0x30, &(USED + step).to_le_bytes());
+            self.memory().write_slice(&[0; 0x1000], GuestAddress(AVAILABLE + step)).unwrap();
+            self.memory().write_slice(&[0; 0x1000], GuestAddress(USED + step)).unwrap();
+            self.write(0x1c, &1u16.to_le_bytes());
+        }
         self.write(0x14, &[15]);
-        (self.available, self.seen) = (0, 0);
+        (self.available, self.seen, self.others) = (0, 0, [(0, 0); 2]);
+    }
+
+    /// Goes on where another driver of the same memory stands.
+    pub fn follow(&mut self, other: &Self) {
+        (self.available, self.seen, self.others) = (other.available, other.seen, other.others);
     }
 
     pub fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
@@ -165,13 +182,33 @@ impl Driver {
         memory.write_obj(next, GuestAddress(at + 14)).unwrap();
     }
 
+    pub fn descriptor_of(&self, ring: u16, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+        let at = DESCRIPTORS + RING_STEP * u64::from(ring) + 16 * u64::from(index);
+        self.descriptor_at(at, address, len, flags, next);
+    }
+
     /// Makes a chain available, and rings.
     pub fn offer(&mut self, head: u16) {
-        let slot = u64::from(self.available % SIZE);
-        self.memory().write_obj(head, GuestAddress(AVAILABLE + 4 + 2 * slot)).unwrap();
-        self.available = self.available.wrapping_add(1);
-        self.memory().write_obj(self.available, GuestAddress(AVAILABLE + 2)).unwrap();
-        self.ring();
+        self.offer_on(0, head);
+    }
+
+    /// The counters of a ring: available and seen.
+    fn counters(&mut self, ring: u16) -> (&mut u16, &mut u16) {
+        match usize::from(ring).checked_sub(1) {
+            None => (&mut self.available, &mut self.seen),
+            Some(n) => (&mut self.others[n].0, &mut self.others[n].1),
+        }
+    }
+
+    pub fn offer_on(&mut self, ring: u16, head: u16) {
+        let at = AVAILABLE + RING_STEP * u64::from(ring);
+        let (available, _) = self.counters(ring);
+        let slot = u64::from(*available % SIZE);
+        *available = available.wrapping_add(1);
+        let now = *available;
+        self.memory().write_obj(head, GuestAddress(at + 4 + 2 * slot)).unwrap();
+        self.memory().write_obj(now, GuestAddress(at + 2)).unwrap();
+        self.write(0x3000 + 4 * u64::from(ring), &ring.to_le_bytes());
     }
 
     pub fn ring(&self) {
@@ -180,15 +217,24 @@ impl Driver {
 
     /// Waits for the next entry of the used ring: head and length.
     pub fn used(&mut self) -> (u32, u32) {
-        until("a used buffer", || self.used_index() != self.seen);
-        let at = USED + 4 + 8 * u64::from(self.seen % SIZE);
-        self.seen = self.seen.wrapping_add(1);
+        self.used_on(0)
+    }
+
+    pub fn used_on(&mut self, ring: u16) -> (u32, u32) {
+        let before = *self.counters(ring).1;
+        until("a used buffer", || self.used_index_on(ring) != before);
+        let at = USED + RING_STEP * u64::from(ring) + 4 + 8 * u64::from(before % SIZE);
+        *self.counters(ring).1 = before.wrapping_add(1);
         let memory = self.memory();
         (memory.read_obj(GuestAddress(at)).unwrap(), memory.read_obj(GuestAddress(at + 4)).unwrap())
     }
 
     pub fn used_index(&self) -> u16 {
-        self.memory().read_obj(GuestAddress(USED + 2)).unwrap()
+        self.used_index_on(0)
+    }
+
+    pub fn used_index_on(&self, ring: u16) -> u16 {
+        self.memory().read_obj(GuestAddress(USED + RING_STEP * u64::from(ring) + 2)).unwrap()
     }
 
     /// What MSI-X has delivered since it was last asked.

@@ -139,7 +139,7 @@ impl Vm {
             cpuid,
             tsc_khz: host.tsc_khz,
             boot_id: host.boot_id.clone(),
-            devices: backing.describe(&config.virtio),
+            devices: backing.describe(&config.virtio, &config.vm),
         };
         let ram = Arc::new(Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?);
         let faults = Err("it was started here, and has all of its memory".into());

@@ -9,6 +9,7 @@ use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, Ram};
 use wherry_state::StateUnit;
 use wherry_virtio::blk::{Blk, Image, ImageError};
+use wherry_virtio::net::{Net, Tap, TapError};
 use wherry_virtio::rng::Rng;
 use wherry_virtio::vhost::{self, Backend, VhostError, VhostSpec, VhostUser};
 use wherry_virtio::{Device, PciParts, TransportError, VirtioPci};
@@ -20,6 +21,7 @@ use crate::pci::{PciError, PciRoot};
 
 /// Names of devices in a description.
 const DISK: &str = "disk";
+const NET: &str = "net";
 const RNG: &str = "rng";
 const VHOST_USER: &str = "vhost-user";
 
@@ -29,6 +31,9 @@ pub(crate) enum BackingError {
     /// An image.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
     /// A back end.
     #[error(transparent)]
     Vhost(#[from] VhostError),
@@ -39,6 +44,7 @@ pub(crate) enum BackingError {
 pub(crate) struct Backing {
     pub(super) serial: SerialTarget,
     disks: Vec<Arc<Image>>,
+    taps: Vec<Arc<Tap>>,
     backends: Vec<Backend>,
 }
 
@@ -48,22 +54,29 @@ impl Backing {
         let serial = serial.clone();
         let open = |disk: &DiskConfig| Image::open(&disk.path, disk.read_only).map(Arc::new);
         let disks = config.disks.iter().map(open).collect::<Result<_, _>>()?;
+        let taps = config.nets.iter().map(|net| Tap::open(&net.tap).map(Arc::new)).collect::<Result<_, _>>()?;
         let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
-        Ok(Self { serial, disks, backends })
+        Ok(Self { serial, disks, taps, backends })
     }
 
     /// Without any virtio device.
     pub(crate) fn bare(serial: &SerialTarget) -> Self {
-        Self { serial: serial.clone(), disks: Vec::new(), backends: Vec::new() }
+        Self { serial: serial.clone(), disks: Vec::new(), taps: Vec::new(), backends: Vec::new() }
     }
 
     /// Describes the devices of a machine that is made of this.
-    pub(crate) fn describe(&self, config: &VirtioConfig) -> Vec<DeviceDescription> {
+    pub(crate) fn describe(&self, config: &VirtioConfig, vm: &[u8; 16]) -> Vec<DeviceDescription> {
         let disks = self.disks.iter().map(|image| DeviceDescription {
             kind: DISK.into(),
             label: image.path().display().to_string(),
             sectors: image.sectors(),
             read_only: image.is_read_only(),
+            ..Default::default()
+        });
+        let nets = config.nets.iter().enumerate().map(|(n, net)| DeviceDescription {
+            kind: NET.into(),
+            label: net.tap.clone(),
+            mac: net.mac(vm, n).to_vec(),
             ..Default::default()
         });
         let backends = self.backends.iter().map(|backend| DeviceDescription {
@@ -76,7 +89,7 @@ impl Backing {
             ..Default::default()
         });
         let rng = config.rng.then(|| DeviceDescription { kind: RNG.into(), ..Default::default() });
-        disks.chain(backends).chain(rng).collect()
+        disks.chain(nets).chain(backends).chain(rng).collect()
     }
 
     /// What a described machine needs and this is not.
@@ -109,6 +122,24 @@ impl Backing {
                 image.path().display()
             ));
         }
+        let nets: Vec<_> = described.iter().filter(|device| device.kind == NET).collect();
+        for (n, net) in nets.iter().enumerate() {
+            let label: String = net.label.chars().take(40).collect();
+            if self.taps.get(n).is_none() {
+                reasons
+                    .push(format!("network device {n} (tap {label:?} at the source): give `receive` a --net for it"));
+            }
+            if net.mac.len() != 6 || net.mac[0] & 1 != 0 {
+                reasons.push(format!("network device {n} with an address that one device can have"));
+            }
+        }
+        for tap in self.taps.iter().skip(nets.len()) {
+            reasons.push(format!(
+                "a VM with a network device more (it has {}, and tap {} was given)",
+                nets.len(),
+                tap.name()
+            ));
+        }
         let wanted: Vec<_> = described.iter().filter(|device| device.kind == VHOST_USER).collect();
         for (n, device) in wanted.iter().enumerate() {
             match self.backends.get(n) {
@@ -129,7 +160,7 @@ impl Backing {
                 backend.spec().socket.display()
             ));
         }
-        for device in described.iter().filter(|device| ![DISK, RNG, VHOST_USER].contains(&device.kind.as_str())) {
+        for device in described.iter().filter(|device| ![DISK, NET, RNG, VHOST_USER].contains(&device.kind.as_str())) {
             reasons.push(format!("a device {:?}", device.kind.chars().take(40).collect::<String>()));
         }
         reasons
@@ -209,7 +240,8 @@ impl VirtioDevices {
         let failed = |e: std::io::Error| VmError::Device(e.into());
         let mut functions = Vec::new();
         let (mut images, mut backends) = (backing.disks.iter(), backing.backends.iter());
-        let (mut disks, mut rngs) = (0, 0);
+        let mut taps = backing.taps.iter();
+        let (mut disks, mut nets, mut rngs) = (0, 0, 0);
         let (mut logs, mut others) = (Vec::<Arc<dyn DirtySource>>::new(), BTreeMap::<&str, u32>::new());
         for described in described {
             let (device, instance): (Arc<dyn Device>, u32) = match described.kind.as_str() {
@@ -217,6 +249,13 @@ impl VirtioDevices {
                     let image = images.next().ok_or_else(|| VmError::Lacks(vec![format!("disk {disks}")]))?;
                     disks += 1;
                     (Arc::new(Blk::new(image.clone(), disks - 1).map_err(failed)?), disks - 1)
+                }
+                NET => {
+                    let lacks = || VmError::Lacks(vec![format!("network device {nets}")]);
+                    let tap = taps.next().ok_or_else(lacks)?;
+                    let mac = described.mac.as_slice().try_into().map_err(|_| lacks())?;
+                    nets += 1;
+                    (Arc::new(Net::new(tap.clone(), mac, nets - 1).map_err(failed)?), nets - 1)
                 }
                 RNG => {
                     rngs += 1;
