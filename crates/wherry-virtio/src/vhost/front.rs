@@ -277,6 +277,30 @@ impl AsFd for Front {
     }
 }
 
+/// Every request, in the order of a device's life, until one fails.
+pub(super) fn ask_everything(connection: Connection, ram: &Ram, log: BorrowedFd<'_>) -> Result<(), VhostError> {
+    let front = Front::over(connection)?;
+    front.config(60)?;
+    front.set_features(1 << 32, true)?;
+    front.set_memory(ram)?;
+    front.set_log(log, 4096)?;
+    front.set_size(0, 64)?;
+    front.set_base(0, 7)?;
+    let ours = ram.blocks().first().map_or(0, |block| block.guest_map() as u64);
+    let at = RingAddresses { descriptors: ours, used: ours, available: ours, used_guest: 0 };
+    front.set_addresses(0, &at, true)?;
+    front.set_call(0, log)?;
+    front.set_kick(0, log)?;
+    front.enable(0, true)?;
+    front.set_config(32, &[1])?;
+    front.stop(0)?;
+    front.advise()?;
+    front.listen()?;
+    front.set_missing_memory(ram)?;
+    front.acknowledge()?;
+    front.end()
+}
+
 fn pair(ring: u16, value: u32) -> [u8; 8] {
     let mut bytes = [0; 8];
     bytes[..4].copy_from_slice(&u32::from(ring).to_ne_bytes());

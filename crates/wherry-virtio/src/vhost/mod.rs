@@ -22,9 +22,11 @@ mod tests;
 mod wire;
 mod worker;
 
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_MQ;
 use wherry_fault::FaultService;
@@ -33,6 +35,7 @@ use wherry_state::{SavedState, Section, UnitError, UnitId};
 
 use self::front::{Front, protocol};
 pub use self::log::VhostLog;
+use self::wire::Connection;
 pub use self::wire::VhostError;
 use self::worker::Worker;
 use crate::device::{Activation, Device, Kind, Position};
@@ -133,6 +136,16 @@ fn kind(id: u16) -> Kind {
         BLK => Kind { id, name: "vhost-user-blk", class: [1, 0x80, 0] },
         _ => Kind { id, name: "vhost-user", class: [0xff, 0, 0] },
     }
+}
+
+/// Asks a back end at the other end of a socket for everything, one request after the other, until one fails: for tests.
+#[doc(hidden)]
+pub fn ask_everything(stream: UnixStream, limit: Duration, ram: &Ram) -> Result<(), VhostError> {
+    let path = Path::new("a socket pair");
+    let failed = |source| VhostError::Connect { path: path.into(), source };
+    let log = rustix::fs::memfd_create("wherry-dirty-log", rustix::fs::MemfdFlags::CLOEXEC);
+    let log = log.map_err(|e| failed(e.into()))?;
+    front::ask_everything(Connection::over(stream, path, limit).map_err(failed)?, ram, log.as_fd())
 }
 
 /// The name of a device type's state unit; several device types may share one.

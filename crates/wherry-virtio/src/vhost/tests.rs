@@ -10,8 +10,8 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
 
-use super::front::{Front, LOG_ALL, protocol};
-use super::wire::{Connection, VhostError};
+use super::front::{Front, LOG_ALL, ask_everything, protocol};
+use super::wire::Connection;
 
 /// Shorter than that of a real front end: some of these never answer.
 const LIMIT: Duration = Duration::from_millis(300);
@@ -78,28 +78,12 @@ fn ram() -> Ram {
     Ram::create(&[spec]).unwrap()
 }
 
-/// Everything a front end asks for, one after the other.
-fn all(path: &std::path::Path) -> Result<(), VhostError> {
-    let front = Front::over(Connection::open(path, LIMIT)?)?;
-    front.config(60)?;
-    front.set_features(1 << 32, true)?;
-    let ram = ram();
-    front.set_memory(&ram)?;
-    let log = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    front.set_log(log.as_fd(), 4096)?;
-    front.set_size(0, 64)?;
-    front.set_base(0, 7)?;
-    front.enable(0, true)?;
-    front.stop(0)?;
-    front.advise()?;
-    front.set_missing_memory(&ram)?;
-    front.end()
-}
-
 /// Runs against a back end that answers one request oddly; what is said of it.
 fn said(odd: u32, script: Script) -> String {
     let (_directory, path, thread) = back_end(odd, script);
-    let error = all(&path).unwrap_err().to_string();
+    let log = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let connection = Connection::open(&path, LIMIT).unwrap();
+    let error = ask_everything(connection, &ram(), log.as_fd()).unwrap_err().to_string();
     thread.join().unwrap();
     assert!(error.contains(path.to_str().unwrap()), "the back end is not named: {error}");
     error
@@ -117,7 +101,11 @@ fn a_back_end_that_does_not_answer_one_of_the_requests_is_given_up_at_the_deadli
         (6, "SetLogBase"),
         (8, "SetVringNum"),
         (10, "SetVringBase"),
+        (9, "SetVringAddr"),
+        (13, "SetVringCall"),
+        (12, "SetVringKick"),
         (18, "SetVringEnable"),
+        (25, "SetConfig"),
         (11, "GetVringBase"),
         (28, "PostcopyAdvise"),
     ] {

@@ -150,6 +150,12 @@ impl Connection {
         }
     }
 
+    /// Over a socket that is connected.
+    pub(super) fn over(stream: UnixStream, path: &Path, limit: Duration) -> std::io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream, path: path.into(), limit })
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
