@@ -156,6 +156,64 @@ fn a_back_end_that_is_killed_is_named_and_the_vm_lives() {
     place.wait_for_state("0", "running");
 }
 
+/// `wherry migrate` in the background, held to a rate at which it takes a while.
+fn migrate_slowly(place: &Place, to: &str, mode: &str) -> Child {
+    let api = place.path("0");
+    let arguments = ["migrate", "--json", "--bandwidth", "20M", "--mode", mode, "--to", to, "--api"];
+    let mut command = place.command(&arguments);
+    command.arg(api).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Kills a back end in the middle of a move of a VM with 48 MiB of data: the VM arrives, lives, and all of its data is right.
+fn killed_during(mode: &str, phase: &str, killed: usize) {
+    let place = Place::new();
+    let image = image(&place);
+    let mut daemons = [Daemon::serve(&place, "d0", &image), Daemon::serve(&place, "d1", &image)];
+    let cmdline = "data=48M rate=1M disk=32M disk_depth=32 disk_wait=interrupt";
+    let arguments = ["--memory", "96M", "--cmdline", cmdline, "--device", &daemons[0].device()];
+    let here = place.run_guest("0", &arguments, &[]);
+    Memory::of(&place, "0").wait_for_requests("before the move");
+    let (there, address) = place.receive("1", &["--device", &daemons[1].device()]);
+    let migration = migrate_slowly(&place, &address, mode);
+    let process = ["0", "1"][killed];
+    wait_for(&format!("phase {phase}"), || place.status(process).filter(|s| s["job"]["phase"] == phase));
+    if killed == 1 {
+        wait_for("the back end to fault", || {
+            let status = place.status("1")?;
+            let sources = status["job"]["postcopy"]["sources"].as_array()?.clone();
+            sources.iter().any(|source| source["faults"].as_u64() > Some(0)).then_some(())
+        });
+    }
+    daemons[killed].kill();
+    let output = migration.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let log = if killed == 0 { here.log() } else { there.log() };
+    assert!(log.contains("back end is lost") && log.contains(daemons[killed].socket.to_str().unwrap()), "{log}");
+    place.wait_for_state("1", "running");
+    let memory = Memory::of(&place, "1");
+    let checked = |memory: &Memory| {
+        let snapshot = memory.snapshot();
+        assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+        snapshot.cpus.first().unwrap().heartbeat
+    };
+    let before = checked(&memory);
+    wait_for("the guest to work on, and find its data right", || (checked(&memory) > before + 100).then_some(()));
+}
+
+#[test]
+fn a_back_end_that_is_killed_during_precopy_does_not_keep_the_vm_from_moving() {
+    if able("a_back_end_that_is_killed_during_precopy_does_not_keep_the_vm_from_moving") {
+        killed_during("precopy", "precopy", 0);
+    }
+}
+
+#[test]
+fn a_back_end_that_is_killed_while_memory_follows_does_not_keep_the_rest_from_coming() {
+    if able("a_back_end_that_is_killed_while_memory_follows_does_not_keep_the_rest_from_coming") {
+        killed_during("postcopy", "postcopy", 1);
+    }
+}
+
 #[test]
 fn a_destination_without_the_right_back_end_is_refused_by_name_and_the_vm_runs_on() {
     let test = "a_destination_without_the_right_back_end_is_refused_by_name_and_the_vm_runs_on";
