@@ -79,7 +79,8 @@ fn all_vcpus_fault_at_once_and_each_is_served() {
     let output = migrate.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let job: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(job["postcopy"]["faults"].as_u64().is_some_and(|n| n >= 100), "{job:#}");
+    // Pages that come by themselves do not fault any more: how many do is up to what the guest touches first.
+    assert!(job["postcopy"]["faults"].as_u64().is_some_and(|n| n >= 20), "{job:#}");
     assert_eq!(here.end().code(), Some(0), "{}", here.log());
     place.finish("1", &mut there);
 }
