@@ -15,7 +15,7 @@
 //! - `work`, `engines`, [`program`]: what a request does, step by step; programs of RFC 9669 that can stop anywhere.
 //! - [`drive`]: who makes workers work: threads, or a simulation on virtual time.
 //! - [`state`]: everything that migrates, as a state unit.
-//! - [`bench`]: figures in real time, beside the crates called directly.
+//! - [`mod@bench`]: figures in real time, beside the crates called directly.
 //! - [`memory`]: the address space of a client, as a trait, and one in this process. [`keys`]: keys the client never sees.
 //!
 //! Contract:
