@@ -2,7 +2,7 @@
 //!
 //! - [`job`]: job files (`docs/accel-job.md`).
 //! - [`descriptor`]: a step of one as a descriptor.
-//! - [`run`]: a device, its clients' memory, and the steps run on it.
+//! - [`mod@run`]: a device, its clients' memory, and the steps run on it.
 //! - this file: the commands, and what they print.
 
 mod descriptor;
