@@ -62,8 +62,8 @@ fn the_faults_of_a_machine_are_told_by_vcpu_and_its_guest_feels_them() {
     let figures = arrived.postcopy.unwrap();
     assert_eq!(figures.vcpus.iter().map(|vcpu| vcpu.index).collect::<Vec<_>>(), [0, 1]);
     let by_vcpu: u64 = figures.vcpus.iter().map(|vcpu| vcpu.faults.faults).sum();
-    // Most come from workers of the kernel; the first of a vCPU, when it cannot be interrupted, does not.
-    assert!(by_vcpu > 0, "{figures:?}");
+    // Most come from workers of the kernel. Whether any comes from a vCPU is up to the moment: it must not be interruptible
+    // then. That they are told apart is tested with threads of our own.
     let others = figures.kernel_workers.faults.faults + figures.other_threads.faults;
     assert_eq!(figures.faults, by_vcpu + others, "{figures:?}");
     assert_eq!(figures.kernel_workers.workers > 0, figures.kernel_workers.faults.faults > 0);
