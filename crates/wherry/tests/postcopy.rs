@@ -54,8 +54,8 @@ fn all_vcpus_fault_at_once_and_each_is_served() {
     }
     let place = Place::new();
     // So slow that none of them can go on for long without asking.
-    let network = Network::shaped(Shape::new(Duration::from_micros(200), 20_000_000)).unwrap();
-    let arguments = ["run", "--memory", "128M", "--cpus", "4", "--cmdline", "data=48M rate=max", "--name", "t"];
+    let network = Network::shaped(Shape::new(Duration::from_micros(200), 16_000_000)).unwrap();
+    let arguments = ["run", "--memory", "128M", "--cpus", "4", "--cmdline", "data=96M rate=max", "--name", "t"];
     let mut here = place.start_in(network.left(), "0", &arguments);
     place.wait_until_filled("0");
     let listen = format!("tcp:{RIGHT}:0");
