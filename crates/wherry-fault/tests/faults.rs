@@ -140,7 +140,8 @@ fn the_background_mapper_places_what_was_whole_before_the_switch_beside_what_arr
     lab.wanted();
     lab.receive(1000..2048, 6);
     assert_eq!(touch.bytes(), (6, 6));
-    until("what was whole is placed", || lab.service.statistics().background_pages == 1000);
+    // More, if the mapper came to what had just been published before the one who received it.
+    until("what was whole is placed", || lab.service.statistics().background_pages >= 1000);
     for page in 0..2048 {
         assert_eq!(lab.guest_read(page).0, if page < 1000 { 5 } else { 6 });
     }
