@@ -119,6 +119,27 @@ impl SavedState for SavedNet {
     const SCHEMA: u32 = 1;
 }
 
+/// Unit `virtio-console`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SavedConsole {
+    /// The transport.
+    #[prost(message, optional, tag = "1")]
+    pub transport: Option<SavedTransport>,
+    /// Input that the guest has not taken yet.
+    #[prost(bytes = "vec", tag = "2")]
+    pub input: Vec<u8>,
+    /// Output that nobody outside has taken yet.
+    #[prost(bytes = "vec", tag = "3")]
+    pub output: Vec<u8>,
+    /// Bytes of the next buffer of output that were taken already: they are in `output`, or outside.
+    #[prost(uint32, tag = "4")]
+    pub begun: u32,
+}
+
+impl SavedState for SavedConsole {
+    const SCHEMA: u32 = 1;
+}
+
 /// Unit `virtio-rng`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedRng {

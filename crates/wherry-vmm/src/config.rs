@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use wherry_memory::PageSize;
+pub use wherry_virtio::console::ConsoleTarget;
 pub use wherry_virtio::vhost::{MOST_QUEUES, VhostSpec};
 
 /// Most vCPUs of a machine: xAPIC ids are 8 bits, and 255 is the broadcast.
@@ -51,6 +52,8 @@ pub struct VirtioConfig {
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest sees them.
     pub nets: Vec<NetConfig>,
+    /// What its console is connected to, if it has one.
+    pub console: Option<ConsoleTarget>,
     /// Devices that other processes serve.
     pub vhost_user: Vec<VhostSpec>,
     /// A source of random numbers. A destination has one if the machine does, whatever this says.

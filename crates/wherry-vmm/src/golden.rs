@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
 use wherry_state::{SavedState, Section};
-use wherry_virtio::saved::{self, SavedBlk, SavedNet, SavedRng, SavedVhostUser};
+use wherry_virtio::saved::{self, SavedBlk, SavedConsole, SavedNet, SavedRng, SavedVhostUser};
 
 use crate::pci::{SavedFunction, SavedPciHost};
 use crate::units::clock::saved::ClockState;
@@ -31,6 +31,7 @@ const UNITS: &[(&str, u32)] = &[
     ("acpi", crate::power::SavedAcpi::SCHEMA),
     ("virtio-blk", SavedBlk::SCHEMA),
     ("virtio-net", SavedNet::SCHEMA),
+    ("virtio-console", SavedConsole::SCHEMA),
     ("virtio-rng", SavedRng::SCHEMA),
     ("vhost-user", SavedVhostUser::SCHEMA),
 ];
@@ -300,6 +301,12 @@ fn virtio_net() {
         buffers: vec![0, 255, 3],
     };
     check("virtio-net", 1, &state);
+}
+
+#[test]
+fn virtio_console() {
+    let (input, output) = (b"typed".to_vec(), b"said".to_vec());
+    check("virtio-console", 1, &SavedConsole { transport: Some(saved::example()), input, output, begun: 77 });
 }
 
 #[test]

@@ -175,6 +175,10 @@ pub struct Process {
     /// identity of the VM]. A receiver needs as many in the same order, and takes the addresses that the VM has
     #[arg(long, value_name = "TAP[,mac=MAC]", value_parser = net)]
     pub net: Vec<wherry_vmm::config::NetConfig>,
+    /// Give the guest a virtio console, connected to unix:PATH (a socket is made), pty:LINK (a pseudo-terminal is made, and a
+    /// symbolic link to it) or file:PATH (output is appended). A receiver needs one if the VM has one
+    #[arg(long, value_name = "TARGET", value_parser = console)]
+    pub console: Option<wherry_vmm::config::ConsoleTarget>,
     /// A device that another process serves, once for each: vhost-user-blk=SOCKET, or vhost-user=SOCKET,id=N for a virtio
     /// device of another type; with `,queues=N` it has so many rings. A receiver needs back ends for the same devices in the
     /// same order
@@ -195,7 +199,7 @@ impl Process {
     /// What the virtio devices of its VM are connected to.
     pub fn virtio(&self, rng: bool) -> wherry_vmm::config::VirtioConfig {
         let (disks, nets, vhost_user) = (self.disk.clone(), self.net.clone(), self.device.clone());
-        wherry_vmm::config::VirtioConfig { disks, nets, vhost_user, rng }
+        wherry_vmm::config::VirtioConfig { disks, nets, console: self.console.clone(), vhost_user, rng }
     }
 }
 
@@ -529,6 +533,16 @@ fn serial(text: &str) -> Result<wherry_vmm::config::SerialTarget, String> {
     }
 }
 
+fn console(text: &str) -> Result<wherry_vmm::config::ConsoleTarget, String> {
+    use wherry_vmm::config::ConsoleTarget;
+    match text.split_once(':') {
+        Some(("unix", path)) if !path.is_empty() => Ok(ConsoleTarget::Socket(path.into())),
+        Some(("pty", path)) if !path.is_empty() => Ok(ConsoleTarget::Pty(path.into())),
+        Some(("file", path)) if !path.is_empty() => Ok(ConsoleTarget::File(path.into())),
+        _ => Err("use unix:PATH, pty:LINK or file:PATH".into()),
+    }
+}
+
 /// Checks the form of an address; whether somebody is there is found out later.
 fn address(text: &str) -> Result<String, String> {
     text.parse::<wherry_stream::Endpoint>().map_err(|e| e.to_string())?;
@@ -609,6 +623,8 @@ mod tests {
     fn serial_targets_and_addresses_are_checked() {
         assert!(serial("stdio").is_ok() && serial("file:/x").is_ok() && serial("socket:/x").is_ok());
         assert!(serial("file:").is_err() && serial("tty").is_err());
+        assert!(console("unix:/x").is_ok() && console("pty:/x").is_ok() && console("file:/x").is_ok());
+        assert!(console("pty").is_err() && console("unix:").is_err() && console("/x").is_err());
         assert!(address("tcp:localhost:4000").is_ok() && address("unix:/x").is_ok());
         assert!(address("localhost:4000").is_err() && address("tcp:localhost").is_err() && address("unix:").is_err());
     }

@@ -230,8 +230,10 @@ impl Departure for KvmDeparture {
             tracing::error!("this machine is not one of KVM; it stays here");
             return Sent::Kept(guest);
         };
-        match source::send(machine, &self.to, self.options, &self.journey) {
+        match source::send(machine.clone(), &self.to, self.options, &self.journey) {
             Ok(_) => {
+                machine.leave();
+                drop(machine);
                 // Giving back the RAM takes its time; nobody is to wait for it.
                 super::state::aside("free", move || drop(guest));
                 Sent::Gone

@@ -272,6 +272,11 @@ impl Vm {
         self.vcpus.end();
     }
 
+    /// It runs elsewhere: nobody is to find it here any more, however long freeing it takes.
+    pub(crate) fn leave(&self) {
+        self.devices.backing().leave();
+    }
+
     /// Waits until the machine ends, or until the deadline if there is one.
     pub fn wait_exit(&self, deadline: Option<Instant>) -> Option<ExitReason> {
         self.notice.wait(deadline)

@@ -9,6 +9,7 @@ use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, Ram};
 use wherry_state::StateUnit;
 use wherry_virtio::blk::{Blk, Image, ImageError};
+use wherry_virtio::console::{Console, Outside, OutsideError};
 use wherry_virtio::net::{Net, Tap, TapError};
 use wherry_virtio::rng::Rng;
 use wherry_virtio::vhost::{self, Backend, VhostError, VhostSpec, VhostUser};
@@ -22,6 +23,7 @@ use crate::pci::{PciError, PciRoot};
 /// Names of devices in a description.
 const DISK: &str = "disk";
 const NET: &str = "net";
+const CONSOLE: &str = "console";
 const RNG: &str = "rng";
 const VHOST_USER: &str = "vhost-user";
 
@@ -34,6 +36,9 @@ pub(crate) enum BackingError {
     /// A tap.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The other end of a console.
+    #[error(transparent)]
+    Console(#[from] OutsideError),
     /// A back end.
     #[error(transparent)]
     Vhost(#[from] VhostError),
@@ -45,6 +50,7 @@ pub(crate) struct Backing {
     pub(super) serial: SerialTarget,
     disks: Vec<Arc<Image>>,
     taps: Vec<Arc<Tap>>,
+    console: Option<Arc<Outside>>,
     backends: Vec<Backend>,
 }
 
@@ -55,13 +61,15 @@ impl Backing {
         let open = |disk: &DiskConfig| Image::open(&disk.path, disk.read_only).map(Arc::new);
         let disks = config.disks.iter().map(open).collect::<Result<_, _>>()?;
         let taps = config.nets.iter().map(|net| Tap::open(&net.tap).map(Arc::new)).collect::<Result<_, _>>()?;
+        let console = config.console.as_ref().map(Outside::open).transpose()?.map(Arc::new);
         let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
-        Ok(Self { serial, disks, taps, backends })
+        Ok(Self { serial, disks, taps, console, backends })
     }
 
     /// Without any virtio device.
     pub(crate) fn bare(serial: &SerialTarget) -> Self {
-        Self { serial: serial.clone(), disks: Vec::new(), taps: Vec::new(), backends: Vec::new() }
+        let serial = serial.clone();
+        Self { serial, disks: Vec::new(), taps: Vec::new(), console: None, backends: Vec::new() }
     }
 
     /// Describes the devices of a machine that is made of this.
@@ -88,8 +96,13 @@ impl Backing {
             config: backend.config().to_vec(),
             ..Default::default()
         });
+        let console = self.console.iter().map(|outside| DeviceDescription {
+            kind: CONSOLE.into(),
+            label: outside.path().display().to_string(),
+            ..Default::default()
+        });
         let rng = config.rng.then(|| DeviceDescription { kind: RNG.into(), ..Default::default() });
-        disks.chain(nets).chain(backends).chain(rng).collect()
+        disks.chain(nets).chain(console).chain(backends).chain(rng).collect()
     }
 
     /// What a described machine needs and this is not.
@@ -140,6 +153,18 @@ impl Backing {
                 tap.name()
             ));
         }
+        let console = described.iter().find(|device| device.kind == CONSOLE);
+        match (console, &self.console) {
+            (Some(console), None) => {
+                let label: String = console.label.chars().take(200).collect();
+                reasons.push(format!("a console ({label:?} at the source): give `receive` a --console for it"));
+            }
+            (None, Some(outside)) => {
+                let path = outside.path().display();
+                reasons.push(format!("a VM with a console (it has none, and {path} was given)"));
+            }
+            _ => {}
+        }
         let wanted: Vec<_> = described.iter().filter(|device| device.kind == VHOST_USER).collect();
         for (n, device) in wanted.iter().enumerate() {
             match self.backends.get(n) {
@@ -160,7 +185,8 @@ impl Backing {
                 backend.spec().socket.display()
             ));
         }
-        for device in described.iter().filter(|device| ![DISK, NET, RNG, VHOST_USER].contains(&device.kind.as_str())) {
+        let known = [DISK, NET, CONSOLE, RNG, VHOST_USER];
+        for device in described.iter().filter(|device| !known.contains(&device.kind.as_str())) {
             reasons.push(format!("a device {:?}", device.kind.chars().take(40).collect::<String>()));
         }
         reasons
@@ -181,6 +207,13 @@ impl Backing {
             let _ = self.unlock();
         }
         locked
+    }
+
+    /// Takes away what was made here for others to find: the VM is elsewhere.
+    pub(crate) fn leave(&self) {
+        if let Some(outside) = &self.console {
+            outside.remove();
+        }
     }
 
     /// Unlocks all images.
@@ -240,7 +273,7 @@ impl VirtioDevices {
         let failed = |e: std::io::Error| VmError::Device(e.into());
         let mut functions = Vec::new();
         let (mut images, mut backends) = (backing.disks.iter(), backing.backends.iter());
-        let mut taps = backing.taps.iter();
+        let (mut taps, mut consoles) = (backing.taps.iter(), backing.console.iter());
         let (mut disks, mut nets, mut rngs) = (0, 0, 0);
         let (mut logs, mut others) = (Vec::<Arc<dyn DirtySource>>::new(), BTreeMap::<&str, u32>::new());
         for described in described {
@@ -256,6 +289,10 @@ impl VirtioDevices {
                     let mac = described.mac.as_slice().try_into().map_err(|_| lacks())?;
                     nets += 1;
                     (Arc::new(Net::new(tap.clone(), mac, nets - 1).map_err(failed)?), nets - 1)
+                }
+                CONSOLE => {
+                    let outside = consoles.next().ok_or_else(|| VmError::Lacks(vec!["a second console".into()]))?;
+                    (Arc::new(Console::new(outside.clone(), 0).map_err(failed)?), 0)
                 }
                 RNG => {
                     rngs += 1;

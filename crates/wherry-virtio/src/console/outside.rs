@@ -1,0 +1,154 @@
+//! The other end of a console: what of this host its bytes go to and come from.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::pty::OpenptFlags;
+
+/// What a console is to be connected to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConsoleTarget {
+    /// A UNIX socket to be made and listened on, for one client at a time.
+    Socket(PathBuf),
+    /// A pseudo-terminal to be made, with a symbolic link to it.
+    Pty(PathBuf),
+    /// A file that output is appended to.
+    File(PathBuf),
+}
+
+/// The other end of a console cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum OutsideError {
+    /// Somebody else has it.
+    #[error("console at {}: another process listens there; it may be that of a VM that runs", .0.display())]
+    InUse(PathBuf),
+    /// There is something else where the link would be.
+    #[error("console at {}: there is something already that is no symbolic link; it is not replaced", .0.display())]
+    NoLink(PathBuf),
+    /// Anything else.
+    #[error("console at {}: {what}: {source}", .path.display())]
+    Io {
+        /// Where it is.
+        path: PathBuf,
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+/// The other end of a console, opened. No read or write waits.
+#[derive(Debug)]
+pub struct Outside {
+    pub(super) end: End,
+    path: PathBuf,
+    removed: AtomicBool,
+}
+
+#[derive(Debug)]
+pub(super) enum End {
+    Socket(UnixListener),
+    /// The master. The terminal itself is held open, or the master would report its end whenever nobody has it open.
+    Pty {
+        master: OwnedFd,
+        _terminal: OwnedFd,
+        name: PathBuf,
+    },
+    File(File),
+}
+
+impl Outside {
+    /// Makes it, or opens it.
+    pub fn open(target: &ConsoleTarget) -> Result<Self, OutsideError> {
+        let (end, path) = match target {
+            ConsoleTarget::Socket(path) => (End::Socket(listen(path)?), path),
+            ConsoleTarget::Pty(path) => (pty(path)?, path),
+            ConsoleTarget::File(path) => {
+                // What another VM, or this one elsewhere, has written before stays. A pipe that nobody reads is refused by
+                // the kernel, and does not hold us up.
+                let mut options = File::options();
+                options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
+                let file = options.open(path).map_err(failed(path, "opening it"))?;
+                (End::File(file), path)
+            }
+        };
+        Ok(Self { end, path: path.clone(), removed: AtomicBool::new(false) })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes what was made at the path, so that nobody new comes. Done at the end at the latest.
+    pub fn remove(&self) {
+        let ours = match &self.end {
+            End::Socket(_) => true,
+            End::Pty { name, .. } => std::fs::read_link(&self.path).is_ok_and(|to| to == *name),
+            End::File(_) => false,
+        };
+        if ours && !self.removed.swap(true, Ordering::AcqRel) {
+            // If it is gone already, somebody else tidied up.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+fn failed<E: Into<io::Error>>(path: &Path, what: &'static str) -> impl FnOnce(E) -> OutsideError {
+    move |source| OutsideError::Io { path: path.into(), what, source: source.into() }
+}
+
+/// Listens on a path, over a socket that a dead process left behind.
+fn listen(path: &Path) -> Result<UnixListener, OutsideError> {
+    if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
+        match UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(failed(path, "removing the socket that a dead process left"))?;
+            }
+            // It answers, or at least somebody holds it.
+            _ => return Err(OutsideError::InUse(path.into())),
+        }
+    }
+    let listener = UnixListener::bind(path).map_err(failed(path, "listening"))?;
+    listener.set_nonblocking(true).map_err(failed(path, "listening"))?;
+    Ok(listener)
+}
+
+/// Makes a pseudo-terminal in raw mode, and a link to it over one that leads nowhere any more.
+fn pty(link: &Path) -> Result<End, OutsideError> {
+    const MAKING: &str = "making a pseudo-terminal";
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = rustix::pty::openpt(flags).map_err(failed(link, MAKING))?;
+    rustix::pty::grantpt(&master).map_err(failed(link, MAKING))?;
+    rustix::pty::unlockpt(&master).map_err(failed(link, MAKING))?;
+    rustix::io::ioctl_fionbio(&master, true).map_err(failed(link, MAKING))?;
+    let name = rustix::pty::ptsname(&master, Vec::new()).map_err(failed(link, MAKING))?;
+    let name = PathBuf::from(String::from_utf8_lossy(name.as_bytes()).into_owned());
+    let mut options = File::options();
+    options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+    let terminal = OwnedFd::from(options.open(&name).map_err(failed(link, MAKING))?);
+    let mut modes = rustix::termios::tcgetattr(&terminal).map_err(failed(link, MAKING))?;
+    modes.make_raw();
+    rustix::termios::tcsetattr(&terminal, rustix::termios::OptionalActions::Now, &modes)
+        .map_err(failed(link, MAKING))?;
+    match std::fs::symlink_metadata(link) {
+        Ok(there) if !there.is_symlink() => return Err(OutsideError::NoLink(link.into())),
+        // Its terminal is that of a process that lives.
+        Ok(_) if link.exists() => return Err(OutsideError::InUse(link.into())),
+        Ok(_) => std::fs::remove_file(link).map_err(failed(link, "removing a link that leads nowhere"))?,
+        Err(_) => {}
+    }
+    std::os::unix::fs::symlink(&name, link).map_err(failed(link, "making the link"))?;
+    Ok(End::Pty { master, _terminal: terminal, name })
+}
