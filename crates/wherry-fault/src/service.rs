@@ -319,6 +319,11 @@ impl FaultService {
         }
     }
 
+    /// Whether the guest maps are registered: pages of them may have to come still, and none may be given back.
+    pub fn serves_guest_maps(&self) -> bool {
+        self.shared.source(SourceId::GUEST).is_some()
+    }
+
     /// The page states of a block.
     pub fn states(&self, block: BlockId) -> Option<&PageStates> {
         self.shared.block(block).ok().map(|b| &b.states)

@@ -6,6 +6,7 @@
 //! - [`Ram`]: all blocks of one machine, and the `vm-memory` view of their guest maps.
 //! - [`PageSet`]: a bitmap over the granules of one block.
 //! - [`DirtySource`]: whoever can tell which pages a sharer wrote: the KVM dirty log, a device's log, the VMM itself.
+//! - [`FreePages`]: whoever can tell which pages the guest does not use, and gives memory back.
 //!
 //! Contract: a *granule* is always [`GRANULE`] bytes (dirty logs and the wire count in it); a *unit* is the block's
 //! page size (allocation and placement count in it). RAM is written only through the two maps, never by `pwrite` or
@@ -16,12 +17,14 @@
 mod block;
 mod dirty;
 mod error;
+mod free;
 mod page_set;
 mod ram;
 
 pub use block::{Block, BlockId, BlockSpec, DataRuns, PageSize};
 pub use dirty::{DirtyError, DirtySource, VmmWrites};
 pub use error::MemoryError;
+pub use free::FreePages;
 pub use page_set::{PageSet, Runs};
 pub use ram::{GuestMemory, GuestRegion, Ram};
 

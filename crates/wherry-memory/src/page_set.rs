@@ -60,6 +60,29 @@ impl PageSet {
         }
     }
 
+    /// Makes the set the same as `other` inside `range`, which begins at a multiple of 64 granules; it ends at one, or at
+    /// the limit.
+    pub fn copy_range(&mut self, other: &PageSet, range: Range<u64>) {
+        for word in words_of(&range) {
+            if let Some(mine) = self.words.get_mut(word) {
+                *mine = other.words.get(word).copied().unwrap_or(0);
+            }
+        }
+        self.trim();
+    }
+
+    /// Removes what is in `other` inside such a range; how many granules.
+    pub fn subtract_range(&mut self, other: &PageSet, range: Range<u64>) -> u64 {
+        let mut gone = 0;
+        for word in words_of(&range) {
+            if let (Some(mine), Some(other)) = (self.words.get_mut(word), other.words.get(word)) {
+                gone += u64::from((*mine & other).count_ones());
+                *mine &= !other;
+            }
+        }
+        gone
+    }
+
     /// Adds one granule; `true` if it was not there.
     ///
     /// # Panics
@@ -153,6 +176,11 @@ impl PageSet {
     }
 }
 
+/// The words of a range that begins at a whole one, and ends at one or at the limit.
+fn words_of(range: &Range<u64>) -> Range<usize> {
+    (range.start / 64) as usize..range.end.div_ceil(64) as usize
+}
+
 /// Iterator over runs of consecutive granules; see [`PageSet::runs`].
 #[derive(Clone, Debug)]
 pub struct Runs<'a> {
@@ -228,6 +256,16 @@ mod tests {
             assert_eq!(listed(&u), sa.union(&sb).copied().collect::<Vec<_>>());
             u.subtract(&b);
             assert_eq!(listed(&u), sa.difference(&sb).copied().collect::<Vec<_>>());
+            let part = next() % (limit.div_ceil(64)) * 64..limit;
+            let mut copy = a.clone();
+            copy.copy_range(&b, part.clone());
+            let expected: Vec<_> = sa.range(..part.start).chain(sb.range(part.clone())).copied().collect();
+            assert_eq!(listed(&copy), expected);
+            let mut less = a.clone();
+            let both = sa.intersection(&sb).filter(|page| part.contains(page)).count() as u64;
+            assert_eq!(less.subtract_range(&b, part.clone()), both);
+            let expected: Vec<_> = sa.iter().filter(|p| !part.contains(p) || !sb.contains(p)).copied().collect();
+            assert_eq!(listed(&less), expected);
             a.intersect(&b);
             assert_eq!(listed(&a), sa.intersection(&sb).copied().collect::<Vec<_>>());
             assert_eq!(a.count(), sa.intersection(&sb).count() as u64);

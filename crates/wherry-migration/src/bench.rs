@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use wherry_fault::FaultService;
-use wherry_memory::{BlockId, BlockSpec, DirtySource, GRANULE, MemoryError, PageSize, Ram, VmmWrites};
+use wherry_memory::{BlockId, BlockSpec, DirtySource, FreePages, GRANULE, MemoryError, PageSize, Ram, VmmWrites};
 use wherry_state::{Units, UnitsError};
 use wherry_stream::{Connection, Endpoint, IoRange, Listener, StreamError};
 
@@ -121,6 +121,9 @@ impl Machine for Image {
     }
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.sources
+    }
+    fn free_pages(&self) -> Option<Arc<dyn FreePages>> {
+        None
     }
     fn faults(&self) -> Result<&Arc<FaultService>, String> {
         Err("an image is moved by precopy".into())

@@ -3,12 +3,15 @@
 //! Bits go one way: from the sources by [`Tracker::collect`] into a [`Dirty`], from there into a round. What a round
 //! did not send, because it failed or because the guest was resumed, is given back by [`Dirty::union`], or the journey
 //! ends and the next one begins with all that is allocated.
+//!
+//! While the sources run, nobody gives memory back: whoever reads a page that has become a hole would fill it again, and a
+//! destination that holds the page would never hear of it.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use wherry_memory::{Block, DirtyError, GRANULE, MemoryError, PageSet, Ram};
+use wherry_memory::{Block, DirtyError, FreePages, GRANULE, MemoryError, PageSet, Ram};
 
 use crate::error::Cause;
 use crate::machine::Machine;
@@ -57,22 +60,40 @@ pub(crate) struct Tracker {
     started: usize,
     /// For each source, whether it has failed before.
     failed: Vec<bool>,
+    /// Who gives no memory back meanwhile.
+    free: Option<Arc<dyn FreePages>>,
 }
 
 impl Tracker {
     pub(crate) fn new(machine: Arc<dyn Machine>) -> Self {
         let failed = vec![false; machine.dirty_sources().len()];
-        Self { machine, started: 0, failed }
+        Self { machine, started: 0, failed, free: None }
     }
 
     /// Starts all of them. Before the first page is looked at.
     pub(crate) fn start(&mut self) -> Result<(), Cause> {
+        if let Some(free) = self.machine.free_pages() {
+            free.hold();
+            self.free = Some(free);
+        }
         for source in self.machine.dirty_sources() {
             // Counted before, so that one that failed half way is stopped too.
             self.started += 1;
             source.start()?;
         }
         Ok(())
+    }
+
+    /// Asks the guest which pages it does not use. After the start, and before the first round, for which the answers are.
+    pub(crate) fn ask_for_free_pages(&self) -> Option<Arc<dyn FreePages>> {
+        self.free.as_ref().inspect(|free| free.ask()).cloned()
+    }
+
+    /// The first round is over.
+    pub(crate) fn enough(&self) {
+        if let Some(free) = &self.free {
+            free.enough();
+        }
     }
 
     /// Stops those that were started. It can take long for a large VM, so never in a blackout.
@@ -83,6 +104,10 @@ impl Tracker {
             }
         }
         self.started = 0;
+        if let Some(free) = self.free.take() {
+            free.enough();
+            free.release();
+        }
     }
 
     /// Adds to `into` what was written. A source that fails makes everything allocated dirty, once; the second time the

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use wherry_fault::FaultService;
-use wherry_memory::{BlockId, DirtySource, Ram};
+use wherry_memory::{BlockId, DirtySource, FreePages, Ram};
 use wherry_state::Units;
 
 /// Everything a destination must know to build the same machine, sent in the handshake before any page.
@@ -93,6 +93,9 @@ pub trait Machine: Send + Sync {
 
     /// Everyone who knows what was written in RAM: KVM's log, the VMM itself, devices.
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>];
+
+    /// Who knows which pages its guest does not use, and gives memory back, if there is one.
+    fn free_pages(&self) -> Option<Arc<dyn FreePages>>;
 
     /// Serves the faults on its guest maps, which were registered when they were made, if the builder was asked for that
     /// ([`Wants::postcopy`]); otherwise why there is none.

@@ -40,6 +40,8 @@ pub struct Round {
     pub pages: u64,
     /// Of these, found to be zero.
     pub zero_pages: u64,
+    /// Of these, left out because the guest does not use them.
+    pub free_pages: u64,
     /// Bytes on the wire.
     pub bytes: u64,
     /// How long it took, from its first page to the last acknowledgement.

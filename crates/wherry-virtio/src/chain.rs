@@ -71,6 +71,11 @@ impl Buffers {
         self.len() == 0
     }
 
+    /// Where they lie: guest addresses and lengths.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.parts.iter().map(|(address, len)| (address.0, u64::from(*len)))
+    }
+
     /// Cuts the first bytes off and gives them; all if there are fewer.
     pub fn take_front(&mut self, mut bytes: u32) -> Buffers {
         let mut front = Vec::new();

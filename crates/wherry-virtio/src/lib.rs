@@ -3,7 +3,7 @@
 //! - [`VirtioPci`] is the transport: a PCI function, the registers in its BAR, and the state unit of its device.
 //! - [`Device`] is what a device implements. Its rings may as well be served by another process.
 //! - [`chain`] and [`ring`] are for those who serve rings here; [`worker`] is the thread they do it on.
-//! - [`blk`], [`net`], [`console`] and [`rng`] are devices; [`vhost`] are those that another process serves.
+//! - [`blk`], [`net`], [`console`], [`balloon`] and [`rng`] are devices; [`vhost`] are those that another process serves.
 //!
 //! Contract: whatever a driver does, the VMM lives on. A driver that breaks a rule finds its device in need of a reset,
 //! and the log says which rule. Devices come to rest before their state is saved: what is under way has ended, or is
@@ -18,6 +18,7 @@ extern crate self as wherry_virtio;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;

@@ -140,6 +140,50 @@ impl SavedState for SavedConsole {
     const SCHEMA: u32 = 1;
 }
 
+/// Unit `virtio-balloon`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct SavedBalloon {
+    /// The transport.
+    #[prost(message, optional, tag = "1")]
+    pub transport: Option<SavedTransport>,
+    /// Pages that the guest is asked to have in it.
+    #[prost(uint32, tag = "2")]
+    pub wanted: u32,
+    /// Pages that the guest says it has in it.
+    #[prost(uint32, tag = "3")]
+    pub actual: u32,
+    /// Command of free page hinting: 0 stop, 1 done, others ask.
+    #[prost(uint32, tag = "4")]
+    pub command: u32,
+    /// The last command that asked.
+    #[prost(uint32, tag = "5")]
+    pub last_command: u32,
+    /// Head of the buffer of statistics that waits until new ones are wanted.
+    #[prost(uint32, optional, tag = "6")]
+    pub statistics: Option<u32>,
+    /// Pages in it that could not be given back to the host yet.
+    #[prost(message, repeated, tag = "7")]
+    pub waiting: Vec<SavedPages>,
+}
+
+/// A run of pages of 4 KiB.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct SavedPages {
+    /// Number of the RAM block.
+    #[prost(uint32, tag = "1")]
+    pub block: u32,
+    /// First page.
+    #[prost(uint64, tag = "2")]
+    pub first: u64,
+    /// How many.
+    #[prost(uint64, tag = "3")]
+    pub count: u64,
+}
+
+impl SavedState for SavedBalloon {
+    const SCHEMA: u32 = 1;
+}
+
 /// Unit `virtio-rng`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedRng {

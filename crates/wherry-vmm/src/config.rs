@@ -58,6 +58,8 @@ pub struct VirtioConfig {
     pub vhost_user: Vec<VhostSpec>,
     /// A source of random numbers. A destination has one if the machine does, whatever this says.
     pub rng: bool,
+    /// A balloon. A destination has one if the machine does, whatever this says.
+    pub balloon: bool,
 }
 
 /// A disk.

@@ -9,7 +9,9 @@ use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
 use wherry_state::{SavedState, Section};
-use wherry_virtio::saved::{self, SavedBlk, SavedConsole, SavedNet, SavedRng, SavedVhostUser};
+use wherry_virtio::saved::{
+    self, SavedBalloon, SavedBlk, SavedConsole, SavedNet, SavedPages, SavedRng, SavedVhostUser,
+};
 
 use crate::pci::{SavedFunction, SavedPciHost};
 use crate::units::clock::saved::ClockState;
@@ -32,6 +34,7 @@ const UNITS: &[(&str, u32)] = &[
     ("virtio-blk", SavedBlk::SCHEMA),
     ("virtio-net", SavedNet::SCHEMA),
     ("virtio-console", SavedConsole::SCHEMA),
+    ("virtio-balloon", SavedBalloon::SCHEMA),
     ("virtio-rng", SavedRng::SCHEMA),
     ("vhost-user", SavedVhostUser::SCHEMA),
 ];
@@ -307,6 +310,21 @@ fn virtio_net() {
 fn virtio_console() {
     let (input, output) = (b"typed".to_vec(), b"said".to_vec());
     check("virtio-console", 1, &SavedConsole { transport: Some(saved::example()), input, output, begun: 77 });
+}
+
+#[test]
+fn virtio_balloon() {
+    let pages = |block: u32| SavedPages { block, first: 1 << 33, count: 512 };
+    let state = SavedBalloon {
+        transport: Some(saved::example()),
+        wanted: 0xffff_fffe,
+        actual: 77,
+        command: 0x8000_0001,
+        last_command: 0x8000_0002,
+        statistics: Some(127),
+        waiting: vec![pages(0), pages(1)],
+    };
+    check("virtio-balloon", 1, &state);
 }
 
 #[test]

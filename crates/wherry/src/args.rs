@@ -48,6 +48,8 @@ pub enum Command {
     Recover(Recover),
     /// Decide who owns a VM that is in doubt, when the other end is known to be dead or fenced
     Resolve(Resolve),
+    /// Show how much RAM a guest with a balloon is left with, or set it
+    Balloon(Balloon),
     /// Show where a VM and its migration stand
     Status(Control),
     /// End a VM and its process
@@ -153,6 +155,10 @@ pub struct Run {
     /// Give the guest a source of random numbers
     #[arg(long)]
     pub rng: bool,
+    /// Give the guest a balloon: memory that it puts there, or reports as free, goes back to this host, and a migration leaves
+    /// out what it does not use
+    #[arg(long)]
+    pub balloon: bool,
     /// Build the VM, but leave it paused until `wherry resume`
     #[arg(long)]
     pub paused: bool,
@@ -196,10 +202,16 @@ pub struct Process {
 }
 
 impl Process {
-    /// What the virtio devices of its VM are connected to.
-    pub fn virtio(&self, rng: bool) -> wherry_vmm::config::VirtioConfig {
+    /// What the virtio devices of its VM are connected to, without those that need nothing of this host.
+    pub fn virtio(&self) -> wherry_vmm::config::VirtioConfig {
         let (disks, nets, vhost_user) = (self.disk.clone(), self.net.clone(), self.device.clone());
-        wherry_vmm::config::VirtioConfig { disks, nets, console: self.console.clone(), vhost_user, rng }
+        wherry_vmm::config::VirtioConfig {
+            disks,
+            nets,
+            console: self.console.clone(),
+            vhost_user,
+            ..Default::default()
+        }
     }
 }
 
@@ -281,6 +293,17 @@ pub struct Control {
     /// Answer in JSON on stdout
     #[arg(long)]
     pub json: bool,
+}
+
+/// Options of `balloon`.
+#[derive(Debug, Args)]
+pub struct Balloon {
+    /// Which process, and how to report.
+    #[command(flatten)]
+    pub control: Control,
+    /// RAM that the guest is to be left with, such as 512M; it follows in its own time
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub size: Option<u64>,
 }
 
 /// Options of `recover`.

@@ -1,4 +1,4 @@
-//! Commands that one request does: pause, resume, cancel, switch, recover, resolve, status, stop.
+//! Commands that one request does: pause, resume, balloon, cancel, switch, recover, resolve, status, stop.
 
 use std::path::Path;
 use std::time::Duration;
@@ -8,9 +8,11 @@ use serde::Serialize;
 use wherry_migration::Side;
 use wherry_migration::ownership::VmId;
 use wherry_migration::progress::{Job, Phase};
-use wherry_vmm::api::types::{ErrorCode, RecoverRequest, ResolveRequest, StopRequest, VmInfo, VmState};
+use wherry_vmm::api::types::{
+    BalloonInfo, BalloonRequest, ErrorCode, RecoverRequest, ResolveRequest, StopRequest, VmInfo, VmState,
+};
 
-use crate::args::{ANSWER, Control, Recover, Resolve, Stop};
+use crate::args::{ANSWER, Balloon, Control, Recover, Resolve, Stop};
 use crate::client::{Client, ClientError};
 use crate::migrate::{End, intervene};
 use crate::{DID_NOT, HAPPENED, IN_DOUBT, records, report, runtime};
@@ -50,6 +52,26 @@ pub fn pause(options: &Control) -> Result<u8> {
 /// `wherry resume`
 pub fn resume(options: &Control) -> Result<u8> {
     change(options, "/vm/resume", "resuming the VM")
+}
+
+/// `wherry balloon`
+pub fn balloon(options: &Balloon) -> Result<u8> {
+    let api = &options.control.api;
+    let client = Client::new(api);
+    let info: BalloonInfo = runtime()?
+        .block_on(async {
+            match options.size {
+                Some(size) => client.put_json("/balloon", &BalloonRequest { size }, ANSWER).await,
+                None => client.get("/balloon", ANSWER).await,
+            }
+        })
+        .with_context(|| at("asking for the balloon of the VM", api))?;
+    if options.control.json {
+        print_json(&info)?;
+    } else {
+        print(&report::balloon(&info));
+    }
+    Ok(HAPPENED)
 }
 
 fn change(options: &Control, path: &str, doing: &'static str) -> Result<u8> {

@@ -12,7 +12,7 @@ use wherry_migration::ownership::VmId;
 use wherry_vmm::api::server::Server;
 use wherry_vmm::api::socket::ApiSocket;
 use wherry_vmm::api::types::VmState;
-use wherry_vmm::config::{Kernel, MachineConfig};
+use wherry_vmm::config::{Kernel, MachineConfig, VirtioConfig};
 use wherry_vmm::serial::restore_terminal;
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
@@ -24,7 +24,8 @@ use crate::{BAD_ARGUMENTS, DID_NOT, IN_DOUBT, records};
 
 /// `wherry run`
 pub fn run(options: Run) -> Result<u8> {
-    let Run { kernel, initrd, cmdline, memory, hugepages, cpus, cpu, name, id, rng, paused, process } = options;
+    let Run { kernel, initrd, cmdline, memory, hugepages, cpus, cpu, name, id, rng, balloon, paused, process } =
+        options;
     let config = MachineConfig {
         name,
         vm: match id {
@@ -39,7 +40,7 @@ pub fn run(options: Run) -> Result<u8> {
         initrd,
         cmdline,
         serial: process.serial.clone(),
-        virtio: process.virtio(rng),
+        virtio: VirtioConfig { rng, balloon, ..process.virtio() },
     };
     if let Err(error) = config.check() {
         eprintln!("error: {error}");
@@ -75,7 +76,7 @@ pub fn receive(options: Receive) -> Result<u8> {
     check_kvm()?;
     records::open_and_sweep()?;
     let host = Host::open(&process, Policy { reboot: None, linger: process.linger })?;
-    let devices = DeviceConfig { serial: process.serial.clone(), virtio: process.virtio(false) };
+    let devices = DeviceConfig { serial: process.serial.clone(), virtio: process.virtio() };
     let arrival = kvm::Arrival::listen(&listen, devices)
         .map_err(|e| anyhow::anyhow!("{e}"))
         .with_context(|| format!("listening at {listen}"))?;

@@ -59,6 +59,7 @@ fn main() -> ExitCode {
         Command::Cancel(options) => control::cancel(&options),
         Command::Pause(options) => control::pause(&options),
         Command::Resume(options) => control::resume(&options),
+        Command::Balloon(options) => control::balloon(&options),
         Command::Switch(options) => control::switch(&options),
         Command::Recover(options) => control::recover(&options),
         Command::Resolve(options) => control::resolve(&options),

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use wherry_migration::progress::{Faults, Job, Latency, Phase, Postcopy};
-use wherry_vmm::api::types::VmInfo;
+use wherry_vmm::api::types::{BalloonInfo, VmInfo};
 
 /// Bytes with a binary unit.
 pub fn bytes(n: u64) -> String {
@@ -205,6 +205,18 @@ pub fn journey(job: &Job) -> String {
     }
     if job.io_stall_us > 0 {
         let _ = writeln!(text, "  devices waited {} before the blackout", time(job.io_stall_us));
+    }
+    text
+}
+
+/// A balloon as `balloon` shows it.
+pub fn balloon(info: &BalloonInfo) -> String {
+    let mut text = String::new();
+    let _ = writeln!(text, "memory     {}", bytes(info.memory));
+    let _ = writeln!(text, "wanted     {}", bytes(info.size));
+    let _ = writeln!(text, "actual     {}", bytes(info.actual));
+    if let Some(free) = info.statistics.free {
+        let _ = writeln!(text, "free       {}, as the guest has last told", bytes(free));
     }
     text
 }

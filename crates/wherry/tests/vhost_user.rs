@@ -12,7 +12,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 use support::disk::Memory;
-use support::{Place, Vm, kvm, stderr, wait_for};
+use support::{Place, Vm, assert_alive, kvm, stderr, wait_for};
 use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
 
@@ -305,4 +305,21 @@ fn a_back_end_that_takes_no_part_in_postcopy_is_named() {
     memory.wait_for_requests("after the refused move");
     drop(there);
     filter.join().unwrap();
+}
+
+#[test]
+fn a_balloon_beside_a_disk_of_another_process_gives_no_memory_back_and_names_that_process() {
+    let test = "a_balloon_beside_a_disk_of_another_process_gives_no_memory_back_and_names_that_process";
+    if !able(test) {
+        return;
+    }
+    let place = Place::new();
+    let daemon = Daemon::serve(&place, "s", &image(&place));
+    let arguments = ["--memory", "64M", "--cmdline", "data=16M rate=4M", "--device", &daemon.device(), "--balloon"];
+    let _here = place.run_guest("0", &arguments, &[]);
+    let output = place.control("0", &["balloon", "--size", "32M"]);
+    assert_eq!(output.status.code(), Some(1));
+    let socket = daemon.socket.display().to_string();
+    assert!(stderr(&output).contains(&socket) && stderr(&output).contains("pinned"), "{}", stderr(&output));
+    assert_alive(&place, "0");
 }

@@ -24,7 +24,7 @@ mod window;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use wherry_memory::GRANULE;
+use wherry_memory::{FreePages, GRANULE};
 use wherry_stream::{Channel, Endpoint};
 
 use self::host::Host;
@@ -84,6 +84,8 @@ struct Running {
     senders: Senders,
     shared: Shared,
     tracker: Tracker,
+    /// Knows what need not go in the first round.
+    free: Option<Arc<dyn FreePages>>,
     predictor: Predictor,
     convergence: Convergence,
     /// What is to be sent next.

@@ -40,6 +40,9 @@ impl Source {
             let cut = Cut { wanted: can_follow, late };
             let (round, sent, left) = running.send_round(self.host.control()?, &self.journey, set, cut)?;
             let took = begun.elapsed();
+            if number == 1 {
+                running.tracker.enough();
+            }
             running.predictor.learn(sent, took);
 
             let since = running.collected.elapsed();
@@ -55,6 +58,7 @@ impl Source {
                 number,
                 pages,
                 zero_pages: round.zero(),
+                free_pages: round.free(),
                 bytes: sent,
                 duration_us: us(took),
                 dirty_rate,
@@ -146,7 +150,7 @@ impl Running {
         journey.update(|job| job.memory_iteration = self.rounds);
         let (round, sent, left) = if set.pages() <= ALONE_PAGES {
             let before = self.senders.wire_bytes();
-            let round = Arc::new(Round::new(&self.shared, self.rounds, set, true));
+            let round = Arc::new(Round::new(&self.shared, self.rounds, set, true).without(self.free.take()));
             let mut channel = self.senders.channel(0);
             let guard = journey.close_on_cancel(channel.closer());
             round.send(&mut channel)?;
@@ -176,7 +180,9 @@ impl Running {
     ) -> Result<(Arc<Round>, u64, Option<Dirty>), Cause> {
         let before = self.senders.wire_bytes();
         let pages = set.pages();
-        let round = Arc::new(Round::new(&self.shared, self.rounds, set, cut.is_some()));
+        let round = Round::new(&self.shared, self.rounds, set, cut.is_some());
+        // Those of the first round that the guest lives through.
+        let round = Arc::new(round.without(self.free.take().filter(|_| cut.is_some())));
         self.senders.begin(&round, self.senders.len());
         let left = self.conduct(control, journey, &round, pages, cut.unwrap_or_default())?;
         Ok((round, self.senders.wire_bytes() - before, left))

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use wherry_memory::{Block, BlockId, GRANULE, MemoryError};
+use wherry_memory::{Block, BlockId, FreePages, GRANULE, MemoryError, PageSet, PageSize};
 use wherry_stream::{Channel, Extent, ExtentKind, Frame, IoRange, MAX_EXTENTS};
 
 use crate::bandwidth::Bucket;
@@ -32,6 +32,8 @@ pub(crate) struct Counters {
     pub(crate) zero: AtomicU64,
     /// Pages of the set that turned out to be holes that were never sent.
     pub(crate) holes: AtomicU64,
+    /// Pages of the set that the guest does not use.
+    pub(crate) free: AtomicU64,
 }
 
 /// A round, shared by the channels.
@@ -53,6 +55,8 @@ pub(crate) struct Round {
     /// Pages are freed when they have been handed to the kernel: for each chunk, whether that is so. Whoever reads a chunk
     /// holds its lock.
     released: Option<Vec<RwLock<bool>>>,
+    /// In the first round: knows pages that need not go.
+    free: Option<Arc<dyn FreePages>>,
     journey: Journey,
     bandwidth: Option<u64>,
     bucket: Arc<Bucket>,
@@ -93,10 +97,16 @@ impl Round {
             live,
             stop: AtomicBool::new(false),
             released: None,
+            free: None,
             journey: shared.journey.clone(),
             bandwidth: shared.bandwidth,
             bucket: shared.bucket.clone(),
         }
+    }
+
+    /// The first round, without the pages that the guest says it does not use.
+    pub(crate) fn without(self, free: Option<Arc<dyn FreePages>>) -> Self {
+        Self { free, ..self }
     }
 
     /// The pages that follow the switch: sent from where the guest faults on, with a word for every one of them, because
@@ -181,7 +191,7 @@ impl Round {
     /// Pages dealt with so far.
     pub(crate) fn done(&self) -> u64 {
         let c = &self.counters;
-        [&c.normal, &c.zero, &c.holes].iter().map(|n| n.load(Ordering::Relaxed)).sum()
+        [&c.normal, &c.zero, &c.holes, &c.free].iter().map(|n| n.load(Ordering::Relaxed)).sum()
     }
 
     /// Pages sent with content so far.
@@ -192,6 +202,11 @@ impl Round {
     /// Pages found to be zero so far.
     pub(crate) fn zero(&self) -> u64 {
         self.counters.zero.load(Ordering::Relaxed)
+    }
+
+    /// Pages left out because the guest does not use them so far.
+    pub(crate) fn free(&self) -> u64 {
+        self.counters.free.load(Ordering::Relaxed)
     }
 
     /// Sends this channel's share, and the barrier.
@@ -205,9 +220,10 @@ impl Round {
     }
 
     fn send_share(&self, channel: &mut Channel, batch: &mut Batch) -> Result<(), Cause> {
+        let mut used = None;
         while let Some((index, range)) = self.next_chunk() {
             let block = &self.machine.ram().blocks()[index];
-            let set = &self.set.0[index];
+            let set = self.used(&mut used, block, index, range.clone());
             if self.live {
                 Tracker::rearm(&*self.machine, block, range.clone(), set)?;
             }
@@ -222,6 +238,27 @@ impl Round {
         self.flush(channel, batch)?;
         let doing = "sending the end of a round";
         channel.writer.write_round_end(self.number).map_err(|source| Cause::Stream { doing, source })
+    }
+
+    /// The set, in this range without what the guest does not use. It is looked up once: what is left out is neither
+    /// re-armed nor sent, and what is named later is sent. `scratch` is kept by the caller.
+    fn used<'a>(
+        &'a self,
+        scratch: &'a mut Option<(usize, PageSet)>,
+        block: &Block,
+        index: usize,
+        range: std::ops::Range<u64>,
+    ) -> &'a PageSet {
+        let whole = &self.set.0[index];
+        // A huge page arrives whole, or not at all.
+        let Some(free) = self.free.as_ref().filter(|_| block.spec().page_size == PageSize::Base) else { return whole };
+        if scratch.as_ref().is_none_or(|(of, _)| *of != index) {
+            *scratch = None;
+        }
+        let (_, set) = scratch.get_or_insert_with(|| (index, PageSet::new(whole.limit())));
+        set.copy_range(whole, range.clone());
+        self.counters.free.fetch_add(free.leave_out(block, range, set), Ordering::Relaxed);
+        set
     }
 
     /// Frees a chunk that was sent, if that was asked for.

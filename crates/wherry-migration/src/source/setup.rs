@@ -96,6 +96,9 @@ impl Source {
         // Tracking runs before the first page is looked for, so whatever is allocated after the scan is found dirty.
         let mut tracker = Tracker::new(self.machine.clone());
         tracker.start()?;
+        // Its answers are for the first round; what follows a switch has none, and what is hashed may not differ.
+        let asks = self.options.mode != Mode::Postcopy && !self.options.verify;
+        let free = if asks { tracker.ask_for_free_pages() } else { None };
         let collected = Instant::now();
         let pending = Dirty::allocated(self.machine.ram())?;
         let known: Vec<_> = pending.0.iter().map(|set| Known::new(set.limit())).collect();
@@ -122,6 +125,7 @@ impl Source {
             senders: Senders::new(data)?,
             shared,
             tracker,
+            free,
             predictor,
             convergence: Convergence::default(),
             pending,

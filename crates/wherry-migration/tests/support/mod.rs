@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use wherry_fault::FaultService;
-use wherry_memory::{Block, BlockId, BlockSpec, DirtyError, DirtySource, GRANULE, PageSet, PageSize, Ram, VmmWrites};
+use wherry_memory::{
+    Block, BlockId, BlockSpec, DirtyError, DirtySource, FreePages, GRANULE, PageSet, PageSize, Ram, VmmWrites,
+};
 use wherry_migration::machine::{
     BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, VcpuThread, Wants,
 };
@@ -112,6 +114,45 @@ impl DirtySource for FakeLog {
             self.words(block.spec().id)[n as usize].fetch_and(!taken.words()[n as usize], Ordering::SeqCst);
         }
         Ok(())
+    }
+}
+
+/// A guest that names free pages of block 0 as soon as it is asked, and uses them again as it likes.
+#[derive(Default)]
+pub struct FakeFree {
+    /// What it will name.
+    pub names: Mutex<Vec<Range<u64>>>,
+    /// What it has named since it was last asked.
+    named: Mutex<Option<PageSet>>,
+    pub held: AtomicBool,
+    pub asked: AtomicU32,
+    pub enough: AtomicU32,
+}
+
+impl FreePages for FakeFree {
+    fn hold(&self) {
+        assert!(!self.held.swap(true, Ordering::SeqCst), "held twice");
+    }
+    fn release(&self) {
+        assert!(self.held.swap(false, Ordering::SeqCst), "released without being held");
+    }
+    fn ask(&self) {
+        assert!(self.held.load(Ordering::SeqCst), "asked before it was held");
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let names = self.names.lock().unwrap();
+        let mut set = PageSet::new(names.iter().map(|range| range.end).max().unwrap_or(0));
+        names.iter().for_each(|range| set.insert_range(range.clone()));
+        *self.named.lock().unwrap() = Some(set);
+    }
+    fn leave_out(&self, block: &Block, range: Range<u64>, set: &mut PageSet) -> u64 {
+        let named = self.named.lock().unwrap();
+        let named = named.as_ref().expect("it was asked, and not told that it is enough");
+        if block.spec().id == BlockId(0) { set.subtract_range(named, range) } else { 0 }
+    }
+    fn enough(&self) {
+        if self.named.lock().unwrap().take().is_some() {
+            self.enough.fetch_add(1, Ordering::SeqCst);
+        }
     }
 }
 
@@ -348,6 +389,7 @@ pub struct FakeMachine {
     units: Units,
     sources: Vec<Arc<dyn DirtySource>>,
     pub log: Arc<FakeLog>,
+    pub free: Arc<FakeFree>,
     pub cpu: Arc<Cpu>,
     pub script: Arc<Script>,
     pub locked: AtomicBool,
@@ -402,6 +444,7 @@ impl FakeMachine {
             units,
             sources,
             log,
+            free: Arc::default(),
             cpu,
             script,
             locked: AtomicBool::new(false),
@@ -501,6 +544,9 @@ impl Machine for FakeMachine {
     }
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.sources
+    }
+    fn free_pages(&self) -> Option<Arc<dyn FreePages>> {
+        Some(self.free.clone())
     }
     fn faults(&self) -> Result<&Arc<FaultService>, String> {
         self.faults.as_ref().map_err(String::clone)

@@ -53,7 +53,7 @@ pub struct Driver {
     /// Next entry of the used ring to look at.
     pub seen: u16,
     /// Both, of the rings behind the first.
-    pub others: [(u16, u16); 2],
+    pub others: [(u16, u16); 4],
 }
 
 pub fn ram() -> Arc<Ram> {
@@ -81,7 +81,7 @@ impl Driver {
             memory: ram.memory().clone(),
         };
         let function = VirtioPci::new::<TransportError>(device, 0, &parts, |config| Ok(config.set_bar(0, BAR)?));
-        Self { function: function.unwrap(), router, bus, ram, available: 0, seen: 0, others: [(0, 0); 2] }
+        Self { function: function.unwrap(), router, bus, ram, available: 0, seen: 0, others: [(0, 0); 4] }
     }
 
     pub fn memory(&self) -> &GuestMemory {
@@ -162,7 +162,7 @@ impl Driver {
             self.write(0x1c, &1u16.to_le_bytes());
         }
         self.write(0x14, &[15]);
-        (self.available, self.seen, self.others) = (0, 0, [(0, 0); 2]);
+        (self.available, self.seen, self.others) = (0, 0, [(0, 0); 4]);
     }
 
     /// Goes on where another driver of the same memory stands.

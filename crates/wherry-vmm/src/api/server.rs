@@ -19,8 +19,8 @@ use tokio::sync::oneshot;
 use wherry_migration::progress::{Job, Phase};
 
 use super::types::{
-    ErrorBody, ErrorCode, ErrorInfo, MigrationRequest, PhaseEvent, Ping, RecoverRequest, ResolveRequest, StopRequest,
-    VmInfo, VmState,
+    BalloonInfo, BalloonRequest, ErrorBody, ErrorCode, ErrorInfo, MigrationRequest, PhaseEvent, Ping, RecoverRequest,
+    ResolveRequest, StopRequest, VmInfo, VmState,
 };
 use super::{BASE, OPENAPI};
 use crate::service::{Service, ServiceError};
@@ -43,6 +43,8 @@ pub(super) fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Serv
         ("put", "/vm/pause", put(pause)),
         ("put", "/vm/resume", put(resume)),
         ("put", "/vm/stop", put(stop)),
+        ("get", "/balloon", get(balloon)),
+        ("put", "/balloon", put(set_balloon)),
         ("get", "/migration", get(job)),
         ("put", "/migration", put(migrate)),
         ("put", "/migration/cancel", put(cancel)),
@@ -263,6 +265,17 @@ async fn stop(
     OptionalBody(request): OptionalBody<StopRequest>,
 ) -> Result<Json<VmInfo>, ServiceError> {
     blocking(move || service.stop(request.force)).await.map(Json)
+}
+
+async fn balloon(State(service): Shared) -> Result<Json<BalloonInfo>, ServiceError> {
+    blocking(move || service.balloon(None)).await.map(Json)
+}
+
+async fn set_balloon(
+    State(service): Shared,
+    JsonBody(request): JsonBody<BalloonRequest>,
+) -> Result<Json<BalloonInfo>, ServiceError> {
+    blocking(move || service.balloon(Some(request.size))).await.map(Json)
 }
 
 async fn job(State(service): Shared) -> Json<Job> {

@@ -112,6 +112,10 @@ fn every_type_is_described_field_by_field() {
     check_type("MigrationRequest", &request);
     check_type("ResolveRequest", &ResolveRequest { side: wherry_migration::Side::Source });
     check_type("RecoverRequest", &RecoverRequest { to: Some("tcp:h:1".into()), listen: Some("unix:/s".into()) });
+    check_type("BalloonRequest", &BalloonRequest { size: 1 << 30 });
+    check_type("BalloonInfo", &BalloonInfo::default());
+    let told = GuestStatistics { free: Some(1), total: Some(2), ..GuestStatistics::default() };
+    check_type("GuestStatistics", &told);
     check_type("StopRequest", &StopRequest { force: true });
 }
 
@@ -256,6 +260,22 @@ fn bad_requests_are_told_apart_and_say_what_is_wrong() {
     let (status, value) = api.raw(format!("{request}{chunk}{chunk}0\r\n\r\n").as_bytes());
     assert_eq!((status, value["error"]["code"].as_str()), (413, Some("too-large")));
     assert_eq!(api.call("GET", "/vm", "").1["state"], "running", "nothing of this has touched the VM");
+}
+
+#[test]
+fn a_balloon_is_asked_for_its_size_and_given_another() {
+    let service = Service::new(Arc::new(FakeEngine::default()), Default::default());
+    let api = Api::serve(&service);
+    assert_eq!(api.error("GET", "/balloon", "").0, 409, "there is no VM yet");
+    service.start(Fake::boxed(), false).unwrap();
+    let (status, balloon) = api.call("GET", "/balloon", "");
+    assert_eq!((status, &balloon["size"]), (200, &json!(1 << 30)));
+    let (status, balloon) = api.call("PUT", "/balloon", r#"{"size":536870912}"#);
+    assert_eq!((status, &balloon["size"], &balloon["actual"]), (200, &json!(512 << 20), &json!(1 << 30)));
+    assert_eq!(api.error("PUT", "/balloon", r#"{"size":4294967296}"#).1, "bad-request");
+    for wrong in ["", "{}", r#"{"size":-1}"#, r#"{"size":1,"unit":"G"}"#] {
+        assert_eq!(api.error("PUT", "/balloon", wrong).0, 400, "{wrong}");
+    }
 }
 
 #[test]

@@ -157,6 +157,49 @@ pub struct RecoverRequest {
     pub listen: Option<String>,
 }
 
+/// Body of `PUT /balloon`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonRequest {
+    /// RAM that the guest is to be left with, in bytes: a multiple of 4096, at most its RAM. It puts the rest into the
+    /// balloon in its own time, and as far as it can.
+    pub size: u64,
+}
+
+/// Answer of `GET /balloon` and `PUT /balloon`. All in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// RAM of the VM.
+    pub memory: u64,
+    /// RAM that the guest is to be left with.
+    pub size: u64,
+    /// RAM that the guest is left with.
+    pub actual: u64,
+    /// What the guest has last told of its memory.
+    pub statistics: GuestStatistics,
+}
+
+/// What a guest tells of its memory, since it was started; `null` if it did not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestStatistics {
+    /// Bytes swapped in.
+    pub swap_in: Option<u64>,
+    /// Bytes swapped out.
+    pub swap_out: Option<u64>,
+    /// Major faults.
+    pub major_faults: Option<u64>,
+    /// Minor faults.
+    pub minor_faults: Option<u64>,
+    /// Bytes that nobody uses.
+    pub free: Option<u64>,
+    /// Bytes in all.
+    pub total: Option<u64>,
+    /// Bytes that could be had without swapping.
+    pub available: Option<u64>,
+    /// Bytes of caches that could be had without I/O.
+    pub caches: Option<u64>,
+}
+
 /// Body of `PUT /vm/stop`; may be absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

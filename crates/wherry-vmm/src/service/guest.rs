@@ -8,7 +8,8 @@ use wherry_migration::Side;
 use wherry_migration::progress::{Job, Phase};
 use wherry_stream::Endpoint;
 
-use crate::api::types::{Hardware, MigrationRequest};
+use super::ServiceError;
+use crate::api::types::{BalloonInfo, Hardware, MigrationRequest};
 
 /// Why a guest no longer runs, on its own account.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +40,9 @@ pub trait Guest: Any + Send {
 
     /// Whether the user has paused it.
     fn is_paused(&self) -> bool;
+
+    /// How its balloon stands, after asking the guest to be content with so many bytes of RAM, if they are given.
+    fn balloon(&mut self, size: Option<u64>) -> Result<BalloonInfo, ServiceError>;
 
     /// Calls `notify` when the guest ends on its own account, at once if it has. Replaces the one given before.
     fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>);

@@ -12,11 +12,12 @@ use wherry_migration::{
     DestinationOptions, EventKind, Journey, JourneyError, MAX_CHANNELS, Side, SourceOptions, destination, source,
 };
 use wherry_stream::{Endpoint, Listener};
+use wherry_virtio::balloon::{BalloonError, BalloonStatus};
 
-use super::Service;
 use super::guest::{self, Departure, Engine, Exit, Guest, GuestError, Received, Sent};
+use super::{Service, ServiceError};
 use crate::api::server::is_over;
-use crate::api::types::{Hardware, MigrationRequest, Mode, RamBlock};
+use crate::api::types::{BalloonInfo, ErrorCode, GuestStatistics, Hardware, MigrationRequest, Mode, RamBlock};
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::MachineConfig;
 use crate::vm::{DeviceConfig, ExitReason, Vm};
@@ -61,6 +62,40 @@ impl Guest for KvmGuest {
 
     fn is_paused(&self) -> bool {
         self.vm.is_paused()
+    }
+
+    fn balloon(&mut self, size: Option<u64>) -> Result<BalloonInfo, ServiceError> {
+        let Some(balloon) = self.vm.devices().balloon() else {
+            return Err(ServiceError {
+                code: ErrorCode::WrongState,
+                message: "the VM has no balloon; give it one at its start with `wherry run --balloon`".into(),
+            });
+        };
+        let memory = self.vm.ram().size();
+        if let Some(size) = size {
+            let refused =
+                |code, message| ServiceError { code, message: format!("setting the size to {size}: {message}") };
+            let Some(bytes) = memory.checked_sub(size) else {
+                return Err(refused(ErrorCode::BadRequest, format!("the VM has {memory} bytes of RAM")));
+            };
+            balloon.set_wanted(bytes).map_err(|error| match error {
+                BalloonError::Size { .. } => refused(ErrorCode::BadRequest, error.to_string()),
+                BalloonError::Pinned(_) => refused(ErrorCode::WrongState, error.to_string()),
+            })?;
+        }
+        let BalloonStatus { wanted, actual, statistics } = balloon.status();
+        let statistics = GuestStatistics {
+            swap_in: statistics.swap_in,
+            swap_out: statistics.swap_out,
+            major_faults: statistics.major_faults,
+            minor_faults: statistics.minor_faults,
+            free: statistics.free,
+            total: statistics.total,
+            available: statistics.available,
+            caches: statistics.caches,
+        };
+        let without = |bytes| memory.saturating_sub(bytes);
+        Ok(BalloonInfo { memory, size: without(wanted), actual: without(actual), statistics })
     }
 
     fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>) {

@@ -33,7 +33,7 @@ use wherry_migration::progress::{Job, Phase};
 use wherry_migration::Side;
 use wherry_stream::Endpoint;
 
-use crate::api::types::{ErrorCode, Hardware, MigrationRequest, RecoverRequest, VmInfo, VmState};
+use crate::api::types::{BalloonInfo, ErrorCode, Hardware, MigrationRequest, RecoverRequest, VmInfo, VmState};
 use guest::{Departure, Engine, Guest, Journey, Received, Sent};
 use state::Inner;
 
@@ -220,6 +220,16 @@ impl Service {
         what: &'static str,
         work: impl FnOnce(&mut Box<dyn Guest>) -> Result<(), String>,
     ) -> Result<VmInfo, ServiceError> {
+        self.on_guest(what, |guest| work(guest).map_err(ServiceError::failed))?;
+        Ok(self.info())
+    }
+
+    /// The same, for work that answers something.
+    fn on_guest<T>(
+        self: &Arc<Self>,
+        what: &'static str,
+        work: impl FnOnce(&mut Box<dyn Guest>) -> Result<T, ServiceError>,
+    ) -> Result<T, ServiceError> {
         let mut guest = {
             let mut inner = self.lock();
             let guest = Self::take_out(&mut inner, what)?;
@@ -231,8 +241,12 @@ impl Service {
         inner.busy = None;
         self.put_back(&mut inner, guest);
         drop(inner);
-        result.map_err(ServiceError::failed)?;
-        Ok(self.info())
+        result
+    }
+
+    /// How the balloon stands, after asking the guest to be content with so many bytes of RAM, if they are given.
+    pub fn balloon(self: &Arc<Self>, size: Option<u64>) -> Result<BalloonInfo, ServiceError> {
+        self.on_guest("asking for the balloon of", |guest| guest.balloon(size))
     }
 
     /// Sends the VM away. Answers as soon as the journey has begun; [`job`](Self::job) tells the rest.

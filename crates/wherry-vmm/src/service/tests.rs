@@ -58,6 +58,14 @@ impl Guest for Fake {
     fn is_paused(&self) -> bool {
         self.paused
     }
+    fn balloon(&mut self, size: Option<u64>) -> Result<BalloonInfo, ServiceError> {
+        const MEMORY: u64 = 1 << 30;
+        let size = size.unwrap_or(MEMORY);
+        if size > MEMORY {
+            return Err(ServiceError { code: ErrorCode::BadRequest, message: format!("{size} bytes are too many") });
+        }
+        Ok(BalloonInfo { memory: MEMORY, size, actual: MEMORY, ..BalloonInfo::default() })
+    }
     fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>) {
         *self.notify.lock().unwrap() = Some(notify);
     }

@@ -12,6 +12,7 @@ use wherry_guest::report;
 use wherry_memory::{DirtySource, GuestMemory};
 use wherry_state::StateUnit;
 use wherry_virtio::PciParts;
+use wherry_virtio::balloon::Balloon;
 
 use super::router::KvmRouter;
 use super::virtio::{Backing, Shown, VirtioDevices};
@@ -125,6 +126,11 @@ impl Devices {
     /// What devices in other processes write.
     pub(super) fn logs(&self) -> &[Arc<dyn DirtySource>] {
         self.virtio.logs()
+    }
+
+    /// The balloon, if there is one.
+    pub(crate) fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.virtio.balloon()
     }
 
     /// Writes the tables that tell the guest of its hardware; where they begin.

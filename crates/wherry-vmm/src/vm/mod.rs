@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VmFd;
 use prost::Message;
 use wherry_fault::FaultService;
-use wherry_memory::{BlockId, DirtySource, GRANULE, PageSize, Ram, VmmWrites};
+use wherry_memory::{BlockId, DirtySource, FreePages, GRANULE, PageSize, Ram, VmmWrites};
 use wherry_migration::machine::{Machine, MachineDescription, MachineError, VcpuThread};
 use wherry_state::{StateUnit, Units};
 
@@ -357,6 +357,10 @@ impl Machine for Vm {
 
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.dirty_sources
+    }
+
+    fn free_pages(&self) -> Option<Arc<dyn FreePages>> {
+        self.devices.balloon().map(|balloon| balloon.free_pages())
     }
 
     fn faults(&self) -> Result<&Arc<FaultService>, String> {

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
 use wherry_interrupt::Input;
-use wherry_memory::{DirtySource, Ram};
+use wherry_memory::{DirtySource, PageSize, Ram};
 use wherry_state::StateUnit;
+use wherry_virtio::balloon::Balloon;
 use wherry_virtio::blk::{Blk, Image, ImageError};
 use wherry_virtio::console::{Console, Outside, OutsideError};
 use wherry_virtio::net::{Net, Tap, TapError};
@@ -25,6 +26,7 @@ const DISK: &str = "disk";
 const NET: &str = "net";
 const CONSOLE: &str = "console";
 const RNG: &str = "rng";
+const BALLOON: &str = "balloon";
 const VHOST_USER: &str = "vhost-user";
 
 /// What a device needs on this host cannot be had.
@@ -102,7 +104,8 @@ impl Backing {
             ..Default::default()
         });
         let rng = config.rng.then(|| DeviceDescription { kind: RNG.into(), ..Default::default() });
-        disks.chain(nets).chain(console).chain(backends).chain(rng).collect()
+        let balloon = config.balloon.then(|| DeviceDescription { kind: BALLOON.into(), ..Default::default() });
+        disks.chain(nets).chain(console).chain(backends).chain(rng).chain(balloon).collect()
     }
 
     /// What a described machine needs and this is not.
@@ -185,11 +188,21 @@ impl Backing {
                 backend.spec().socket.display()
             ));
         }
-        let known = [DISK, NET, CONSOLE, RNG, VHOST_USER];
+        let known = [DISK, NET, CONSOLE, RNG, BALLOON, VHOST_USER];
         for device in described.iter().filter(|device| !known.contains(&device.kind.as_str())) {
             reasons.push(format!("a device {:?}", device.kind.chars().take(40).collect::<String>()));
         }
         reasons
+    }
+
+    /// Why no memory of such a machine can be given back to the host, if so.
+    fn pinned(&self, ram: &Ram) -> Option<String> {
+        if let Some(backend) = self.backends.first() {
+            let socket = backend.spec().socket.display();
+            return Some(format!("the process behind {socket} maps it, and may have pinned what it maps"));
+        }
+        let huge = ram.blocks().iter().any(|block| block.spec().page_size != PageSize::Base);
+        huge.then(|| "it consists of huge pages, and a balloon takes pages of 4 KiB".into())
     }
 
     /// Why memory cannot follow a machine with these devices, if so.
@@ -250,6 +263,7 @@ fn lacking_backend(n: usize, backend: &Backend, described: &DeviceDescription) -
 #[derive(Default)]
 pub(super) struct VirtioDevices {
     functions: Vec<Arc<VirtioPci>>,
+    balloon: Option<Arc<Balloon>>,
     logs: Vec<Arc<dyn DirtySource>>,
 }
 
@@ -275,6 +289,7 @@ impl VirtioDevices {
         let (mut images, mut backends) = (backing.disks.iter(), backing.backends.iter());
         let (mut taps, mut consoles) = (backing.taps.iter(), backing.console.iter());
         let (mut disks, mut nets, mut rngs) = (0, 0, 0);
+        let mut balloon = None;
         let (mut logs, mut others) = (Vec::<Arc<dyn DirtySource>>::new(), BTreeMap::<&str, u32>::new());
         for described in described {
             let (device, instance): (Arc<dyn Device>, u32) = match described.kind.as_str() {
@@ -298,6 +313,11 @@ impl VirtioDevices {
                     rngs += 1;
                     (Arc::new(Rng::new(rngs - 1).map_err(failed)?), rngs - 1)
                 }
+                BALLOON if balloon.is_none() => {
+                    let (ram, faults) = (shown.ram.clone(), shown.faults.clone());
+                    let made = Balloon::new(ram, faults, backing.pinned(shown.ram), 0).map_err(failed)?;
+                    (balloon.insert(Arc::new(made)).clone(), 0)
+                }
                 VHOST_USER => {
                     let backend = backends.next().ok_or_else(|| VmError::Lacks(vec!["a vhost-user device".into()]))?;
                     let number = others.entry(vhost::unit_name(backend.spec().id)).or_default();
@@ -318,7 +338,12 @@ impl VirtioDevices {
             pci.add(address, function.clone()).map_err(|e| VmError::Device(e.into()))?;
             functions.push(function);
         }
-        Ok(Self { functions, logs })
+        Ok(Self { functions, balloon, logs })
+    }
+
+    /// The balloon, if there is one.
+    pub(super) fn balloon(&self) -> Option<&Arc<Balloon>> {
+        self.balloon.as_ref()
     }
 
     /// What devices in other processes write.
