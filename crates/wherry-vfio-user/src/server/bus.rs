@@ -1,0 +1,200 @@
+//! What a device reaches of its client, from any thread: memory and interrupts.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use super::device::Irq;
+use super::dma::{Log, Maps, Piece};
+use super::irqs::Irqs;
+use crate::error::VfioUserError;
+use crate::link::Link;
+use crate::message::Command;
+use crate::payload::DmaAccess;
+
+/// A device could not reach the client's memory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DmaError {
+    /// There is no map, or it does not allow that, or its file is not what it was.
+    #[error("memory of the client at {address:#x}: {source}")]
+    Memory {
+        /// Where.
+        address: u64,
+        /// `EFAULT`: no map; `EACCES`: not allowed.
+        source: Errno,
+    },
+    /// The client did not do it.
+    #[error("memory of the client at {address:#x}: {source}")]
+    Client {
+        /// Where.
+        address: u64,
+        /// Why.
+        source: VfioUserError,
+    },
+}
+
+/// Where messages to the client go.
+#[derive(Clone)]
+pub(super) struct Way {
+    pub(super) link: Arc<Link>,
+    pub(super) transfer: usize,
+    pub(super) limit: Duration,
+}
+
+#[derive(Default)]
+struct Shared {
+    /// Read while memory is accessed: who unmaps waits until that is over. Taken before the other locks.
+    maps: RwLock<Maps>,
+    log: Mutex<Option<Log>>,
+    irqs: Mutex<Irqs>,
+    way: Mutex<Option<Way>>,
+}
+
+/// The client's memory and interrupts. Without a client there is no memory, and interrupts wait for the next.
+#[derive(Clone, Default)]
+pub struct Bus(Arc<Shared>);
+
+impl Bus {
+    pub(super) fn new(irqs: &[Irq]) -> Self {
+        Self(Arc::new(Shared { irqs: Mutex::new(Irqs::new(irqs)), ..Shared::default() }))
+    }
+
+    /// Reads memory of the client.
+    pub fn read(&self, mut address: u64, mut data: &mut [u8]) -> Result<(), DmaError> {
+        let maps = self.0.maps.read().unwrap_or_else(PoisonError::into_inner);
+        while !data.is_empty() {
+            let memory = |source| DmaError::Memory { address, source };
+            let run = maps.run(address, data.len(), false).map_err(memory)?;
+            let (piece, rest) = std::mem::take(&mut data).split_at_mut(run);
+            if let Piece::ByMessage = maps.read(address, piece).map_err(memory)? {
+                self.by_message(address, run, |way, at, range| {
+                    let access = DmaAccess { address: at, count: range.len() as u64 };
+                    let reply = way.link.ask(Command::DmaRead, &access.encode(&[]), &[], way.limit)?;
+                    match DmaAccess::decode(&reply.payload) {
+                        Ok((said, bytes)) if said == access && bytes.len() == range.len() => {
+                            piece[range].copy_from_slice(bytes);
+                            Ok(())
+                        }
+                        _ => Err(way.link.wrong("DmaRead", format!("a reply of {} bytes", reply.payload.len()))),
+                    }
+                })?;
+            }
+            data = rest;
+            address = address.wrapping_add(run as u64);
+        }
+        Ok(())
+    }
+
+    /// Writes memory of the client, and logs it.
+    pub fn write(&self, mut address: u64, mut data: &[u8]) -> Result<(), DmaError> {
+        let maps = self.0.maps.read().unwrap_or_else(PoisonError::into_inner);
+        while !data.is_empty() {
+            let memory = |source| DmaError::Memory { address, source };
+            let run = maps.run(address, data.len(), true).map_err(memory)?;
+            let (piece, rest) = data.split_at(run);
+            let done = match maps.write(address, piece) {
+                Ok(Piece::Done) => Ok(()),
+                Ok(Piece::ByMessage) => self.by_message(address, run, |way, at, range| {
+                    let access = DmaAccess { address: at, count: range.len() as u64 };
+                    let payload = access.encode(&piece[range]);
+                    let reply = way.link.ask(Command::DmaWrite, &payload, &[], way.limit)?;
+                    // By the specification's table the reply has 12 bytes, by its peers 16. Either will do.
+                    match reply.payload.len() {
+                        12 | 16 => Ok(()),
+                        other => Err(way.link.wrong("DmaWrite", format!("a reply of {other} bytes"))),
+                    }
+                }),
+                Err(source) => Err(memory(source)),
+            };
+            // After the write: whoever takes the log before it finds the mark the next time. A write that failed may
+            // have been done in part.
+            self.mark(address, run as u64);
+            done?;
+            data = rest;
+            address = address.wrapping_add(run as u64);
+        }
+        Ok(())
+    }
+
+    fn by_message(
+        &self,
+        address: u64,
+        count: usize,
+        mut one: impl FnMut(&Way, u64, std::ops::Range<usize>) -> Result<(), VfioUserError>,
+    ) -> Result<(), DmaError> {
+        let way = self.0.way.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let way = way.ok_or(DmaError::Memory { address, source: Errno::FAULT })?;
+        for start in (0..count).step_by(way.transfer) {
+            let at = address + start as u64;
+            one(&way, at, start..count.min(start + way.transfer))
+                .map_err(|source| DmaError::Client { address: at, source })?;
+        }
+        Ok(())
+    }
+
+    /// Notes in the log that memory was written, by ways that the bus does not see.
+    pub fn mark(&self, address: u64, count: u64) {
+        if let Some(log) = &mut *self.log() {
+            log.mark(address, count);
+        }
+    }
+
+    /// An interrupt (edge).
+    pub fn trigger(&self, index: u32, vector: u32) {
+        self.irqs().trigger(index, vector);
+    }
+
+    /// A pin goes up or down (level, vector 0): while it is up, each unmasking gives one more interrupt.
+    pub fn set_level(&self, index: u32, up: bool) {
+        self.irqs().set_level(index, up);
+    }
+
+    /// Whether the client has enabled some vector of that index.
+    pub fn enabled(&self, index: u32) -> bool {
+        self.irqs().enabled(index)
+    }
+
+    /// Interrupts that wait since they are masked, or the client is lost: index and vector. They belong to a device's state.
+    pub fn pending(&self) -> Vec<(u32, u32)> {
+        self.irqs().pending()
+    }
+
+    /// Restores one of those.
+    pub fn set_pending(&self, index: u32, vector: u32) {
+        self.irqs().set_pending(index, vector);
+    }
+
+    /// How many maps the client has.
+    pub fn maps(&self) -> usize {
+        self.0.maps.read().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    pub(super) fn change_maps<T>(&self, change: impl FnOnce(&mut Maps) -> T) -> T {
+        change(&mut self.0.maps.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn log(&self) -> MutexGuard<'_, Option<Log>> {
+        self.0.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn irqs(&self) -> MutexGuard<'_, Irqs> {
+        self.0.irqs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn connect(&self, way: Option<Way>) {
+        *self.0.way.lock().unwrap_or_else(PoisonError::into_inner) = way;
+    }
+
+    /// The client is lost: its memory and its descriptors are given back.
+    pub(super) fn lose_client(&self) {
+        if let Some(way) = self.0.way.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            // Who waits for an answer to a message holds the maps.
+            way.link.close();
+        }
+        self.change_maps(Maps::clear);
+        *self.log() = None;
+        self.irqs().orphan();
+    }
+}

@@ -1,0 +1,220 @@
+//! The side of the device: one client after the other, one message after the other.
+//!
+//! - [`device`]: what a device is to its server. [`config`] and [`image`] help to write one: configuration space, and a state
+//!   that is checked when it is loaded.
+//! - [`Bus`]: the client's memory and interrupts, for the device and its threads.
+//! - `session`: what is done with each message of a client.
+//! - `dma`, `irqs`: maps, logs and vectors.
+//!
+//! When a client is lost (it closes the socket, breaks the protocol, or does not finish a message in time) its maps and descriptors are
+//! given back, the device is left as it is, and the next client is taken.
+
+pub mod bus;
+pub mod config;
+pub mod device;
+mod dma;
+pub mod image;
+mod irqs;
+mod session;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::io::Errno;
+
+pub use bus::{Bus, DmaError};
+pub use device::{Description, Device, Irq, Migration, Region, Shared};
+pub use image::Image;
+
+use crate::capabilities::{Capabilities, Extensions, TwinSocket};
+use crate::error::VfioUserError;
+use crate::link::Link;
+use crate::message::{DEFAULT_TRANSFER, MOST_DESCRIPTORS};
+use crate::states::State;
+
+/// How long the parts of a message, the first message of a client and its replies may take.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Ends a server, from any thread.
+#[derive(Clone)]
+pub struct Stop(Arc<Stopping>);
+
+struct Stopping {
+    stopped: AtomicBool,
+    event: OwnedFd,
+    /// The client that is served now.
+    current: Mutex<Option<Arc<Link>>>,
+}
+
+impl Stop {
+    fn new() -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Self(Arc::new(Stopping { stopped: AtomicBool::new(false), event, current: Mutex::new(None) })))
+    }
+
+    /// The client that is served is closed, and no other one is taken.
+    pub fn stop(&self) {
+        let current = self.0.current.lock().unwrap_or_else(PoisonError::into_inner);
+        self.0.stopped.store(true, Ordering::SeqCst);
+        let _ = rustix::io::write(&self.0.event, &1_u64.to_ne_bytes());
+        if let Some(link) = &*current {
+            link.close();
+        }
+    }
+
+    /// Whether it was called.
+    pub fn is_stopped(&self) -> bool {
+        self.0.stopped.load(Ordering::SeqCst)
+    }
+
+    /// Notes the client that is served; not if the server has been stopped.
+    fn serve(&self, link: Option<Arc<Link>>) -> bool {
+        let mut current = self.0.current.lock().unwrap_or_else(PoisonError::into_inner);
+        *current = link;
+        !self.is_stopped()
+    }
+}
+
+/// A device and what of it outlives a client.
+pub struct Host {
+    description: Description,
+    bus: Bus,
+    state: State,
+    limit: Duration,
+    capabilities: Capabilities,
+    stop: Stop,
+}
+
+impl Host {
+    /// For one device. No descriptor is needed but that of a stop.
+    pub fn new(device: &dyn Device) -> io::Result<Self> {
+        let description = device.description();
+        let capabilities = Capabilities {
+            max_msg_fds: Some(MOST_DESCRIPTORS as u64),
+            max_data_xfer_size: Some(DEFAULT_TRANSFER as u64),
+            max_dma_maps: Some(65535),
+            pgsizes: Some(dma::PAGE),
+            twin_socket: Some(TwinSocket { supported: true, fd_index: None }),
+            write_multiple: Some(true),
+            wherry: Some(Extensions { p2p: description.p2p, estimates: true }),
+        };
+        let (bus, stop) = (Bus::new(&description.irqs), Stop::new()?);
+        Ok(Self { description, bus, state: State::Running, limit: LIMIT, capabilities, stop })
+    }
+
+    /// How long the parts of a message, the first message of a client and its replies may take; 5 s if nothing is said.
+    pub fn set_limit(&mut self, limit: Duration) {
+        self.limit = limit;
+    }
+
+    /// Whether clients that can have a twin socket get one; they do if nothing is said.
+    pub fn set_twin_socket(&mut self, offered: bool) {
+        self.capabilities.twin_socket = offered.then_some(TwinSocket { supported: true, fd_index: None });
+    }
+
+    /// Memory and interrupts of its clients.
+    pub fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// What ends it.
+    pub fn stop(&self) -> Stop {
+        self.stop.clone()
+    }
+
+    /// State of its migration.
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Serves one client until it is lost; why it was is the error (`Closed` for one that left).
+    pub fn serve(&mut self, stream: UnixStream, device: &mut dyn Device) -> Result<(), VfioUserError> {
+        let failed = |what: &str, error: &io::Error| VfioUserError::Socket {
+            peer: "a client".into(),
+            what: what.into(),
+            source: error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error),
+        };
+        let link = Link::new(stream, "a client", self.limit, false).map_err(|e| failed("setting up its socket", &e))?;
+        let link = Arc::new(link);
+        if !self.stop.serve(Some(link.clone())) {
+            return Ok(());
+        }
+        let result = session::run(self, link.clone(), device);
+        self.bus.lose_client();
+        if result.is_err() && !self.stop.is_stopped() {
+            link.close_politely(self.limit.min(Duration::from_millis(200)));
+        }
+        link.close();
+        self.stop.serve(None);
+        result
+    }
+}
+
+/// A socket at which clients find a device.
+pub struct Server {
+    listener: UnixListener,
+    /// Removed with the server.
+    path: Option<PathBuf>,
+}
+
+impl Server {
+    /// At a path. A socket that was left there by a process that is gone is replaced.
+    pub fn bind(path: &Path) -> io::Result<Self> {
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                match UnixStream::connect(path) {
+                    Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {}
+                    _ => return Err(error),
+                }
+                std::fs::remove_file(path)?;
+                UnixListener::bind(path)?
+            }
+            other => other?,
+        };
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, path: Some(path.into()) })
+    }
+
+    /// At a socket that listens already.
+    pub fn on(listener: UnixListener) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        Ok(Self { listener, path: None })
+    }
+
+    /// Serves clients, one after the other, until it is stopped.
+    pub fn serve(&self, host: &mut Host, device: &mut dyn Device) -> io::Result<()> {
+        let stop = host.stop();
+        while !stop.is_stopped() {
+            let mut events = [PollFd::new(&self.listener, PollFlags::IN), PollFd::new(&stop.0.event, PollFlags::IN)];
+            match poll(&mut events, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => continue,
+                Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => continue,
+                Err(error) => return Err(error),
+            };
+            match host.serve(stream, device) {
+                Ok(()) | Err(VfioUserError::Closed { .. }) => tracing::debug!("the client has left"),
+                Err(error) => tracing::warn!("the client is given up: {error}"),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
