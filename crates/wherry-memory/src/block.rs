@@ -11,11 +11,10 @@ use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress};
 
-use crate::{GRANULE, GuestRegion, MemoryError};
+use crate::{GRANULE, GuestRegion, MemoryError, Written};
 
 /// Number of a block, unique in its machine, the same on source and destination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -126,8 +125,7 @@ impl Block {
         }
         let file = Arc::new(file);
         let size = spec.size as usize;
-        let granule = const { std::num::NonZeroUsize::new(GRANULE as usize).expect("4096 is not zero") };
-        let mapping = MmapRegionBuilder::new_with_bitmap(size, AtomicBitmap::new(size, granule))
+        let mapping = MmapRegionBuilder::new_with_bitmap(size, Written::here(size))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::from_arc(file.clone(), 0))
@@ -219,8 +217,8 @@ impl Block {
         }
     }
 
-    /// What the VMM wrote through the guest map by way of `vm-memory`, one bit a granule.
-    pub(crate) fn written(&self) -> &AtomicBitmap {
+    /// What the VMM wrote through the guest map by way of `vm-memory`.
+    pub(crate) fn written(&self) -> &Written {
         (**self.region).bitmap()
     }
 

@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{Block, BlockId, PageSet, Ram};
+use crate::{Block, BlockId, PageSet, Ram, Written};
 
 /// A dirty source could not tell what was written; the caller must take everything in the block as dirty or give up.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +71,9 @@ impl DirtySource for VmmWrites {
     fn start(&self) -> Result<(), DirtyError> {
         // The bitmap is always on; what it holds from before is harmless, but sending it again would be work.
         for block in self.ram.blocks() {
-            block.written().reset();
+            if let Written::Here(bitmap) = block.written() {
+                bitmap.reset();
+            }
         }
         Ok(())
     }
@@ -81,7 +83,9 @@ impl DirtySource for VmmWrites {
     }
 
     fn collect(&self, block: &Block, into: &mut PageSet) -> Result<(), DirtyError> {
-        into.union_words(&block.written().get_and_reset());
+        if let Written::Here(bitmap) = block.written() {
+            into.union_words(&bitmap.get_and_reset());
+        }
         Ok(())
     }
 

@@ -2,16 +2,16 @@
 
 use std::sync::Arc;
 
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{GuestMemoryMmap, GuestRegionMmap};
 
-use crate::{Block, BlockId, BlockSpec, MemoryError};
+use crate::{Block, BlockId, BlockSpec, MemoryError, Written};
 
-/// The `vm-memory` view of the guest maps. Every write through it is remembered for [`VmmWrites`](crate::VmmWrites).
-pub type GuestMemory = GuestMemoryMmap<AtomicBitmap>;
+/// The `vm-memory` view of guest maps. Every write through it is noted: for [`VmmWrites`](crate::VmmWrites), or where a
+/// device process is told to.
+pub type GuestMemory = GuestMemoryMmap<Written>;
 
 /// One region of [`GuestMemory`]; it carries the block's descriptor as its file offset.
-pub type GuestRegion = GuestRegionMmap<AtomicBitmap>;
+pub type GuestRegion = GuestRegionMmap<Written>;
 
 /// The RAM blocks of a machine in ascending order of guest address.
 #[derive(Debug)]

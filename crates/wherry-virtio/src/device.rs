@@ -3,15 +3,16 @@
 //! A device may serve its rings on a thread of this process, or have another process do it: it is told where the rings
 //! lie, which eventfds ring and are rung, and which features were agreed on.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Instant;
 
 use vmm_sys_util::eventfd::EventFd;
+use wherry_interrupt::{Intx, Vector};
 use wherry_memory::GuestMemory;
 use wherry_state::{Section, UnitError};
 
 use crate::saved::SavedTransport;
-use crate::transport::Interrupts;
 
 /// What a device is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,85 @@ pub struct RingGiven {
     pub setup: RingSetup,
     /// Readable when the driver has made something available.
     pub kick: Arc<EventFd>,
+    /// Another process served it before: how far it has used the ring stands in the ring.
+    pub resumes: bool,
+    /// Where requests that are under way are noted, if they are. Those that whoever served the ring before has left come
+    /// first then.
+    pub in_flight: Option<Arc<dyn InFlight>>,
+}
+
+/// Notes which requests of a ring are under way, where it outlives this process.
+pub trait InFlight: Send + Sync {
+    /// The heads that were taken and not given back, in the order in which they were taken, where the used ring is at `used`.
+    fn left(&self, used: u16) -> Vec<u16>;
+
+    /// A request was taken.
+    fn taken(&self, head: u16);
+
+    /// A request is about to be given back; it may still be lost on the way.
+    fn giving(&self, head: u16);
+
+    /// The used ring shows that these were given back; its index is `used` now.
+    fn given(&self, heads: &[u16], used: u16);
+}
+
+/// How a driver is reached. The transport does it for a guest of this process.
+pub trait Driver: Send + Sync {
+    /// Something in this ring was used.
+    fn ring(&self, index: u16);
+
+    /// The configuration has changed.
+    fn configuration(&self);
+
+    /// The device does nothing more until it is reset (section 2.1.2): `what` has happened, and `why`.
+    fn needs_reset(&self, what: &str, why: &dyn Display);
+
+    /// The vector of a ring, for a device in another process: it signals one of its eventfds.
+    fn ring_vector(&self, index: u16) -> Option<Arc<Vector>>;
+
+    /// The pin, for whoever waits for the ends of its interrupts: a thread of the device. None if there is no pin.
+    fn pin(&self) -> Option<&Intx>;
+}
+
+/// How a device tells its driver. Cloning gives another handle.
+#[derive(Clone)]
+pub struct Interrupts(Arc<dyn Driver>);
+
+impl Interrupts {
+    /// For this driver.
+    pub fn new(driver: Arc<dyn Driver>) -> Self {
+        Self(driver)
+    }
+
+    /// See [`Driver::ring`].
+    pub fn ring(&self, index: u16) {
+        self.0.ring(index);
+    }
+
+    /// See [`Driver::configuration`].
+    pub fn configuration(&self) {
+        self.0.configuration();
+    }
+
+    /// The driver has broken a rule: the device does nothing more until it is reset.
+    pub fn broken(&self, why: &dyn Display) {
+        self.0.needs_reset("its driver has broken a rule; the device needs a reset", why);
+    }
+
+    /// The device cannot go on, through no fault of its driver's: it does nothing more until it is reset.
+    pub fn failed(&self, why: &dyn Display) {
+        self.0.needs_reset("the device cannot go on; it needs a reset", why);
+    }
+
+    /// See [`Driver::ring_vector`].
+    pub fn ring_vector(&self, index: u16) -> Option<Arc<Vector>> {
+        self.0.ring_vector(index)
+    }
+
+    /// See [`Driver::pin`].
+    pub fn pin(&self) -> Option<&Intx> {
+        self.0.pin()
+    }
 }
 
 /// Everything a device needs to serve its rings.

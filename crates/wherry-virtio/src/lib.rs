@@ -1,7 +1,8 @@
 //! Virtio 1.3 over PCI: the transport, and devices whose rings this process serves.
 //!
 //! - [`VirtioPci`] is the transport: a PCI function, the registers in its BAR, and the state unit of its device.
-//! - [`Device`] is what a device implements. Its rings may as well be served by another process.
+//! - [`Device`] is what a device implements. Its rings may as well be served by another process. Such a process can be made
+//!   of a device of this crate: then its [`Driver`] is told over vhost-user, and [`InFlight`] outlives the process.
 //! - [`chain`] and [`ring`] are for those who serve rings here; [`worker`] is the thread they do it on.
 //! - [`blk`], [`net`], [`console`], [`balloon`] and [`rng`] are devices; [`vhost`] are those that another process serves.
 //!
@@ -31,5 +32,5 @@ mod transport;
 pub mod vhost;
 pub mod worker;
 
-pub use device::{Activation, Device, Kind, Position, RingGiven, RingSetup};
-pub use transport::{Interrupts, PciParts, TransportError, VirtioPci};
+pub use device::{Activation, Device, Driver, InFlight, Interrupts, Kind, Position, RingGiven, RingSetup};
+pub use transport::{PciParts, TransportError, VirtioPci};

@@ -1,6 +1,7 @@
 //! A ring that is being served in this process.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
@@ -9,8 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use wherry_memory::GuestMemory;
 
 use crate::chain::{Broken, Chain};
-use crate::device::{Activation, Position, RingGiven};
-use crate::transport::Interrupts;
+use crate::device::{Activation, InFlight, Interrupts, Position, RingGiven};
 
 /// Features of rings that every device here offers.
 pub const RING_FEATURES: u64 = 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -23,6 +23,12 @@ pub struct Ring {
     interrupts: Interrupts,
     kick: Arc<EventFd>,
     indirect: bool,
+    /// Heads that come first, and how many of them have come.
+    again: Vec<u16>,
+    next_again: usize,
+    /// How many requests were taken of the ring itself, and not taken back.
+    popped: u64,
+    in_flight: Option<Arc<dyn InFlight>>,
     /// Something was used since the driver was last told.
     used: bool,
     /// The driver is told whatever it asked for.
@@ -37,7 +43,18 @@ impl Ring {
     }
 
     fn new(given: RingGiven, memory: &GuestMemory, features: u64, interrupts: &Interrupts) -> Result<Self, Broken> {
-        let RingGiven { index, setup, kick } = given;
+        let RingGiven { index, mut setup, kick, resumes, in_flight } = given;
+        let mut again = Vec::new();
+        if resumes {
+            let at = setup.used.checked_add(2).ok_or(Broken::RingOutside)?;
+            let used = memory.load::<u16>(GuestAddress(at), Ordering::Acquire).map_err(|_| Broken::RingOutside)?;
+            setup.position.used = u16::from_le(used);
+            if let Some(in_flight) = &in_flight {
+                again = in_flight.left(setup.position.used);
+                // What is left was taken of the ring, right behind what was given back.
+                setup.position.available = setup.position.used.wrapping_add(again.len() as u16);
+            }
+        }
         let state = QueueState {
             max_size: setup.size,
             next_avail: setup.position.available,
@@ -61,6 +78,10 @@ impl Ring {
             interrupts: interrupts.clone(),
             kick,
             indirect,
+            again,
+            next_again: 0,
+            popped: 0,
+            in_flight,
             used: false,
             tells: false,
         })
@@ -88,9 +109,24 @@ impl Ring {
 
     /// The next request, if there is one.
     pub fn pop(&mut self) -> Result<Option<Chain>, Broken> {
-        let mut available = self.queue.iter(&self.memory).map_err(|_| Broken::AvailableIndex)?;
-        let head = available.next().map(|chain| chain.head_index());
-        head.map(|head| self.chain(head)).transpose()
+        let head = match self.again.get(self.next_again) {
+            Some(head) => {
+                self.next_again += 1;
+                Some(*head)
+            }
+            None => {
+                let mut available = self.queue.iter(&self.memory).map_err(|_| Broken::AvailableIndex)?;
+                let head = available.next().map(|chain| chain.head_index());
+                self.popped += u64::from(head.is_some());
+                head
+            }
+        };
+        let Some(head) = head else { return Ok(None) };
+        let chain = self.chain(head)?;
+        if let Some(in_flight) = &self.in_flight {
+            in_flight.taken(head);
+        }
+        Ok(Some(chain))
     }
 
     /// The request that begins at a head: one that was taken before.
@@ -100,19 +136,45 @@ impl Ring {
 
     /// Takes the last request back: it will be popped again.
     pub fn unpop(&mut self) {
-        self.queue.go_to_previous_position();
+        // Those that came first were popped before all others.
+        if self.popped > 0 {
+            self.popped -= 1;
+            self.queue.go_to_previous_position();
+        } else {
+            self.next_again = self.next_again.saturating_sub(1);
+        }
     }
 
     /// Gives a request back to the driver, with the number of bytes that were written for it.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        self.giving(head);
+        self.publish(head, written)?;
+        self.given(&[head]);
+        Ok(())
+    }
+
+    fn publish(&mut self, head: u16, written: u32) -> Result<(), Broken> {
         self.queue.add_used(&self.memory, head, written).map_err(|_| Broken::RingOutside)?;
         self.used = true;
         Ok(())
     }
 
+    fn giving(&self, head: u16) {
+        if let Some(in_flight) = &self.in_flight {
+            in_flight.giving(head);
+        }
+    }
+
+    fn given(&self, heads: &[u16]) {
+        if let Some(in_flight) = &self.in_flight {
+            in_flight.given(heads, self.queue.next_used());
+        }
+    }
+
     /// Gives several back so that the driver sees all of them or none: buffers of one packet.
     pub fn push_all(&mut self, used: &[(u16, u32)]) -> Result<(), Broken> {
         let Some((&(head, written), others)) = used.split_last() else { return Ok(()) };
+        used.iter().for_each(|(head, _)| self.giving(*head));
         for (head, written) in others {
             let next = self.queue.next_used();
             let at = 4 + 8 * u64::from(next % self.queue.size());
@@ -124,7 +186,9 @@ impl Ring {
             self.tells = true;
         }
         // Publishes the index, and all entries with it.
-        self.push(head, written)
+        self.publish(head, written)?;
+        self.given(&used.iter().map(|(head, _)| *head).collect::<Vec<_>>());
+        Ok(())
     }
 
     /// Tells the driver of what was given back, if it wants to know.
@@ -140,7 +204,8 @@ impl Ring {
 
     /// Asks to be rung. True if there is something available already.
     pub fn listen(&mut self) -> Result<bool, Broken> {
-        self.queue.enable_notification(&self.memory).map_err(|_| Broken::RingOutside)
+        let more = self.queue.enable_notification(&self.memory).map_err(|_| Broken::RingOutside)?;
+        Ok(more || self.next_again < self.again.len())
     }
 
     /// Asks not to be rung: it is being looked at.

@@ -18,9 +18,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_state::UnitError;
 
 use crate::chain::Broken;
-use crate::device::{Activation, Position};
+use crate::device::{Activation, Interrupts, Position};
 use crate::ring::Ring;
-use crate::transport::Interrupts;
 
 /// What a device does with requests.
 pub trait Handler: Send + 'static {
@@ -378,7 +377,7 @@ impl<H: Handler> Thread<H> {
         if !self.broken || self.handler.in_flight() > 0 {
             list.extend(self.handler.event().map(readable));
         }
-        let pin = self.interrupts.as_ref().map(|interrupts| interrupts.pin());
+        let pin = self.interrupts.as_ref().and_then(|interrupts| interrupts.pin());
         let pin_at = pin.map(|pin| {
             list.push(readable(pin.resample_fd()));
             list.len() - 1

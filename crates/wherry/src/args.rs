@@ -58,8 +58,52 @@ pub enum Command {
     Demo(Demo),
     /// Measure moves, beside raw loopback TCP and, where it is installed, beside QEMU
     Bench(Bench),
+    /// Serve one device for the VM of another process, over vhost-user
+    Device(Device),
     /// Use the accelerator of this program: list its engines, run a job file on them
     Accel(Accel),
+}
+
+/// Options of `device`.
+#[derive(Debug, Args)]
+pub struct Device {
+    /// Which device.
+    #[command(subcommand)]
+    pub command: DeviceCommand,
+}
+
+/// A device that can be served by a process of its own.
+#[derive(Debug, Subcommand)]
+pub enum DeviceCommand {
+    /// A disk, for `--device vhost-user-blk=SOCKET` or any other vhost-user front end
+    Blk(DeviceBlk),
+    /// A network device, for `--device vhost-user=SOCKET,id=1,queues=2` or any other vhost-user front end
+    Net(DeviceNet),
+}
+
+/// Options of `device blk`.
+#[derive(Debug, Args)]
+pub struct DeviceBlk {
+    /// UNIX socket to listen on
+    #[arg(long, value_name = "SOCKET")]
+    pub socket: PathBuf,
+    /// Disk image, a file or block device; with `,ro` it is only read. It is locked while a guest uses it
+    #[arg(long, value_name = "FILE[,ro]", value_parser = disk)]
+    pub image: wherry_vmm::config::DiskConfig,
+}
+
+/// Options of `device net`.
+#[derive(Debug, Args)]
+pub struct DeviceNet {
+    /// UNIX socket to listen on
+    #[arg(long, value_name = "SOCKET")]
+    pub socket: PathBuf,
+    /// Tap device
+    #[arg(long, value_name = "TAP")]
+    pub tap: String,
+    /// The guest's address, for front ends that ask for it
+    #[arg(long, value_name = "MAC", value_parser = mac)]
+    pub mac: [u8; 6],
 }
 
 /// Options of `accel`.

@@ -5,6 +5,7 @@
 //! - [`control`], [`migrate`]: commands to such a process, over its API by [`client`].
 //! - [`mod@bench`]: figures, beside those of the machine and of a peer.
 //! - [`demo`]: all of it in one command; [`probe`] watches the guest from outside.
+//! - [`mod@device`]: devices that a process of their own serves.
 //! - [`mod@accel`]: the accelerator, which needs no VM.
 //! - [`records`]: what this host remembers of VMs that changed hands.
 //! - [`report`]: figures as people read them.
@@ -18,6 +19,7 @@ mod bench;
 mod client;
 mod control;
 mod demo;
+mod device;
 mod host;
 mod migrate;
 mod probe;
@@ -67,6 +69,7 @@ fn main() -> ExitCode {
         Command::Stop(options) => control::stop(&options),
         Command::Demo(options) => demo::demo(&options),
         Command::Bench(options) => bench::bench(&options),
+        Command::Device(options) => device::device(&options),
         Command::Accel(options) => accel::accel(&options),
     };
     match result {

@@ -1,4 +1,5 @@
-//! VMs whose disk is served by a process that nobody here wrote: `qemu-storage-daemon`, one at each end of a move.
+//! VMs whose disk is served by another process, one at each end of a move: by `qemu-storage-daemon`, which nobody here wrote,
+//! and by `wherry device blk`.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -18,7 +19,14 @@ use wherry_guest::report::Phase;
 
 const IMAGE: u64 = 32 << 20;
 
-/// A `qemu-storage-daemon`; it ends with the value.
+/// Who serves a disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Program {
+    Qemu,
+    Wherry,
+}
+
+/// A process that serves a disk; it ends with the value.
 struct Daemon {
     process: Child,
     socket: PathBuf,
@@ -26,15 +34,26 @@ struct Daemon {
 
 impl Daemon {
     /// Serves an image. Others may have it open, too: only one of them has a guest at any time.
-    fn serve(place: &Place, name: &str, image: &Path) -> Self {
+    fn serve(place: &Place, name: &str, image: &Path, program: Program) -> Self {
         let socket = place.path(name);
-        let node = format!("driver=file,node-name=f,filename={},locking=off", image.display());
-        let export =
-            format!("type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={}", socket.display());
-        let mut command = Command::new("qemu-storage-daemon");
-        command.args(["--blockdev", &node, "--export", &export]).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = command.spawn().unwrap();
-        wait_for("the socket of qemu-storage-daemon", || socket.exists().then_some(()));
+        let mut command = match program {
+            Program::Qemu => {
+                let node = format!("driver=file,node-name=f,filename={},locking=off", image.display());
+                let socket = socket.display();
+                let export =
+                    format!("type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={socket}");
+                let mut command = Command::new("qemu-storage-daemon");
+                command.args(["--blockdev", &node, "--export", &export]).stderr(Stdio::null());
+                command
+            }
+            Program::Wherry => {
+                let mut command = place.command(&["device", "blk", "--socket"]);
+                command.arg(&socket).arg("--image").arg(image).stderr(Stdio::inherit());
+                command
+            }
+        };
+        let process = command.stdout(Stdio::null()).spawn().unwrap();
+        wait_for("the socket of a back end", || socket.exists().then_some(()));
         Self { process, socket }
     }
 
@@ -55,9 +74,9 @@ impl Drop for Daemon {
     }
 }
 
-/// Whether both are there; says what is skipped if not.
-fn able(test: &str) -> bool {
-    let there = Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
+/// Whether it and KVM are there; says what is skipped if not.
+fn able(test: &str, program: Program) -> bool {
+    let there = program == Program::Wherry || Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
     if !there {
         println!("SKIPPED {test}: qemu-storage-daemon is not installed (Debian package qemu-utils)");
     }
@@ -85,17 +104,17 @@ fn moves() -> usize {
 }
 
 /// Moves a guest with a busy disk by all modes in turn, and compares every byte at the end.
-fn moves_with(disk: &str) {
+fn moves_with(program: Program, disk: &str) {
     let place = Place::new();
     let image = image(&place);
-    let mut daemon = Daemon::serve(&place, "d0", &image);
+    let mut daemon = Daemon::serve(&place, "d0", &image, program);
     let mut here = run(&place, &daemon.device(), disk);
     let mut memory = Memory::of(&place, "0");
     memory.wait_for_requests("before the first move");
     let modes = ["precopy", "postcopy", "hybrid", "postcopy", "precopy"].into_iter().cycle();
     for (leg, mode) in modes.take(moves()).enumerate() {
         let (from, to) = (leg.to_string(), (leg + 1).to_string());
-        let next = Daemon::serve(&place, &format!("d{to}"), &image);
+        let next = Daemon::serve(&place, &format!("d{to}"), &image, program);
         let (there, address) = place.receive(&to, &["--device", &next.device()]);
         let output = migrate(&place, &from, &address, mode);
         assert_eq!(output.status.code(), Some(0), "{mode}: {}", stderr(&output));
@@ -109,7 +128,8 @@ fn moves_with(disk: &str) {
         assert_eq!(here.end().code(), Some(0), "{}", here.log());
         (memory, here, daemon) = (Memory::of(&place, &to), there, next);
         let after = memory.wait_for_requests(&format!("after a move by {mode}"));
-        assert!(after.in_flight > 0 && after.flushes > 0, "{after:?}");
+        assert!(after.flushes > 0, "{after:?}");
+        wait_for("requests to be under way", || (memory.disk().in_flight > 0).then_some(()));
     }
     memory.finish();
     assert_eq!(here.end().code(), Some(0), "{}", here.log());
@@ -121,27 +141,27 @@ fn moves_with(disk: &str) {
 
 #[test]
 fn a_disk_of_another_process_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost() {
-    if able("a_disk_of_another_process_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost") {
-        moves_with("disk=32M disk_depth=64 disk_wait=interrupt");
+    if able("a_disk_of_another_process_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost", Program::Qemu) {
+        moves_with(Program::Qemu, "disk=32M disk_depth=64 disk_wait=interrupt");
     }
 }
 
 #[test]
 fn a_disk_of_another_process_whose_driver_polls_moves_by_every_mode_and_not_a_byte_is_lost() {
-    if able("a_disk_of_another_process_whose_driver_polls_moves_by_every_mode_and_not_a_byte_is_lost") {
-        moves_with("disk=32M disk_depth=64 disk_wait=poll");
+    if able("a_disk_of_another_process_whose_driver_polls_moves_by_every_mode_and_not_a_byte_is_lost", Program::Qemu) {
+        moves_with(Program::Qemu, "disk=32M disk_depth=64 disk_wait=poll");
     }
 }
 
 #[test]
 fn a_back_end_that_is_killed_is_named_and_the_vm_lives() {
     let test = "a_back_end_that_is_killed_is_named_and_the_vm_lives";
-    if !able(test) {
+    if !able(test, Program::Qemu) {
         return;
     }
     let place = Place::new();
     let image = image(&place);
-    let mut daemon = Daemon::serve(&place, "d0", &image);
+    let mut daemon = Daemon::serve(&place, "d0", &image, Program::Qemu);
     let here = run(&place, &daemon.device(), "disk=32M disk_depth=64 disk_wait=interrupt");
     let memory = Memory::of(&place, "0");
     memory.wait_for_requests("before its end");
@@ -165,10 +185,10 @@ fn migrate_slowly(place: &Place, to: &str, mode: &str) -> Child {
 }
 
 /// Kills a back end in the middle of a move of a VM with 48 MiB of data: the VM arrives, lives, and all of its data is right.
-fn killed_during(mode: &str, phase: &str, killed: usize) {
+fn killed_during(program: Program, mode: &str, phase: &str, killed: usize) {
     let place = Place::new();
     let image = image(&place);
-    let mut daemons = [Daemon::serve(&place, "d0", &image), Daemon::serve(&place, "d1", &image)];
+    let mut daemons = ["d0", "d1"].map(|name| Daemon::serve(&place, name, &image, program));
     let cmdline = "data=48M rate=1M disk=32M disk_depth=32 disk_wait=interrupt";
     let arguments = ["--memory", "96M", "--cmdline", cmdline, "--device", &daemons[0].device()];
     let here = place.run_guest("0", &arguments, &[]);
@@ -202,32 +222,32 @@ fn killed_during(mode: &str, phase: &str, killed: usize) {
 
 #[test]
 fn a_back_end_that_is_killed_during_precopy_does_not_keep_the_vm_from_moving() {
-    if able("a_back_end_that_is_killed_during_precopy_does_not_keep_the_vm_from_moving") {
-        killed_during("precopy", "precopy", 0);
+    if able("a_back_end_that_is_killed_during_precopy_does_not_keep_the_vm_from_moving", Program::Qemu) {
+        killed_during(Program::Qemu, "precopy", "precopy", 0);
     }
 }
 
 #[test]
 fn a_back_end_that_is_killed_while_memory_follows_does_not_keep_the_rest_from_coming() {
-    if able("a_back_end_that_is_killed_while_memory_follows_does_not_keep_the_rest_from_coming") {
-        killed_during("postcopy", "postcopy", 1);
+    if able("a_back_end_that_is_killed_while_memory_follows_does_not_keep_the_rest_from_coming", Program::Qemu) {
+        killed_during(Program::Qemu, "postcopy", "postcopy", 1);
     }
 }
 
 #[test]
 fn a_destination_without_the_right_back_end_is_refused_by_name_and_the_vm_runs_on() {
     let test = "a_destination_without_the_right_back_end_is_refused_by_name_and_the_vm_runs_on";
-    if !able(test) {
+    if !able(test, Program::Qemu) {
         return;
     }
     let place = Place::new();
     let image = image(&place);
-    let daemon = Daemon::serve(&place, "d0", &image);
+    let daemon = Daemon::serve(&place, "d0", &image, Program::Qemu);
     let _here = run(&place, &daemon.device(), "disk=32M disk_depth=64");
     let memory = Memory::of(&place, "0");
     let small = place.path("small");
     File::create(&small).unwrap().set_len(1 << 20).unwrap();
-    let small = Daemon::serve(&place, "small.sock", &small);
+    let small = Daemon::serve(&place, "small.sock", &small, Program::Qemu);
     let mute = UnixListener::bind(place.path("mute")).unwrap();
     let (nobody, mute_device) =
         ("vhost-user-blk=/nonexistent", format!("vhost-user-blk={}", place.path("mute").display()));
@@ -287,15 +307,15 @@ fn without_page_faults(place: &Place, daemon: &Daemon) -> (String, std::thread::
 #[test]
 fn a_back_end_that_takes_no_part_in_postcopy_is_named() {
     let test = "a_back_end_that_takes_no_part_in_postcopy_is_named";
-    if !able(test) {
+    if !able(test, Program::Qemu) {
         return;
     }
     let place = Place::new();
     let image = image(&place);
-    let daemon = Daemon::serve(&place, "d0", &image);
+    let daemon = Daemon::serve(&place, "d0", &image, Program::Qemu);
     let _here = run(&place, &daemon.device(), "disk=32M disk_depth=64");
     let memory = Memory::of(&place, "0");
-    let other = Daemon::serve(&place, "d1", &image);
+    let other = Daemon::serve(&place, "d1", &image, Program::Qemu);
     let (device, filter) = without_page_faults(&place, &other);
     let (there, address) = place.receive("1", &["--device", &device]);
     let output = migrate(&place, "0", &address, "postcopy");
@@ -310,11 +330,11 @@ fn a_back_end_that_takes_no_part_in_postcopy_is_named() {
 #[test]
 fn a_balloon_beside_a_disk_of_another_process_gives_no_memory_back_and_names_that_process() {
     let test = "a_balloon_beside_a_disk_of_another_process_gives_no_memory_back_and_names_that_process";
-    if !able(test) {
+    if !able(test, Program::Qemu) {
         return;
     }
     let place = Place::new();
-    let daemon = Daemon::serve(&place, "s", &image(&place));
+    let daemon = Daemon::serve(&place, "s", &image(&place), Program::Qemu);
     let arguments = ["--memory", "64M", "--cmdline", "data=16M rate=4M", "--device", &daemon.device(), "--balloon"];
     let _here = place.run_guest("0", &arguments, &[]);
     let output = place.control("0", &["balloon", "--size", "32M"]);
@@ -322,4 +342,20 @@ fn a_balloon_beside_a_disk_of_another_process_gives_no_memory_back_and_names_tha
     let socket = daemon.socket.display().to_string();
     assert!(stderr(&output).contains(&socket) && stderr(&output).contains("pinned"), "{}", stderr(&output));
     assert_alive(&place, "0");
+}
+
+#[test]
+fn a_disk_of_our_own_back_end_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost() {
+    if able("a_disk_of_our_own_back_end_moves_by_every_mode_and_not_a_byte_or_interrupt_is_lost", Program::Wherry) {
+        moves_with(Program::Wherry, "disk=32M disk_depth=64 disk_wait=interrupt");
+        moves_with(Program::Wherry, "disk=32M disk_depth=64 disk_wait=poll");
+    }
+}
+
+#[test]
+fn our_own_back_end_may_be_killed_at_either_end_of_a_move() {
+    if able("our_own_back_end_may_be_killed_at_either_end_of_a_move", Program::Wherry) {
+        killed_during(Program::Wherry, "precopy", "precopy", 0);
+        killed_during(Program::Wherry, "postcopy", "postcopy", 1);
+    }
 }

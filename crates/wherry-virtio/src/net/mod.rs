@@ -29,6 +29,7 @@ use wherry_state::{SavedState, Section, UnitError, UnitId};
 
 use self::packets::{Held, LONGEST, Packets};
 use self::tap::HEADER;
+pub use self::announce::send as announce;
 pub use self::tap::{Tap, TapError};
 use crate::device::{Activation, Device, Kind, Position};
 use crate::ring::RING_FEATURES;

@@ -24,9 +24,8 @@ use wherry_pci::bus::{Bus, BusDevice, BusError};
 use wherry_pci::{BarMap, BarTarget, ConfigError, ConfigSpace, Doorbells, Identity, Msix, PciFunction};
 
 use self::common::{Asked, Common, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET, NO_VECTOR, Shown};
-pub use self::interrupts::Interrupts;
 use self::interrupts::Shared;
-use crate::device::{Activation, Device, RingGiven};
+use crate::device::{Activation, Device, Interrupts, RingGiven};
 
 const VENDOR: u16 = 0x1af4;
 /// PCI device ID of device type 0.
@@ -167,7 +166,7 @@ impl VirtioPci {
 
     /// For the device, beside what it is activated with: to tell of a change of its configuration.
     pub fn interrupts(&self) -> Interrupts {
-        Interrupts(self.shared.clone())
+        Interrupts::new(self.shared.clone())
     }
 
     fn lock(&self) -> MutexGuard<'_, Registers> {
@@ -283,6 +282,8 @@ impl VirtioPci {
                         index,
                         setup: ring.setup,
                         kick: self.kicks[usize::from(index)].clone(),
+                        resumes: false,
+                        in_flight: None,
                     })
                     .collect(),
                 interrupts: self.interrupts(),

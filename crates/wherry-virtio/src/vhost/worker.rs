@@ -23,8 +23,7 @@ use super::front::{Front, RingAddresses};
 use super::log::Log;
 use super::postcopy;
 use super::wire::VhostError;
-use crate::device::{Activation, Position, RingGiven};
-use crate::transport::Interrupts;
+use crate::device::{Activation, Interrupts, Position, RingGiven};
 
 /// How long a device may take to come to rest when its driver resets it.
 const RESET_LIMIT: Duration = Duration::from_secs(10);
@@ -280,9 +279,11 @@ impl Thread {
                         relays.push((ring.given.index, relay));
                     }
                 }
-                if !relays.is_empty() {
+                if !relays.is_empty()
+                    && let Some(pin) = active.interrupts.pin()
+                {
                     // SAFETY: the pin lives as long as the interrupts, which are not dropped during the call.
-                    let pin = unsafe { BorrowedFd::borrow_raw(active.interrupts.pin().resample_fd()) };
+                    let pin = unsafe { BorrowedFd::borrow_raw(pin.resample_fd()) };
                     events.push(PollFd::from_borrowed_fd(pin, PollFlags::IN));
                 }
             }
@@ -300,8 +301,11 @@ impl Thread {
                         active.interrupts.ring(*index);
                     }
                 }
-                if !relays.is_empty() && rung.last() == Some(&true) {
-                    active.interrupts.pin().resample();
+                if let Some(pin) = active.interrupts.pin()
+                    && !relays.is_empty()
+                    && rung.last() == Some(&true)
+                {
+                    pin.resample();
                 }
             }
             drop(relays);

@@ -1,0 +1,31 @@
+//! Back ends of vhost-user: processes that serve the rings of a virtio device for the VMM of another process.
+//!
+//! - [`Server`] listens, and serves one front end after the other.
+//! - [`Device`] is what a device implements; [`RingGiven`] is a ring that it is to serve, [`Driver`] how the guest is told.
+//! - [`InFlight`] notes which requests are under way, in memory that the front end keeps: a process that takes over goes on
+//!   with them.
+//! - `wire` are messages, `session` what they do, `memory` guest memory, `log` what was written to it, `faults` how memory
+//!   is used that is not there yet.
+//!
+//! Everything of the protocol that concerns a device of this kind is here: tables and slots of memory, the dirty log, which is
+//! switched on and off and covers regions that come later, requests under way, the state of the device, and postcopy with
+//! `LISTEN` before or after the first memory. The protocol is that of QEMU's document "Vhost-user Protocol".
+//!
+//! Contract: what a front end sends is checked before it is used. One that breaks a rule is told so where the protocol has an
+//! answer, and loses its connection where it has none; the log says why. The next one is served then. A device touches guest
+//! memory only between [`Device::serve`] and the end of [`Device::rest`].
+
+mod device;
+mod error;
+mod faults;
+mod inflight;
+mod log;
+mod memory;
+mod server;
+mod session;
+mod wire;
+
+pub use device::{Device, Driver, RingGiven};
+pub use error::BackendError;
+pub use inflight::InFlight;
+pub use server::Server;

@@ -1,0 +1,183 @@
+//! Guest memory as a front end shows it: regions, each a part of a file.
+#![expect(unsafe_code, reason = "advises the kernel about mappings of this process, and unlocks them")]
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use rustix::mm::{Advice, MprotectFlags};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, GuestAddress};
+use wherry_memory::{GRANULE, GuestMemory, GuestRegion, Written};
+
+use crate::log::DirtyLog;
+
+/// Regions of one table, whose descriptors come with one message.
+pub(crate) const MOST_IN_TABLE: usize = 8;
+/// Regions that come one by one.
+pub(crate) const MOST_SLOTS: usize = 509;
+
+/// A region as it is described.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Described {
+    /// Guest address.
+    pub(crate) guest: u64,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// Where the front end has mapped it: rings are named by these addresses.
+    pub(crate) user: u64,
+    /// Where it begins in its file.
+    pub(crate) offset: u64,
+}
+
+impl Described {
+    pub(crate) fn of(words: [u64; 4]) -> Self {
+        let [guest, size, user, offset] = words;
+        Self { guest, size, user, offset }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let Self { guest, size, user, offset } = *self;
+        let whole = [guest, size, offset].iter().all(|number| number.is_multiple_of(GRANULE)) && size > 0;
+        let ends = [guest, user, offset].iter().all(|start| start.checked_add(size).is_some());
+        match whole && ends && usize::try_from(size).is_ok() {
+            true => Ok(()),
+            false => Err(format!("a region of {size:#x} bytes at {guest:#x}, {user:#x} there, {offset:#x} in its file")),
+        }
+    }
+}
+
+/// A region that is mapped.
+pub(crate) struct Region {
+    pub(crate) described: Described,
+    map: Arc<GuestRegion>,
+}
+
+impl Region {
+    /// Maps it; `locked`: who touches it dies, until [`unlock`](Self::unlock).
+    fn map(described: Described, fd: OwnedFd, log: &Arc<DirtyLog>, locked: bool) -> Result<Self, String> {
+        described.check()?;
+        let Described { guest, size, offset, .. } = described;
+        if !log.covers(guest + size) {
+            return Err(format!("the dirty log ends before the region of {size:#x} bytes at {guest:#x}"));
+        }
+        let file = File::from(fd);
+        let bytes = whole("a region", &file, size, offset)?;
+        let written = Written::There { first: guest / GRANULE, log: log.clone() };
+        let map = MmapRegionBuilder::new_with_bitmap(bytes, written)
+            .with_mmap_prot(if locked { libc::PROT_NONE } else { libc::PROT_READ | libc::PROT_WRITE })
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, offset))
+            .build()
+            .map_err(|e| format!("mapping the region of {size:#x} bytes at {guest:#x}: {e}"))?;
+        for advice in [Advice::LinuxNoHugepage, Advice::LinuxDontFork] {
+            // SAFETY: these kinds of advice change no content and unmap nothing; the range is the mapping made above.
+            // They are refused for what they do not concern, such as hugetlb.
+            let _ = unsafe { rustix::mm::madvise(map.as_ptr().cast(), bytes, advice) };
+        }
+        let map = GuestRegion::new(map, GuestAddress(guest));
+        let map = map.ok_or_else(|| format!("the region of {size:#x} bytes at {guest:#x} wraps around"))?;
+        Ok(Self { described, map: Arc::new(map) })
+    }
+
+    /// Where it is mapped here.
+    pub(crate) fn base(&self) -> u64 {
+        self.map.as_ptr() as u64
+    }
+
+    /// From now on it may be touched.
+    pub(crate) fn unlock(&self) -> Result<(), String> {
+        let flags = MprotectFlags::READ | MprotectFlags::WRITE;
+        // SAFETY: the whole of our own mapping, which is used through `vm-memory` only.
+        let unlocked = unsafe { rustix::mm::mprotect(self.map.as_ptr().cast(), self.described.size as usize, flags) };
+        unlocked.map_err(|e| format!("unlocking the region at {:#x}: {e}", self.described.guest))
+    }
+}
+
+/// All regions of a front end.
+#[derive(Default)]
+pub(crate) struct Regions {
+    regions: Vec<Region>,
+}
+
+impl Regions {
+    /// Maps a whole table: its descriptors are those that came with it.
+    pub(crate) fn table(
+        described: Vec<Described>,
+        fds: Vec<OwnedFd>,
+        log: &Arc<DirtyLog>,
+        locked: bool,
+    ) -> Result<Self, String> {
+        if described.len() != fds.len() {
+            return Err(format!("{} regions with {} descriptors", described.len(), fds.len()));
+        }
+        let mut all = Self::default();
+        for (described, fd) in described.into_iter().zip(fds) {
+            all.add(described, fd, log, locked)?;
+        }
+        Ok(all)
+    }
+
+    /// Maps one more.
+    pub(crate) fn add(
+        &mut self,
+        described: Described,
+        fd: OwnedFd,
+        log: &Arc<DirtyLog>,
+        locked: bool,
+    ) -> Result<&Region, String> {
+        if self.regions.len() >= MOST_SLOTS {
+            return Err(format!("more than {MOST_SLOTS} regions"));
+        }
+        described.check()?;
+        let overlaps = |a: u64, b: u64, len: u64| a < b + len && b < a + described.size;
+        if let Some(other) = self.regions.iter().map(|region| region.described).find(|other| {
+            overlaps(described.guest, other.guest, other.size) || overlaps(described.user, other.user, other.size)
+        }) {
+            return Err(format!("a region at {:#x} that overlaps that at {:#x}", described.guest, other.guest));
+        }
+        let region = Region::map(described, fd, log, locked)?;
+        let at = self.regions.partition_point(|other| other.described.guest < described.guest);
+        self.regions.insert(at, region);
+        Ok(&self.regions[at])
+    }
+
+    /// Unmaps one, when nobody uses it any more. Where it begins in its file need not be told.
+    pub(crate) fn remove(&mut self, described: Described) -> Result<Region, String> {
+        let same = |region: &Region| {
+            let Described { guest, size, user, .. } = region.described;
+            (guest, size, user) == (described.guest, described.size, described.user)
+        };
+        match self.regions.iter().position(same) {
+            Some(at) => Ok(self.regions.remove(at)),
+            None => Err(format!("there is no region of {:#x} bytes at {:#x}", described.size, described.guest)),
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Region> {
+        self.regions.iter()
+    }
+
+    /// Guest address of what the front end has at an address of its own.
+    pub(crate) fn guest(&self, user: u64) -> Option<u64> {
+        self.regions.iter().map(|region| region.described).find_map(|region| {
+            let offset = user.checked_sub(region.user)?;
+            (offset < region.size).then_some(region.guest + offset)
+        })
+    }
+
+    /// All of it.
+    pub(crate) fn memory(&self) -> Result<GuestMemory, String> {
+        let maps = self.regions.iter().map(|region| region.map.clone()).collect();
+        GuestMemory::from_arc_regions(maps).map_err(|e| format!("its regions are no guest memory: {e}"))
+    }
+}
+
+/// The size of a part of a file, if it is all there: what lies behind the end of a file kills who touches it.
+pub(crate) fn whole(what: &str, file: &File, bytes: u64, offset: u64) -> Result<usize, String> {
+    let len = file.metadata().map_err(|e| format!("looking at the file of {what}: {e}"))?.len();
+    match (offset.checked_add(bytes).is_some_and(|end| end <= len), usize::try_from(bytes)) {
+        (true, Ok(size)) if size > 0 && offset.is_multiple_of(GRANULE) => Ok(size),
+        _ => Err(format!("{what} of {bytes:#x} bytes at {offset:#x} of a file of {len:#x}")),
+    }
+}

@@ -1,0 +1,83 @@
+//! The socket of a back end: one front end is served after the other, by the same device.
+
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::session::Session;
+use crate::wire::{Connection, borrow};
+use crate::{BackendError, Device};
+
+/// Listens for front ends. The socket goes with it.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    quit: EventFd,
+}
+
+impl Server {
+    /// Listens at a path. A socket that nobody listens on any more is replaced.
+    pub fn bind(path: &Path) -> Result<Self, BackendError> {
+        let failed = |source| BackendError::Listen { path: path.into(), source };
+        let dead = std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket())
+            && UnixStream::connect(path).is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
+        if dead {
+            std::fs::remove_file(path).map_err(failed)?;
+        }
+        let listener = UnixListener::bind(path).map_err(failed)?;
+        let this = Self { listener, path: path.into(), quit: EventFd::new(EFD_NONBLOCK).map_err(failed)? };
+        this.listener.set_nonblocking(true).map_err(failed)?;
+        Ok(this)
+    }
+
+    /// Has [`run`](Self::run) return. It works from a signal handler, too: it writes to an eventfd.
+    pub fn stop(&self) {
+        let _ = self.quit.write(1);
+    }
+
+    /// Serves front ends, one after the other, until [`stop`](Self::stop). On an error the process has to end: after
+    /// [`BackendError::Abandoned`] the device cannot even be dropped.
+    pub fn run(&self, device: &dyn Device) -> Result<(), BackendError> {
+        loop {
+            let mut events = [
+                PollFd::new(&self.listener, PollFlags::IN),
+                PollFd::from_borrowed_fd(borrow(&self.quit), PollFlags::IN),
+            ];
+            match poll(&mut events, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(BackendError::os("waiting for a front end")(error)),
+            }
+            if !events[1].revents().is_empty() {
+                return Ok(());
+            }
+            match self.listener.accept() {
+                Ok((stream, _)) => self.serve(stream, device)?,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                // The front end may have gone already; and descriptors may be short for a while.
+                Err(error) => tracing::warn!(%error, "accepting a front end"),
+            }
+        }
+    }
+
+    /// Serves one front end, over a socket that is connected. One that is given up is no error.
+    pub fn serve(&self, stream: UnixStream, device: &dyn Device) -> Result<(), BackendError> {
+        let name = device.name();
+        tracing::info!(device = name, "a front end has come");
+        match Connection::new(stream, &self.quit).and_then(|connection| Session::new(connection, device).run()) {
+            Ok(()) => tracing::info!(device = name, "the front end has gone"),
+            Err(error @ BackendError::Abandoned(_)) => return Err(error),
+            Err(error) => tracing::warn!(device = name, %error, "the front end is given up"),
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

@@ -1,0 +1,673 @@
+//! What the requests of one front end do.
+//!
+//! Every request has one function or one line here. [`Session::obey`] runs them and answers: what a request has to say, or, if
+//! the front end wants to know, whether it was done.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::device::{Device, Driver, RingGiven};
+use crate::faults::Postcopy;
+use crate::inflight::Parts;
+use crate::log::DirtyLog;
+use crate::memory::{Described, MOST_IN_TABLE, MOST_SLOTS, Regions};
+use crate::wire::{Connection, Event, Message, Request};
+use crate::BackendError;
+
+/// Features of the transport and of the protocol: logging, the protocol's own, virtio 1.
+const LOG_ALL: u64 = 1 << 26;
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+const VERSION_1: u64 = 1 << 32;
+
+/// Features of the protocol (bits).
+mod protocol {
+    pub(super) const MQ: u64 = 1 << 0;
+    pub(super) const LOG_SHMFD: u64 = 1 << 1;
+    pub(super) const RARP: u64 = 1 << 2;
+    pub(super) const REPLY_ACK: u64 = 1 << 3;
+    pub(super) const PAGEFAULT: u64 = 1 << 8;
+    pub(super) const CONFIG: u64 = 1 << 9;
+    pub(super) const INFLIGHT_SHMFD: u64 = 1 << 12;
+    pub(super) const RESET_DEVICE: u64 = 1 << 13;
+    pub(super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    pub(super) const DEVICE_STATE: u64 = 1 << 19;
+    pub(super) const ALL: u64 = MQ
+        | LOG_SHMFD
+        | RARP
+        | REPLY_ACK
+        | PAGEFAULT
+        | CONFIG
+        | INFLIGHT_SHMFD
+        | RESET_DEVICE
+        | CONFIGURE_MEM_SLOTS
+        | DEVICE_STATE;
+}
+
+/// Between two looks whether the device has come to rest.
+const LOOK: Duration = Duration::from_secs(1);
+/// Most bytes of a device's state, and how long it may take to come.
+const MOST_STATE: u64 = 1 << 20;
+const STATE_LIMIT: Duration = Duration::from_secs(10);
+/// In the answer to a request for a state: no other descriptor is meant.
+const NO_DESCRIPTOR: u64 = 1 << 8;
+/// In a message about a doorbell: the ring in the low byte, and that there is no eventfd.
+const RING: u64 = 0xff;
+const NO_EVENT: u64 = 1 << 8;
+
+/// What a request has to say.
+enum Answer {
+    /// Nothing but whether it was done.
+    Done,
+    Says(Vec<u8>),
+    SaysWith(Vec<u8>, OwnedFd),
+}
+
+/// One ring as the front end has set it up.
+#[derive(Default)]
+struct Ring {
+    size: u16,
+    next: u16,
+    /// Descriptors, used, available: addresses of the front end.
+    addresses: Option<[u64; 3]>,
+    kick: Option<Arc<EventFd>>,
+    /// It has been rung: a ring is served from the first time on.
+    rung: bool,
+    enabled: bool,
+}
+
+/// What one front end has set.
+pub(crate) struct Session<'a> {
+    connection: Connection<'a>,
+    device: &'a dyn Device,
+    features: u64,
+    protocol: u64,
+    regions: Regions,
+    log: Arc<DirtyLog>,
+    rings: Vec<Ring>,
+    driver: Arc<Driver>,
+    in_flight: Option<Parts>,
+    postcopy: Option<Postcopy>,
+    /// Where a state comes from.
+    state: Option<OwnedFd>,
+    /// The device serves rings.
+    serves: bool,
+}
+
+impl<'a> Session<'a> {
+    pub(crate) fn new(connection: Connection<'a>, device: &'a dyn Device) -> Self {
+        let (rings, _) = device.rings();
+        Self {
+            connection,
+            device,
+            features: 0,
+            protocol: 0,
+            regions: Regions::default(),
+            log: Arc::default(),
+            rings: (0..rings).map(|_| Ring::default()).collect(),
+            driver: Arc::new(Driver::new(rings)),
+            in_flight: None,
+            postcopy: None,
+            state: None,
+            serves: false,
+        }
+    }
+
+    /// Until the front end goes, or the process is to end.
+    pub(crate) fn run(&mut self) -> Result<(), BackendError> {
+        let result = loop {
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        // Its memory goes after this.
+        if self.serves && self.is_listening() {
+            // Nobody will bring what is missing. It must not be read as zeros, which might be written to a disk.
+            if let Err(reason) = self.device.rest(Instant::now() + LOOK) {
+                return Err(BackendError::Abandoned(reason));
+            }
+        }
+        self.rest();
+        self.device.release();
+        result
+    }
+
+    /// Waits for a message, or for the first ring of a bell. False: there is nothing more to wait for.
+    fn step(&mut self) -> Result<bool, BackendError> {
+        let silent = |ring: &&mut Ring| !ring.rung && (ring.enabled || self.features & PROTOCOL_FEATURES == 0);
+        let mut silent: Vec<_> = self.rings.iter_mut().filter(silent).collect();
+        let bells: Vec<_> = silent.iter().map(|ring| ring.kick.clone()).collect();
+        match self.connection.wait(&bells)? {
+            Event::Rung(bells) => {
+                bells.into_iter().for_each(|bell| silent[bell].rung = true);
+                self.again().map_err(|reason| BackendError::Refused { request: "a ring".into(), reason })?;
+                Ok(true)
+            }
+            Event::Message => match self.connection.read()? {
+                Some(message) => self.obey(message).map(|()| true),
+                None => Ok(false),
+            },
+        }
+    }
+
+    fn obey(&mut self, message: Message) -> Result<(), BackendError> {
+        let (number, needs_reply) = (message.number, message.needs_reply && self.has(protocol::REPLY_ACK));
+        let (name, result) = match Request::of(number) {
+            Some(request) => (format!("{request:?}"), self.request(request, message)),
+            None => (format!("request {number}"), Err("there is no such request".into())),
+        };
+        match result {
+            Ok(Answer::Done) if needs_reply => self.connection.reply(number, &0u64.to_ne_bytes(), &[]),
+            Ok(Answer::Done) => Ok(()),
+            Ok(Answer::Says(payload)) => self.connection.reply(number, &payload, &[]),
+            Ok(Answer::SaysWith(payload, fd)) => self.connection.reply(number, &payload, &[fd.as_fd()]),
+            Err(reason) if needs_reply => {
+                tracing::warn!(device = self.device.name(), request = name, reason, "a front end is refused");
+                self.connection.reply(number, &1u64.to_ne_bytes(), &[])
+            }
+            Err(reason) => Err(BackendError::Refused { request: name, reason }),
+        }
+    }
+
+    fn has(&self, feature: u64) -> bool {
+        self.protocol & feature != 0
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | VERSION_1 | PROTOCOL_FEATURES | LOG_ALL
+    }
+
+    fn request(&mut self, request: Request, mut message: Message) -> Result<Answer, String> {
+        match request {
+            Request::GetFeatures => return Ok(says(self.offered())),
+            Request::GetProtocolFeatures => return Ok(says(protocol::ALL)),
+            Request::GetQueueNum => return Ok(says(self.rings.len() as u64)),
+            Request::GetMaxMemSlots => return Ok(says(MOST_SLOTS as u64)),
+            Request::SetProtocolFeatures => {
+                let [features] = message.words()?;
+                self.protocol = known(features, protocol::ALL)?;
+            }
+            Request::SetFeatures => self.set_features(&message)?,
+            // One front end at a time is served anyway; and taking the ownership away is given up by the document.
+            Request::SetOwner | Request::ResetOwner => {}
+            // Who reads the log does so when it likes.
+            Request::SetLogFd => {}
+            Request::SetLogBase => {
+                let [bytes, offset] = message.words()?;
+                self.log.set(message.descriptor()?, bytes, offset)?;
+                if let Some(region) = self.regions.iter().map(|region| region.described).max_by_key(|r| r.guest)
+                    && !self.log.covers(region.guest + region.size)
+                {
+                    return Err(format!("the log ends before memory does, at {:#x}", region.guest + region.size));
+                }
+                return Ok(says(0));
+            }
+            Request::SetMemTable => return self.set_table(message),
+            Request::AddMemReg => return self.add_region(message),
+            Request::RemMemReg => {
+                let (described, _) = slot(&message)?;
+                self.rest();
+                let removed = self.regions.remove(described);
+                self.serve()?;
+                removed?;
+            }
+            Request::SetVringNum => {
+                let (ring, size) = message.pair()?;
+                let (_, most) = self.device.rings();
+                let fits = u16::try_from(size).ok().filter(|size| size.is_power_of_two() && *size <= most);
+                let size = fits.ok_or_else(|| format!("a ring of {size} entries; at most {most} are possible"))?;
+                self.stopped(ring)?.size = size;
+            }
+            Request::SetVringBase => {
+                let (ring, next) = message.pair()?;
+                let next = u16::try_from(next).map_err(|_| format!("an index of {next:#x}"))?;
+                self.stopped(ring)?.next = next;
+            }
+            Request::SetVringAddr => self.set_addresses(&message)?,
+            Request::GetVringBase => {
+                let (ring, _) = message.pair()?;
+                return self.stop(ring);
+            }
+            Request::SetVringKick => self.set_kick(message)?,
+            Request::SetVringCall => {
+                let (ring, event) = self.event(message)?;
+                self.driver.set_call(ring, event);
+            }
+            Request::SetVringErr => {
+                let (ring, event) = self.event(message)?;
+                self.driver.set_error(ring, event);
+            }
+            Request::SetVringEnable => {
+                let (ring, on) = message.pair()?;
+                let enabled = &mut self.ring(ring)?.enabled;
+                if std::mem::replace(enabled, on == 1) != (on == 1) {
+                    self.again()?;
+                }
+            }
+            Request::SendRarp => {
+                let [address] = message.words()?;
+                let [a, b, c, d, e, f, _, _] = address.to_ne_bytes();
+                self.device.announce([a, b, c, d, e, f])?;
+            }
+            Request::GetConfig => return self.config(&message),
+            Request::SetConfig => {
+                let (offset, content) = configuration(&message)?;
+                self.device.write_config(offset, content)?;
+            }
+            Request::PostcopyAdvise => {
+                let (postcopy, fd) = Postcopy::begin()?;
+                self.postcopy = Some(postcopy);
+                return Ok(Answer::SaysWith(Vec::new(), fd));
+            }
+            Request::PostcopyListen => match &mut self.postcopy {
+                Some(postcopy) => postcopy.listen(&self.regions)?,
+                None => return Err("it comes after PostcopyAdvise".into()),
+            },
+            Request::PostcopyEnd => {
+                // What is locked still will not be missed.
+                self.unlock()?;
+                self.postcopy = None;
+                return Ok(says(0));
+            }
+            Request::GetInflightFd => return self.make_in_flight(&message),
+            Request::SetInflightFd => {
+                let (bytes, offset, rings, entries) = in_flight(&message)?;
+                self.in_flight = Some(Parts::adopt(message.descriptor()?, bytes, offset, rings, entries)?);
+            }
+            Request::ResetDevice => {
+                self.rest();
+                for ring in &mut self.rings {
+                    (ring.kick, ring.enabled) = (None, false);
+                }
+                self.device.release();
+            }
+            Request::SetDeviceStateFd => return self.state(message),
+            Request::CheckDeviceState => return Ok(says(u64::from(self.load().is_err_and(warn)))),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn set_features(&mut self, message: &Message) -> Result<(), String> {
+        let [features] = message.words()?;
+        let features = known(features, self.offered())?;
+        self.log.switch(features & LOG_ALL != 0);
+        let before = std::mem::replace(&mut self.features, features);
+        match before & !LOG_ALL == features & !LOG_ALL {
+            true => Ok(()),
+            false => self.again(),
+        }
+    }
+
+    /// A region is mapped locked while memory is not all there.
+    fn is_listening(&self) -> bool {
+        self.postcopy.as_ref().is_some_and(Postcopy::is_listening)
+    }
+
+    fn set_table(&mut self, mut message: Message) -> Result<Answer, String> {
+        if self.is_listening() && message.payload == 0u64.to_ne_bytes() {
+            self.unlock()?;
+            return Ok(Answer::Done);
+        }
+        let described = table(&message.payload)?;
+        let (listening, fds) = (self.is_listening(), std::mem::take(&mut message.fds));
+        let mut regions = Regions::table(described.clone(), fds, &self.log, listening)?;
+        self.rest();
+        std::mem::swap(&mut self.regions, &mut regions);
+        drop(regions);
+        if let Some(postcopy) = self.postcopy.as_mut().filter(|postcopy| postcopy.is_listening()) {
+            self.regions.iter().for_each(|region| postcopy.lock(region));
+            // The same table with our addresses in it, in the order in which it came.
+            let bases = described.iter().map(|region| {
+                let at = self.regions.iter().find(|mapped| mapped.described == *region);
+                (region, at.map_or(0, |mapped| mapped.base()))
+            });
+            let mut payload = message.payload[..8].to_vec();
+            bases.for_each(|(region, base)| payload.extend(words(*region, base)));
+            return Ok(Answer::Says(payload));
+        }
+        self.serve()?;
+        Ok(Answer::Done)
+    }
+
+    fn add_region(&mut self, mut message: Message) -> Result<Answer, String> {
+        let listening = self.is_listening();
+        if listening && message.payload.len() == 8 {
+            // Some front ends close with this what they do not close with a table.
+            self.unlock()?;
+            return Ok(Answer::Done);
+        }
+        let (described, padding) = slot(&message)?;
+        let fd = message.descriptor()?;
+        // Nobody uses what was not there before.
+        let region = self.regions.add(described, fd, &self.log, listening)?;
+        let base = region.base();
+        if let Some(postcopy) = self.postcopy.as_mut().filter(|postcopy| postcopy.is_listening()) {
+            postcopy.lock(region);
+            let mut payload = padding.to_ne_bytes().to_vec();
+            payload.extend(words(described, base));
+            return Ok(Answer::Says(payload));
+        }
+        self.again()?;
+        Ok(Answer::Done)
+    }
+
+    /// The front end serves our faults.
+    fn unlock(&mut self) -> Result<(), String> {
+        match &mut self.postcopy {
+            Some(postcopy) => postcopy.unlock(&self.regions),
+            None => Ok(()),
+        }
+    }
+
+    fn ring(&mut self, index: impl TryInto<usize> + std::fmt::Display + Copy) -> Result<&mut Ring, String> {
+        let rings = self.rings.len();
+        let ring = index.try_into().ok().and_then(|index| self.rings.get_mut(index));
+        ring.ok_or_else(|| format!("ring {index} of {rings}"))
+    }
+
+    /// A ring that is not being served, nor will be without more.
+    fn stopped(&mut self, index: u32) -> Result<&mut Ring, String> {
+        match self.ring(index)? {
+            Ring { kick: Some(_), .. } => Err(format!("ring {index} has been started")),
+            ring => Ok(ring),
+        }
+    }
+
+    fn set_addresses(&mut self, message: &Message) -> Result<(), String> {
+        let [ring, descriptors, used, available, _for_the_log] = message.words()?;
+        // The upper half are flags: whether the used ring is to be logged, as everything is that is written while the log is on.
+        let ring = self.ring(ring & 0xffff_ffff)?;
+        let addresses = Some([descriptors, used, available]);
+        if std::mem::replace(&mut ring.addresses, addresses) != addresses && ring.kick.is_some() {
+            self.again()?;
+        }
+        Ok(())
+    }
+
+    fn set_kick(&mut self, message: Message) -> Result<(), String> {
+        let (ring, event) = self.event(message)?;
+        let event = event.ok_or_else(|| format!("ring {ring} without an eventfd: rings are not polled here"))?;
+        if self.is_listening() {
+            self.unlock()?;
+        }
+        // At rest first: a ring that is served is rung by the old one.
+        self.rest();
+        let in_flight = self.in_flight.is_some();
+        let ring = self.ring(ring)?;
+        // What another process has left is taken up at once.
+        ring.rung = ring.kick.replace(event).is_none() && in_flight;
+        self.serve()
+    }
+
+    /// An eventfd for a ring; none if the front end says so.
+    fn event(&mut self, mut message: Message) -> Result<(u16, Option<Arc<EventFd>>), String> {
+        let [word] = message.words()?;
+        let index = (word & RING) as u16;
+        self.ring(index)?;
+        if word & NO_EVENT != 0 {
+            return Ok((index, None));
+        }
+        let event = message.descriptor()?;
+        let flags = rustix::fs::fcntl_getfl(&event).map_err(|e| format!("looking at an eventfd: {e}"))?;
+        let _ = rustix::fs::fcntl_setfl(&event, flags | rustix::fs::OFlags::NONBLOCK);
+        Ok((index, Some(Arc::new(adopt(event)))))
+    }
+
+    /// Stops a ring, when everything that was taken of it is done: where to go on.
+    fn stop(&mut self, index: u32) -> Result<Answer, String> {
+        self.ring(index)?;
+        self.rest();
+        let ring = self.ring(index)?;
+        ring.kick = None;
+        let next = ring.next;
+        self.serve()?;
+        if !self.serves {
+            self.device.release();
+        }
+        Ok(Answer::Says(pair(index, next.into())))
+    }
+
+    /// Serves all rings that are to be served. The device is at rest.
+    fn serve(&mut self) -> Result<(), String> {
+        let enabled = self.features & PROTOCOL_FEATURES == 0;
+        let mut given = Vec::new();
+        for (index, ring) in (0u16..).zip(&self.rings) {
+            let on = ring.rung && (enabled || ring.enabled);
+            let (Some(kick), Some(addresses), true) = (&ring.kick, ring.addresses, on) else { continue };
+            let guest = |user: u64| {
+                let outside = || format!("ring {index} at {user:#x}, where no memory is");
+                self.regions.guest(user).ok_or_else(outside)
+            };
+            let [descriptors, used, available] = addresses;
+            given.push(RingGiven {
+                index,
+                size: ring.size,
+                descriptors: guest(descriptors)?,
+                available: guest(available)?,
+                used: guest(used)?,
+                next: ring.next,
+                kick: kick.clone(),
+                in_flight: match &self.in_flight {
+                    Some(parts) => Some(parts.ring(index, ring.size)?),
+                    None => None,
+                },
+            });
+        }
+        if given.is_empty() {
+            return Ok(());
+        }
+        let features = self.features & !(PROTOCOL_FEATURES | LOG_ALL);
+        self.device.serve(self.regions.memory()?, features, given, self.driver.clone())?;
+        self.serves = true;
+        Ok(())
+    }
+
+    /// Something has changed under the rings that are served.
+    fn again(&mut self) -> Result<(), String> {
+        self.rest();
+        self.serve()
+    }
+
+    /// Brings the device to rest, however long that takes: a request that is under way cannot be undone.
+    fn rest(&mut self) {
+        let mut told = false;
+        while self.serves {
+            match self.device.rest(Instant::now() + LOOK) {
+                Ok(positions) => {
+                    for (index, next) in positions {
+                        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+                            ring.next = next;
+                        }
+                    }
+                    self.serves = false;
+                }
+                Err(reason) if !told => {
+                    tracing::warn!(device = self.device.name(), reason, "waiting for it to come to rest");
+                    told = true;
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn config(&self, message: &Message) -> Result<Answer, String> {
+        let (offset, content) = configuration(message)?;
+        let config = self.device.config();
+        let range = offset as usize..offset as usize + content.len();
+        Ok(Answer::Says(match config.get(range) {
+            Some(content) => {
+                let mut payload = message.payload[..12].to_vec();
+                payload.extend(content);
+                payload
+            }
+            // The document: an empty answer says that it cannot be read.
+            None => Vec::new(),
+        }))
+    }
+
+    fn make_in_flight(&mut self, message: &Message) -> Result<Answer, String> {
+        let (_, _, rings, entries) = in_flight(message)?;
+        let (most_rings, most) = self.device.rings();
+        if rings > most_rings || entries > most || entries == 0 || rings == 0 {
+            return Err(format!("{rings} rings with {entries} entries; {most_rings} with {most} are possible"));
+        }
+        let (parts, bytes) = Parts::create(rings, entries)?;
+        let fd = parts.fd().and_then(|fd| fd.try_clone_to_owned().ok());
+        let fd = fd.ok_or("passing memory for requests under way")?;
+        let mut payload = bytes.to_ne_bytes().to_vec();
+        payload.extend(0u64.to_ne_bytes());
+        payload.extend(rings.to_ne_bytes());
+        payload.extend(entries.to_ne_bytes());
+        payload.resize(message.payload.len(), 0);
+        Ok(Answer::SaysWith(payload, fd))
+    }
+
+    /// Gives the state of the device, or is about to take it.
+    fn state(&mut self, mut message: Message) -> Result<Answer, String> {
+        let (direction, phase) = message.pair()?;
+        let fd = message.descriptor()?;
+        if self.serves {
+            return Err("the device is not at rest".into());
+        }
+        if phase != 0 {
+            return Err(format!("phase {phase}"));
+        }
+        match direction {
+            0 => {
+                let written = send(fd, &self.device.save());
+                written.map_err(|e| format!("writing the state of the device: {e}"))?;
+            }
+            1 => self.state = Some(fd),
+            other => return Err(format!("direction {other}")),
+        }
+        Ok(says(NO_DESCRIPTOR))
+    }
+
+    /// Takes the state that was announced, if one was.
+    fn load(&mut self) -> Result<(), String> {
+        let Some(fd) = self.state.take() else { return Ok(()) };
+        let state = receive(fd).map_err(|e| format!("reading the state of the device: {e}"))?;
+        self.device.restore(&state)
+    }
+}
+
+fn warn(reason: String) -> bool {
+    tracing::warn!(reason, "the state of a device is refused");
+    true
+}
+
+/// Features, if they were offered.
+fn known(features: u64, offered: u64) -> Result<u64, String> {
+    match features & !offered {
+        0 => Ok(features),
+        others => Err(format!("features {others:#x}, which were not offered")),
+    }
+}
+
+fn says(number: u64) -> Answer {
+    Answer::Says(number.to_ne_bytes().to_vec())
+}
+
+fn pair(first: u32, second: u32) -> Vec<u8> {
+    [first.to_ne_bytes(), second.to_ne_bytes()].concat()
+}
+
+fn words(region: Described, user: u64) -> Vec<u8> {
+    [region.guest, region.size, user, region.offset].iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// Regions of a table: how many, and each with four numbers.
+fn table(payload: &[u8]) -> Result<Vec<Described>, String> {
+    let wrong = || format!("a table of {} bytes", payload.len());
+    let (head, regions) = payload.split_first_chunk::<8>().ok_or_else(wrong)?;
+    let [a, b, c, d, ..] = *head;
+    let count = u32::from_ne_bytes([a, b, c, d]) as usize;
+    let (numbers, rest) = regions.as_chunks::<8>();
+    let numbers: Vec<_> = numbers.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+    let (regions, more) = numbers.as_chunks::<4>();
+    // Front ends may send room for more regions than there are.
+    if count > MOST_IN_TABLE || regions.len() < count || !more.is_empty() || !rest.is_empty() {
+        return Err(wrong());
+    }
+    Ok(regions[..count].iter().map(|region| Described::of(*region)).collect())
+}
+
+/// A region of its own, behind a word without meaning.
+fn slot(message: &Message) -> Result<(Described, u64), String> {
+    let [padding, guest, size, user, offset] = message.words()?;
+    Ok((Described::of([guest, size, user, offset]), padding))
+}
+
+/// Offset and content of a configuration.
+fn configuration(message: &Message) -> Result<(u32, &[u8]), String> {
+    let wrong = || format!("a configuration of {} bytes", message.payload.len());
+    let (head, content) = message.payload.split_first_chunk::<12>().ok_or_else(wrong)?;
+    let word = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    match word(4) as usize == content.len() {
+        true => Ok((word(0), content)),
+        false => Err(wrong()),
+    }
+}
+
+/// Bytes, offset, rings, entries of memory for requests under way.
+fn in_flight(message: &Message) -> Result<(u64, u64, u16, u16), String> {
+    let wrong = || format!("a description of {} bytes", message.payload.len());
+    let bytes = message.payload.get(..20).ok_or_else(wrong)?;
+    let long = |at: usize| bytes[at..at + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+    let short = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
+    Ok((long(0), long(8), short(16), short(18)))
+}
+
+#[expect(unsafe_code, reason = "the type of eventfds takes no other kind of descriptor")]
+fn adopt(fd: OwnedFd) -> EventFd {
+    // SAFETY: the descriptor is ours, and is given away. One of another kind only fails to be read and written.
+    unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
+}
+
+/// Writes a state into a pipe; who reads it may do so later.
+fn send(fd: OwnedFd, state: &[u8]) -> std::io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    // It is small. A pipe that does not take it at once would keep the front end from reading it.
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+    File::from(fd).write_all(state)
+}
+
+/// Reads a state to its end.
+fn receive(fd: OwnedFd) -> std::io::Result<Vec<u8>> {
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+    let deadline = Instant::now() + STATE_LIMIT;
+    let mut state = Vec::new();
+    let mut file = File::from(fd);
+    loop {
+        let mut piece = [0; 4096];
+        match file.read(&mut piece) {
+            Ok(0) => return Ok(state),
+            Ok(_) if state.len() as u64 > MOST_STATE => {
+                return Err(std::io::Error::other(format!("more than {MOST_STATE} bytes")));
+            }
+            Ok(got) => state.extend_from_slice(&piece[..got]),
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    return Err(std::io::Error::other(format!("it does not end within {STATE_LIMIT:?}")));
+                }
+                let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+                match poll(&mut [PollFd::new(&file, PollFlags::IN)], Some(&left)) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! Messages of vhost-user, as a back end reads and answers them.
+//!
+//! A message is a header of 12 bytes (request, flags, bytes that follow) and its payload, with descriptors beside it. Numbers
+//! are those of QEMU's document "Vhost-user Protocol"; the byte order is the host's.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::BackendError;
+
+/// Most bytes of a payload that is taken; no message of the protocol is longer.
+const MOST_PAYLOAD: usize = 4096;
+/// Most descriptors of a message: those of a whole table of memory.
+const MOST_DESCRIPTORS: usize = 8;
+/// How long the rest of a message may take, and an answer to leave.
+const LIMIT: Duration = Duration::from_secs(10);
+/// Bytes of a header.
+const HEADER: usize = 12;
+
+const VERSION: u32 = 1;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+
+macro_rules! requests {
+    ($($name:ident = $number:literal),+ $(,)?) => {
+        /// What a front end asks for.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub(crate) enum Request { $($name),+ }
+
+        impl Request {
+            /// The request with this number, if it is one.
+            pub(crate) fn of(number: u32) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$name),)+
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+requests! {
+    GetFeatures = 1,
+    SetFeatures = 2,
+    SetOwner = 3,
+    ResetOwner = 4,
+    SetMemTable = 5,
+    SetLogBase = 6,
+    SetLogFd = 7,
+    SetVringNum = 8,
+    SetVringAddr = 9,
+    SetVringBase = 10,
+    GetVringBase = 11,
+    SetVringKick = 12,
+    SetVringCall = 13,
+    SetVringErr = 14,
+    GetProtocolFeatures = 15,
+    SetProtocolFeatures = 16,
+    GetQueueNum = 17,
+    SetVringEnable = 18,
+    SendRarp = 19,
+    GetConfig = 24,
+    SetConfig = 25,
+    PostcopyAdvise = 28,
+    PostcopyListen = 29,
+    PostcopyEnd = 30,
+    GetInflightFd = 31,
+    SetInflightFd = 32,
+    ResetDevice = 34,
+    GetMaxMemSlots = 36,
+    AddMemReg = 37,
+    RemMemReg = 38,
+    SetDeviceStateFd = 42,
+    CheckDeviceState = 43,
+}
+
+/// A message, whole.
+#[derive(Debug)]
+pub(crate) struct Message {
+    /// Number of the request.
+    pub(crate) number: u32,
+    /// It wants to know whether it was done.
+    pub(crate) needs_reply: bool,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+impl Message {
+    /// The whole payload as numbers of 64 bits; an error if it has another length.
+    pub(crate) fn words<const N: usize>(&self) -> Result<[u64; N], String> {
+        let (words, rest) = self.payload.as_chunks::<8>();
+        match <[[u8; 8]; N]>::try_from(words) {
+            Ok(words) if rest.is_empty() => Ok(words.map(u64::from_ne_bytes)),
+            _ => Err(format!("a payload of {} bytes, where {} are due", self.payload.len(), 8 * N)),
+        }
+    }
+
+    /// The payload as two numbers of 32 bits: a ring and a value.
+    pub(crate) fn pair(&self) -> Result<(u32, u32), String> {
+        let [word] = self.words()?;
+        let bytes = word.to_ne_bytes();
+        let half = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        Ok((half(0), half(4)))
+    }
+
+    /// The one descriptor that is due with it.
+    pub(crate) fn descriptor(&mut self) -> Result<OwnedFd, String> {
+        match (self.fds.pop(), self.fds.len()) {
+            (Some(fd), 0) => Ok(fd),
+            (_, more) => Err(format!("{more} descriptors beside one that is due")),
+        }
+    }
+}
+
+/// What a back end waits for.
+pub(crate) enum Event {
+    /// A message may be read, or the end has come.
+    Message,
+    /// These of the bells were rung; nothing was read of them.
+    Rung(Vec<usize>),
+}
+
+/// A connection to a front end.
+pub(crate) struct Connection<'a> {
+    stream: UnixStream,
+    /// Readable when the process is to end.
+    quit: &'a EventFd,
+}
+
+impl<'a> Connection<'a> {
+    pub(crate) fn new(stream: UnixStream, quit: &'a EventFd) -> Result<Self, BackendError> {
+        stream.set_nonblocking(true).map_err(|source| BackendError::Os { what: "preparing a connection", source })?;
+        Ok(Self { stream, quit })
+    }
+
+    /// Waits for a message or for bells.
+    pub(crate) fn wait(&self, bells: &[Option<Arc<EventFd>>]) -> Result<Event, BackendError> {
+        loop {
+            let mut events = vec![
+                PollFd::new(&self.stream, PollFlags::IN),
+                PollFd::from_borrowed_fd(borrow(self.quit), PollFlags::IN),
+            ];
+            let there = || bells.iter().enumerate().filter_map(|(n, bell)| Some((n, bell.as_deref()?)));
+            events.extend(there().map(|(_, bell)| PollFd::from_borrowed_fd(borrow(bell), PollFlags::IN)));
+            match poll(&mut events, None) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(BackendError::os("waiting for a message")(error)),
+            }
+            if events[..2].iter().any(|event| !event.revents().is_empty()) {
+                return Ok(Event::Message);
+            }
+            let rung = there().zip(&events[2..]).filter(|(_, event)| !event.revents().is_empty());
+            return Ok(Event::Rung(rung.map(|((n, _), _)| n).collect()));
+        }
+    }
+
+    /// The next message. None: the front end has gone, or the process is to end.
+    pub(crate) fn read(&self) -> Result<Option<Message>, BackendError> {
+        let mut fds = Vec::new();
+        let mut header = [0; HEADER];
+        if !self.fill(&mut header, &mut fds, true)? {
+            return Ok(None);
+        }
+        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let (number, flags, bytes) = (word(0), word(4), word(8) as usize);
+        let wrong = |what: String| BackendError::Protocol(format!("request {number}: {what}"));
+        if flags & 3 != VERSION || flags & REPLY != 0 {
+            return Err(wrong(format!("flags {flags:#x}")));
+        }
+        if bytes > MOST_PAYLOAD {
+            return Err(wrong(format!("a payload of {bytes} bytes; {MOST_PAYLOAD} are possible")));
+        }
+        let mut payload = vec![0; bytes];
+        self.fill(&mut payload, &mut fds, false)?;
+        Ok(Some(Message { number, needs_reply: flags & NEED_REPLY != 0, payload, fds }))
+    }
+
+    /// Reads bytes, and whatever descriptors come with them. False: the end, where a message may begin.
+    fn fill(&self, bytes: &mut [u8], fds: &mut Vec<OwnedFd>, begins: bool) -> Result<bool, BackendError> {
+        let mut got = 0;
+        let mut deadline = (!begins).then(|| Instant::now() + LIMIT);
+        while got < bytes.len() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut rest = [IoSliceMut::new(&mut bytes[got..])];
+            match rustix::net::recvmsg(&self.stream, &mut rest, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Ok(message) => {
+                    for part in control.drain() {
+                        if let RecvAncillaryMessage::ScmRights(received) = part {
+                            fds.extend(received);
+                        }
+                    }
+                    if message.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MOST_DESCRIPTORS {
+                        let most = MOST_DESCRIPTORS;
+                        return Err(BackendError::Protocol(format!("more than {most} descriptors with a message")));
+                    }
+                    match message.bytes {
+                        0 if begins && got == 0 => return Ok(false),
+                        0 => return Err(BackendError::Protocol("it went in the middle of a message".into())),
+                        more => got += more,
+                    }
+                    deadline.get_or_insert_with(|| Instant::now() + LIMIT);
+                }
+                Err(Errno::AGAIN) => {
+                    if !self.ready(PollFlags::IN, deadline)? {
+                        return Ok(false);
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Ok(false),
+                Err(error) => return Err(BackendError::os("reading a message")(error)),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Answers a request.
+    pub(crate) fn reply(&self, number: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), BackendError> {
+        let mut message = Vec::with_capacity(HEADER + payload.len());
+        for word in [number, VERSION | REPLY, payload.len() as u32] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(payload);
+        let deadline = Some(Instant::now() + LIMIT);
+        let mut sent = 0;
+        while sent < message.len() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            // They go with the first byte.
+            if sent == 0 && !fds.is_empty() {
+                control.push(SendAncillaryMessage::ScmRights(fds));
+            }
+            let rest = [IoSlice::new(&message[sent..])];
+            match rustix::net::sendmsg(&self.stream, &rest, &mut control, SendFlags::NOSIGNAL) {
+                Ok(bytes) => sent += bytes,
+                Err(Errno::AGAIN) => {
+                    if !self.ready(PollFlags::OUT, deadline)? {
+                        return Ok(());
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(BackendError::os("answering")(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the socket is ready. False: the process is to end.
+    fn ready(&self, event: PollFlags, deadline: Option<Instant>) -> Result<bool, BackendError> {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if left == Some(Duration::ZERO) {
+            return Err(BackendError::Protocol(format!("the rest of a message does not come or go within {LIMIT:?}")));
+        }
+        let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+        let quit = borrow(self.quit);
+        let mut events = [PollFd::new(&self.stream, event), PollFd::from_borrowed_fd(quit, PollFlags::IN)];
+        match poll(&mut events, left.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(events[1].revents().is_empty()),
+            Err(error) => Err(BackendError::os("waiting for a message")(error)),
+        }
+    }
+}
+
+impl AsFd for Connection<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// An eventfd as a descriptor.
+#[expect(unsafe_code, reason = "the type has no other way to lend its descriptor")]
+pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: it is open as long as the value that is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}

@@ -1,0 +1,75 @@
+//! `wherry device`: processes that serve one device each for the VMs of other processes.
+//!
+//! [`served`] makes a device of `wherry-virtio` one that a vhost-user front end sets up.
+
+mod served;
+
+use std::path::Path;
+use std::process::exit;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use wherry_backend::{BackendError, Server};
+use wherry_virtio::blk::Image;
+use wherry_virtio::net::Tap;
+
+use self::served::Served;
+use crate::args::{Device, DeviceBlk, DeviceCommand, DeviceNet};
+use crate::{DID_NOT, HAPPENED};
+
+/// `wherry device`
+pub fn device(options: &Device) -> Result<u8> {
+    match &options.command {
+        DeviceCommand::Blk(options) => blk(options),
+        DeviceCommand::Net(options) => net(options),
+    }
+}
+
+fn blk(options: &DeviceBlk) -> Result<u8> {
+    let image = Arc::new(Image::open(&options.image.path, options.image.read_only)?);
+    serve(&options.socket, &Served::blk(image).context("making the disk")?)
+}
+
+fn net(options: &DeviceNet) -> Result<u8> {
+    let tap = Arc::new(Tap::open(&options.tap)?);
+    serve(&options.socket, &Served::net(tap, options.mac).context("making the network device")?)
+}
+
+/// Serves front ends until SIGINT or SIGTERM.
+fn serve(socket: &Path, device: &Served) -> Result<u8> {
+    let server = Arc::new(Server::bind(socket)?);
+    signals(server.clone())?;
+    match server.run(device) {
+        Ok(()) => Ok(HAPPENED),
+        Err(error @ BackendError::Abandoned(_)) => {
+            eprintln!("error: {error}");
+            let _ = std::fs::remove_file(socket);
+            // The device's thread cannot be waited for.
+            exit(DID_NOT.into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn signals(server: Arc<Server>) -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = crate::runtime()?;
+    let (mut interrupt, mut terminate) = {
+        let _guard = runtime.enter();
+        (
+            signal(SignalKind::interrupt()).context("listening for SIGINT")?,
+            signal(SignalKind::terminate()).context("listening for SIGTERM")?,
+        )
+    };
+    let work = move || {
+        runtime.block_on(async {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+        });
+        server.stop();
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(work).context("starting the thread for signals")?;
+    Ok(())
+}

@@ -1,0 +1,196 @@
+//! A device of `wherry-virtio` behind a vhost-user back end.
+//!
+//! The back end starts and stops rings one by one; the device is given all that are to be served at once, and brought to rest
+//! in between. At rest it keeps nothing of a ring: what it took and did not give back is taken again.
+
+use std::fmt::Display;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use prost::Message;
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
+};
+use wherry_backend as backend;
+use wherry_interrupt::{Intx, Vector};
+use wherry_memory::GuestMemory;
+use wherry_state::Section;
+use wherry_virtio::blk::{Blk, Image};
+use wherry_virtio::net::{Net, Tap};
+use wherry_virtio::saved::SavedTransport;
+use wherry_virtio::{Activation, Device, Driver, InFlight, Interrupts, Position, RingGiven, RingSetup};
+
+/// Bytes of a configuration that a front end may ask for.
+const CONFIG: usize = 256;
+/// Features of a network device that need its ring of commands, which front ends keep for themselves.
+const COMMANDS: u64 =
+    1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+
+/// What a device is connected to.
+enum Medium {
+    Image(Arc<Image>),
+    Tap(Arc<Tap>),
+}
+
+/// The device.
+pub struct Served {
+    device: Box<dyn Device>,
+    medium: Medium,
+    features: u64,
+    rings: u16,
+}
+
+impl Served {
+    /// A disk. The image belongs to whoever serves rings.
+    pub fn blk(image: Arc<Image>) -> io::Result<Self> {
+        let device = Blk::new(image.clone(), 0)?;
+        let features = device.features();
+        Ok(Self { device: Box::new(device), medium: Medium::Image(image), features, rings: 1 })
+    }
+
+    /// A network device.
+    pub fn net(tap: Arc<Tap>, mac: [u8; 6]) -> io::Result<Self> {
+        let device = Net::new(tap.clone(), mac, 0)?;
+        let features = device.features() & !COMMANDS;
+        Ok(Self { device: Box::new(device), medium: Medium::Tap(tap), features, rings: 2 })
+    }
+}
+
+impl backend::Device for Served {
+    fn name(&self) -> &str {
+        self.device.kind().name
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn rings(&self) -> (u16, u16) {
+        (self.rings, self.device.ring_sizes().iter().copied().min().unwrap_or(0).max(256))
+    }
+
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; CONFIG];
+        self.device.read_config(0, &mut config);
+        config
+    }
+
+    fn write_config(&self, offset: u32, content: &[u8]) -> Result<(), String> {
+        self.device.write_config(offset.into(), content);
+        Ok(())
+    }
+
+    fn serve(
+        &self,
+        memory: GuestMemory,
+        features: u64,
+        rings: Vec<backend::RingGiven>,
+        driver: Arc<backend::Driver>,
+    ) -> Result<(), String> {
+        if let Medium::Image(image) = &self.medium {
+            image.lock().map_err(|e| e.to_string())?;
+        }
+        let given = |ring: backend::RingGiven| RingGiven {
+            index: ring.index,
+            setup: RingSetup {
+                size: ring.size,
+                descriptors: ring.descriptors,
+                available: ring.available,
+                used: ring.used,
+                position: Position { available: ring.next, used: 0 },
+            },
+            kick: ring.kick,
+            resumes: true,
+            in_flight: ring.in_flight.map(|noted| Arc::new(Noted(noted)) as Arc<dyn InFlight>),
+        };
+        let rings = rings.into_iter().map(given).collect();
+        let interrupts = Interrupts::new(Arc::new(Front(driver)));
+        self.device.activate(Activation { memory, features, rings, interrupts }).map_err(|e| e.to_string())?;
+        self.device.start();
+        Ok(())
+    }
+
+    fn rest(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
+        self.device.drain(deadline).map_err(|e| e.to_string())?;
+        // A buffer for packets that waits in the device was not given back: it is there for whoever serves the ring next.
+        let next = self.device.positions().into_iter().map(|(index, position)| (index, position.used)).collect();
+        self.device.reset();
+        Ok(next)
+    }
+
+    fn release(&self) {
+        if let Medium::Image(image) = &self.medium
+            && let Err(error) = image.unlock()
+        {
+            tracing::warn!(%error, "a disk image stays locked");
+        }
+    }
+
+    fn announce(&self, address: [u8; 6]) -> Result<(), String> {
+        match &self.medium {
+            Medium::Tap(tap) => {
+                wherry_virtio::net::announce(tap, address);
+                Ok(())
+            }
+            Medium::Image(_) => Err("a disk announces nothing".into()),
+        }
+    }
+
+    fn save(&self) -> Vec<u8> {
+        self.device.save(SavedTransport::default()).encode_to_vec()
+    }
+
+    fn restore(&self, state: &[u8]) -> Result<(), String> {
+        let section = Section::decode(state).map_err(|e| e.to_string())?;
+        if section.unit != self.name() {
+            return Err(format!("the state of a {:.80}; this is a {}", section.unit, self.name()));
+        }
+        self.device.restore(&section).map(drop).map_err(|e| e.to_string())
+    }
+}
+
+/// The driver, behind a front end.
+struct Front(Arc<backend::Driver>);
+
+impl Driver for Front {
+    fn ring(&self, index: u16) {
+        self.0.ring(index);
+    }
+
+    /// No device of this kind changes its configuration.
+    fn configuration(&self) {}
+
+    fn needs_reset(&self, what: &str, why: &dyn Display) {
+        self.0.failed(what, why);
+    }
+
+    fn ring_vector(&self, _index: u16) -> Option<Arc<Vector>> {
+        None
+    }
+
+    fn pin(&self) -> Option<&Intx> {
+        None
+    }
+}
+
+/// What is under way, in memory of the front end.
+struct Noted(Arc<backend::InFlight>);
+
+impl InFlight for Noted {
+    fn left(&self, used: u16) -> Vec<u16> {
+        self.0.left(used)
+    }
+
+    fn taken(&self, head: u16) {
+        self.0.taken(head);
+    }
+
+    fn giving(&self, head: u16) {
+        self.0.giving(head);
+    }
+
+    fn given(&self, heads: &[u16], used: u16) {
+        self.0.given(heads, used);
+    }
+}
