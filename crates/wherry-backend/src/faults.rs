@@ -52,6 +52,14 @@ impl Postcopy {
         Ok(())
     }
 
+    /// All memory is there. The front end may keep its copy of the userfaultfd, so that closing ours changes nothing.
+    pub(crate) fn end(self, regions: &Regions) -> Result<(), String> {
+        regions.iter().try_for_each(|region| {
+            let ended = self.userfault.unregister(region.base(), region.described.size);
+            ended.map_err(|e| e.to_string())
+        })
+    }
+
     fn register(&self, region: &Region) -> Result<(), String> {
         let (base, len) = (region.base(), region.described.size);
         self.userfault.register(base, len, Mode::MISSING).map(drop).map_err(|e| e.to_string())

@@ -5,8 +5,8 @@
 //! which was given back before it. So is found out which of a batch were given back, if the process ended in between.
 
 use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::fd::AsFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 

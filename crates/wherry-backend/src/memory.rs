@@ -42,7 +42,9 @@ impl Described {
         let ends = [guest, user, offset].iter().all(|start| start.checked_add(size).is_some());
         match whole && ends && usize::try_from(size).is_ok() {
             true => Ok(()),
-            false => Err(format!("a region of {size:#x} bytes at {guest:#x}, {user:#x} there, {offset:#x} in its file")),
+            false => {
+                Err(format!("a region of {size:#x} bytes at {guest:#x}, {user:#x} there, {offset:#x} in its file"))
+            }
         }
     }
 }

@@ -13,13 +13,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::BackendError;
 use crate::device::{Device, Driver, RingGiven};
 use crate::faults::Postcopy;
 use crate::inflight::Parts;
 use crate::log::DirtyLog;
 use crate::memory::{Described, MOST_IN_TABLE, MOST_SLOTS, Regions};
 use crate::wire::{Connection, Event, Message, Request};
-use crate::BackendError;
 
 /// Features of the transport and of the protocol: logging, the protocol's own, virtio 1.
 const LOG_ALL: u64 = 1 << 26;
@@ -131,9 +131,7 @@ impl<'a> Session<'a> {
         // Its memory goes after this.
         if self.serves && self.is_listening() {
             // Nobody will bring what is missing. It must not be read as zeros, which might be written to a disk.
-            if let Err(reason) = self.device.rest(Instant::now() + LOOK) {
-                return Err(BackendError::Abandoned(reason));
-            }
+            self.try_rest().map_err(BackendError::Abandoned)?;
         }
         self.rest();
         self.device.release();
@@ -274,7 +272,9 @@ impl<'a> Session<'a> {
             Request::PostcopyEnd => {
                 // What is locked still will not be missed.
                 self.unlock()?;
-                self.postcopy = None;
+                if let Some(postcopy) = self.postcopy.take() {
+                    postcopy.end(&self.regions)?;
+                }
                 return Ok(says(0));
             }
             Request::GetInflightFd => return self.make_in_flight(&message),
@@ -480,22 +480,22 @@ impl<'a> Session<'a> {
     fn rest(&mut self) {
         let mut told = false;
         while self.serves {
-            match self.device.rest(Instant::now() + LOOK) {
-                Ok(positions) => {
-                    for (index, next) in positions {
-                        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
-                            ring.next = next;
-                        }
-                    }
-                    self.serves = false;
-                }
-                Err(reason) if !told => {
-                    tracing::warn!(device = self.device.name(), reason, "waiting for it to come to rest");
-                    told = true;
-                }
-                Err(_) => {}
+            if let Err(reason) = self.try_rest()
+                && !std::mem::replace(&mut told, true)
+            {
+                tracing::warn!(device = self.device.name(), reason, "waiting for it to come to rest");
             }
         }
+    }
+
+    fn try_rest(&mut self) -> Result<(), String> {
+        for (index, next) in self.device.rest(Instant::now() + LOOK)? {
+            if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+                ring.next = next;
+            }
+        }
+        self.serves = false;
+        Ok(())
     }
 
     fn config(&self, message: &Message) -> Result<Answer, String> {

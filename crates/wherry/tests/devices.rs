@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use support::disk::Memory;
-use support::{Place, Vm, kvm, stderr};
+use support::{Place, Vm, kvm, stderr, wait_for};
 use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
 

@@ -76,7 +76,8 @@ impl Drop for Daemon {
 
 /// Whether it and KVM are there; says what is skipped if not.
 fn able(test: &str, program: Program) -> bool {
-    let there = program == Program::Wherry || Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
+    let there = program == Program::Wherry
+        || Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
     if !there {
         println!("SKIPPED {test}: qemu-storage-daemon is not installed (Debian package qemu-utils)");
     }

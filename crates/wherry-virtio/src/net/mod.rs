@@ -27,9 +27,9 @@ use virtio_bindings::bindings::virtio_net::{
 };
 use wherry_state::{SavedState, Section, UnitError, UnitId};
 
+pub use self::announce::send as announce;
 use self::packets::{Held, LONGEST, Packets};
 use self::tap::HEADER;
-pub use self::announce::send as announce;
 pub use self::tap::{Tap, TapError};
 use crate::device::{Activation, Device, Kind, Position};
 use crate::ring::RING_FEATURES;
