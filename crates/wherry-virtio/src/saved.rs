@@ -196,7 +196,7 @@ impl SavedState for SavedRng {
     const SCHEMA: u32 = 1;
 }
 
-/// Units `vhost-user-blk` and `vhost-user`: devices that another process serves. What that process keeps is its own.
+/// Units `vhost-user-blk` and `vhost-user`: devices that another process serves.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedVhostUser {
     /// The transport.
@@ -208,10 +208,13 @@ pub struct SavedVhostUser {
     /// Its configuration, as the guest sees it.
     #[prost(bytes = "vec", tag = "3")]
     pub config: Vec<u8>,
+    /// What that process has given to be taken to its like; empty if it keeps nothing, or gives nothing. From schema 2 on.
+    #[prost(bytes = "vec", tag = "4")]
+    pub back_end: Vec<u8>,
 }
 
 impl SavedState for SavedVhostUser {
-    const SCHEMA: u32 = 1;
+    const SCHEMA: u32 = 2;
 }
 
 /// A transport with something in every field, for golden files.

@@ -334,6 +334,9 @@ fn virtio_rng() {
 
 #[test]
 fn vhost_user() {
-    let state = SavedVhostUser { transport: Some(saved::example()), id: 2, config: (1..=60).collect() };
+    let mut state =
+        SavedVhostUser { transport: Some(saved::example()), id: 2, config: (1..=60).collect(), back_end: Vec::new() };
     check("vhost-user", 1, &state);
+    state.back_end = (100..200).collect();
+    check("vhost-user", 2, &state);
 }

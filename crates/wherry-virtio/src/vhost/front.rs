@@ -2,8 +2,11 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::pipe::PipeFlags;
 use wherry_memory::Ram;
 
 use super::wire::{Connection, Request, VhostError};
@@ -20,9 +23,12 @@ pub(super) mod protocol {
     pub(in super::super) const REPLY_ACK: u64 = 1 << 3;
     pub(in super::super) const PAGEFAULT: u64 = 1 << 8;
     pub(in super::super) const CONFIG: u64 = 1 << 9;
+    pub(in super::super) const INFLIGHT_SHMFD: u64 = 1 << 12;
+    pub(in super::super) const DEVICE_STATE: u64 = 1 << 19;
     /// What is used here. Memory slots are not: the blocks of a machine do not change, and with them a table cannot be
     /// sent in postcopy to back ends that follow the document.
-    pub(super) const WANTED: u64 = MQ | LOG_SHMFD | REPLY_ACK | PAGEFAULT | CONFIG;
+    pub(in super::super) const WANTED: u64 =
+        MQ | LOG_SHMFD | REPLY_ACK | PAGEFAULT | CONFIG | INFLIGHT_SHMFD | DEVICE_STATE;
 }
 
 /// How long each message may take.
@@ -40,6 +46,20 @@ pub(super) struct RingAddresses {
     pub(super) available: u64,
     /// Guest address of the used ring, for the log.
     pub(super) used_guest: u64,
+}
+
+/// Bytes of a description of memory for requests under way.
+const IN_FLIGHT: usize = 20;
+/// Directions of a state.
+const SAVE: u32 = 0;
+const LOAD: u32 = 1;
+/// Most bytes of the state of a device.
+const MOST_STATE: usize = 4 << 20;
+
+/// Memory in which back ends note what is under way. It outlives them.
+pub(super) struct InFlight {
+    fd: OwnedFd,
+    described: Vec<u8>,
 }
 
 /// A back end, as it presents itself.
@@ -225,6 +245,86 @@ impl Front {
         self.connection.ask(Request::SetLogBase, &payload, &[log]).map(drop)
     }
 
+    /// Memory in which the back end notes what is under way, for so many rings: we keep it, and give it to the next one.
+    pub(super) fn make_in_flight(&self, rings: u16, size: u16) -> Result<InFlight, VhostError> {
+        let what = Request::GetInflightFd;
+        let mut wanted = [0; IN_FLIGHT];
+        wanted[16..18].copy_from_slice(&rings.to_ne_bytes());
+        wanted[18..20].copy_from_slice(&size.to_ne_bytes());
+        let mut answer = self.connection.ask(what, &wanted, &[])?;
+        // Some describe it with padding behind.
+        match (answer.payload.get(..IN_FLIGHT), answer.descriptors.pop(), answer.descriptors.len()) {
+            (Some(described), Some(fd), 0) => Ok(InFlight { fd, described: described.to_vec() }),
+            (described, _, more) => {
+                let got = described.map_or(answer.payload.len(), <[u8]>::len);
+                let reason = format!("an answer of {got} bytes, and {more} descriptors beside one that is due");
+                Err(self.connection.wrong(what, reason))
+            }
+        }
+    }
+
+    /// What is under way is noted there, and may have been before.
+    pub(super) fn set_in_flight(&self, kept: &InFlight) -> Result<(), VhostError> {
+        self.set(Request::SetInflightFd, &kept.described, &[kept.fd.as_fd()])
+    }
+
+    /// The state of the device, which is at rest.
+    pub(super) fn save(&self) -> Result<Vec<u8>, VhostError> {
+        let (reader, writer) = self.pipe()?;
+        self.state(SAVE, writer.as_fd())?;
+        drop(writer);
+        let state = read_all(&reader, self.limit()).map_err(|e| {
+            let reason = format!("reading the state of its device: {e}");
+            self.connection.wrong(Request::SetDeviceStateFd, reason)
+        })?;
+        self.check_state("it could not save its device")?;
+        Ok(state)
+    }
+
+    /// Gives it the state of such a device, before any ring is started.
+    pub(super) fn load(&self, state: &[u8]) -> Result<(), VhostError> {
+        let (reader, writer) = self.pipe()?;
+        self.state(LOAD, reader.as_fd())?;
+        drop(reader);
+        write_all(&writer, state, self.limit()).map_err(|e| {
+            let reason = format!("writing the state of its device: {e}");
+            self.connection.wrong(Request::SetDeviceStateFd, reason)
+        })?;
+        drop(writer);
+        self.check_state("it does not take the state of the device")
+    }
+
+    fn pipe(&self) -> Result<(OwnedFd, OwnedFd), VhostError> {
+        let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+        rustix::pipe::pipe_with(flags)
+            .map_err(|e| self.connection.lacks(format!("a pipe for the state of its device: {e}")))
+    }
+
+    fn state(&self, direction: u32, fd: BorrowedFd<'_>) -> Result<(), VhostError> {
+        let what = Request::SetDeviceStateFd;
+        let mut payload = direction.to_ne_bytes().to_vec();
+        // The only phase there is: stopped.
+        payload.extend(0u32.to_ne_bytes());
+        let answer = self.connection.ask(what, &payload, &[fd])?;
+        match (self.connection.number(what, &answer)?, answer.descriptors.len()) {
+            // It uses our pipe.
+            (number, 0) if number & 0x1ff == 0x100 => Ok(()),
+            (number, 0) if number & 0xff != 0 => {
+                Err(self.connection.wrong(what, format!("it refused, with {number:#x}")))
+            }
+            (number, fds) => {
+                Err(self.connection.wrong(what, format!("{number:#x} and {fds} descriptors, instead of our pipe")))
+            }
+        }
+    }
+
+    fn check_state(&self, otherwise: &str) -> Result<(), VhostError> {
+        match self.read(Request::CheckDeviceState)? {
+            0 => Ok(()),
+            code => Err(self.connection.wrong(Request::CheckDeviceState, format!("{otherwise}: {code:#x}"))),
+        }
+    }
+
     pub(super) fn set_size(&self, ring: u16, size: u16) -> Result<(), VhostError> {
         self.set(Request::SetVringNum, &pair(ring, size.into()), &[])
     }
@@ -277,7 +377,7 @@ impl AsFd for Front {
     }
 }
 
-/// Every request, in the order of a device's life, until one fails.
+/// Every request but that for a state, whose end has to be waited for, in the order of a device's life, until one fails.
 pub(super) fn ask_everything(connection: Connection, ram: &Ram, log: BorrowedFd<'_>) -> Result<(), VhostError> {
     let front = Front::over(connection)?;
     front.config(60)?;
@@ -294,11 +394,58 @@ pub(super) fn ask_everything(connection: Connection, ram: &Ram, log: BorrowedFd<
     front.enable(0, true)?;
     front.set_config(32, &[1])?;
     front.stop(0)?;
+    let kept = front.make_in_flight(1, 64)?;
+    front.set_in_flight(&kept)?;
+    front.load(&[1])?;
     front.advise()?;
     front.listen()?;
     front.set_missing_memory(ram)?;
     front.acknowledge()?;
     front.end()
+}
+
+/// Reads a pipe to its end.
+fn read_all(pipe: &OwnedFd, limit: Duration) -> std::io::Result<Vec<u8>> {
+    let deadline = Instant::now() + limit;
+    let mut all = Vec::new();
+    loop {
+        let mut piece = [0; 4096];
+        match rustix::io::read(pipe, &mut piece) {
+            Ok(0) => return Ok(all),
+            Ok(_) if all.len() > MOST_STATE => {
+                return Err(std::io::Error::other(format!("more than {MOST_STATE} bytes")));
+            }
+            Ok(got) => all.extend_from_slice(&piece[..got]),
+            Err(Errno::AGAIN) => ready(pipe, PollFlags::IN, deadline)?,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn write_all(pipe: &OwnedFd, mut bytes: &[u8], limit: Duration) -> std::io::Result<()> {
+    let deadline = Instant::now() + limit;
+    while !bytes.is_empty() {
+        match rustix::io::write(pipe, bytes) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(Errno::AGAIN) => ready(pipe, PollFlags::OUT, deadline)?,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn ready(pipe: &OwnedFd, event: PollFlags, deadline: Instant) -> std::io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(std::io::ErrorKind::TimedOut.into());
+    }
+    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    match poll(&mut [PollFd::new(pipe, event)], Some(&left)) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn pair(ring: u16, value: u32) -> [u8; 8] {

@@ -183,11 +183,13 @@ impl VhostUser {
         let socket = spec.socket.clone();
         let limit = front.limit();
         let name = format!("vhost-{}-{instance}", spec.id);
-        let worker = Worker::spawn(name, front, ram.clone(), faults).map_err(|source| VhostError::Socket {
-            path: socket.clone(),
-            what: format!("starting the thread that speaks with it (each answer has {limit:?})"),
-            source,
-        })?;
+        let worker = Worker::spawn(name, spec.clone(), backend.config.clone(), front, ram.clone(), faults).map_err(
+            |source| VhostError::Socket {
+                path: socket.clone(),
+                what: format!("starting the thread that speaks with it (each answer has {limit:?})"),
+                source,
+            },
+        )?;
         let log = VhostLog::new(format!("vhost-user {}", socket.display()), ram.clone(), worker.orders.clone());
         Ok(Self {
             worker,
@@ -281,7 +283,12 @@ impl Device for VhostUser {
     }
 
     fn save(&self, transport: SavedTransport) -> Section {
-        let saved = SavedVhostUser { transport: Some(transport), id: self.id.into(), config: self.config().clone() };
+        let saved = SavedVhostUser {
+            transport: Some(transport),
+            id: self.id.into(),
+            config: self.config().clone(),
+            back_end: self.worker.orders.state(),
+        };
         saved.to_section(&UnitId::new(self.kind().name, self.instance))
     }
 
@@ -298,6 +305,9 @@ impl Device for VhostUser {
         }
         if saved.config.len() == self.config().len() {
             self.config().clone_from(&saved.config);
+        }
+        if !saved.back_end.is_empty() {
+            self.worker.orders.load(saved.back_end).map_err(UnitError::failed)?;
         }
         saved.transport.ok_or_else(|| UnitError::failed("there is no state of its transport"))
     }

@@ -1,13 +1,15 @@
 //! Back ends that do not do what they should: each is named, with what was wrong, and within its deadline.
 
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
 use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
 
 use super::front::{Front, LOG_ALL, ask_everything, protocol};
@@ -34,9 +36,10 @@ fn honest(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let number = |value: u64| reply(request, &value.to_ne_bytes());
     match request {
         1 => number(1 << 30 | LOG_ALL | 1 << 32),
-        15 => number(protocol::LOG_SHMFD | protocol::REPLY_ACK | protocol::PAGEFAULT | protocol::CONFIG | protocol::MQ),
+        15 => number(protocol::WANTED),
+        42 => number(0x100),
         17 => number(1),
-        6 => number(0),
+        6 | 43 => number(0),
         11 | 24 => reply(request, payload),
         _ if flags & 8 != 0 => number(0),
         _ => Vec::new(),
@@ -50,17 +53,15 @@ fn back_end(odd: u32, mut script: Script) -> (tempfile::TempDir, PathBuf, JoinHa
     let listener = UnixListener::bind(&path).unwrap();
     let thread = std::thread::spawn(move || {
         let mut stream = listener.accept().unwrap().0;
-        loop {
-            let mut header = [0; 12];
-            if stream.read_exact(&mut header).is_err() {
-                return;
-            }
-            let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
-            let (request, flags) = (word(0), word(4));
-            let mut payload = vec![0; word(8) as usize];
-            stream.read_exact(&mut payload).unwrap();
+        let mut kept = Vec::new();
+        while let Some((request, flags, payload, fd)) = with_descriptor(&stream) {
+            kept.extend(fd);
             let answer = match request == odd {
                 true => script(request, &payload, &stream),
+                false if request == 31 => {
+                    with_descriptors(&stream, &reply(31, &payload), 1);
+                    Some(Vec::new())
+                }
                 false => Some(honest(request, flags, &payload)),
             };
             match answer {
@@ -108,6 +109,10 @@ fn a_back_end_that_does_not_answer_one_of_the_requests_is_given_up_at_the_deadli
         (25, "SetConfig"),
         (11, "GetVringBase"),
         (28, "PostcopyAdvise"),
+        (31, "GetInflightFd"),
+        (32, "SetInflightFd"),
+        (42, "SetDeviceStateFd"),
+        (43, "CheckDeviceState"),
     ] {
         let error = said(request, Box::new(|_, _, _| Some(Vec::new())));
         assert!(error.contains(&format!("no answer to {name} within 300ms")), "{error}");
@@ -125,7 +130,7 @@ fn a_back_end_that_hangs_up_at_one_of_the_requests_is_told_of_with_the_request()
 #[test]
 fn answers_of_a_wrong_form_are_refused_with_what_was_wrong() {
     let with = |bytes: Vec<u8>| -> Script { Box::new(move |_, _, _| Some(bytes.clone())) };
-    let cases: [(u32, Vec<u8>, &str); 9] = [
+    let cases: [(u32, Vec<u8>, &str); 13] = [
         (1, reply(2, &[0; 8]), "answers request 2"),
         (1, message(1, 1, &[0; 8]), "flags 0x1"),
         (1, reply(1, &[0; 4]), "4 bytes, where 8 are due"),
@@ -140,6 +145,10 @@ fn answers_of_a_wrong_form_are_refused_with_what_was_wrong() {
         (24, reply(24, &[0; 20]), "20 bytes, where 72 are due"),
         (11, reply(11, &[9; 8]), "asked about ring 0"),
         (28, reply(28, &[]), "0 descriptors beside one that is due"),
+        (31, reply(31, &[0; 20]), "20 bytes, and 0 descriptors beside one that is due"),
+        (42, reply(42, &1u64.to_ne_bytes()), "refused, with 0x1"),
+        (42, reply(42, &0u64.to_ne_bytes()), "instead of our pipe"),
+        (43, reply(43, &1u64.to_ne_bytes()), "does not take the state"),
     ];
     for (request, bytes, words) in cases {
         let error = said(request, with(bytes));
@@ -225,4 +234,50 @@ fn a_socket_at_which_nobody_makes_room_is_given_up() {
         }
     };
     assert!(error.contains("connecting") && error.contains(path.to_str().unwrap()), "{error}");
+}
+
+/// Reads a message with the first descriptor that came with it.
+fn with_descriptor(stream: &UnixStream) -> Option<(u32, u32, Vec<u8>, Option<OwnedFd>)> {
+    let mut bytes = vec![0; 12];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut part = [std::io::IoSliceMut::new(&mut bytes)];
+    let got = rustix::net::recvmsg(stream, &mut part, &mut control, RecvFlags::CMSG_CLOEXEC).ok()?;
+    let fds = control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    let word = |at: usize| u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap());
+    let mut payload = vec![0; word(8) as usize];
+    (got.bytes == 12).then_some(())?;
+    { stream }.read_exact(&mut payload).ok()?;
+    Some((word(0), word(4), payload, fds))
+}
+
+#[test]
+fn a_state_that_does_not_end_is_given_up() {
+    for (endless, words) in [(false, "timed out"), (true, "more than 4194304 bytes")] {
+        let (ours, its) = UnixStream::pair().unwrap();
+        let thread = std::thread::spawn(move || {
+            let mut kept = None;
+            while let Some((request, flags, payload, pipe)) = with_descriptor(&its) {
+                { &its }.write_all(&honest(request, flags, &payload)).unwrap();
+                if request == 42 && endless {
+                    let mut pipe = std::fs::File::from(pipe.unwrap());
+                    let flags = rustix::fs::fcntl_getfl(&pipe).unwrap();
+                    rustix::fs::fcntl_setfl(&pipe, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+                    while pipe.write_all(&[0; 4096]).is_ok() {}
+                } else if request == 42 {
+                    kept = pipe;
+                }
+            }
+            drop(kept);
+        });
+        let connection = Connection::over(ours, std::path::Path::new("a pair"), LIMIT).unwrap();
+        let front = Front::over(connection).unwrap();
+        let error = front.save().unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+        drop(front);
+        thread.join().unwrap();
+    }
 }

@@ -56,6 +56,10 @@ pub(super) enum Request {
     PostcopyAdvise = 28,
     PostcopyListen = 29,
     PostcopyEnd = 30,
+    GetInflightFd = 31,
+    SetInflightFd = 32,
+    SetDeviceStateFd = 42,
+    CheckDeviceState = 43,
 }
 
 /// Something went wrong between a front end and its back end.

@@ -19,16 +19,22 @@ use wherry_fault::{FaultService, SourceId};
 use wherry_memory::{GuestMemory, Ram};
 use wherry_state::UnitError;
 
-use super::front::{Front, RingAddresses};
+use super::front::{Front, InFlight, RingAddresses, protocol};
 use super::log::Log;
 use super::postcopy;
 use super::wire::VhostError;
+use super::{BLK, Backend, VhostSpec};
 use crate::device::{Activation, Interrupts, Position, RingGiven};
 
 /// How long a device may take to come to rest when its driver resets it.
 const RESET_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks whether all memory is there.
 const LOOK: Duration = Duration::from_millis(10);
+/// After the loss of a back end, before the first and before later looks for another.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// The driver's feature of the transport, which back ends leave to the front end or offer.
+const VERSION_1: u64 = 1 << 32;
 /// Between two looks whether a back end has given everything back.
 const SETTLE: Duration = Duration::from_micros(50);
 
@@ -42,6 +48,7 @@ enum Order {
     Start,
     Log(Option<Arc<Log>>, Done<String>),
     Config(u32, Vec<u8>),
+    Load(Vec<u8>, Done<String>),
     Quit,
 }
 
@@ -50,6 +57,8 @@ pub(super) struct Orders {
     sender: Mutex<Sender<Order>>,
     wake: EventFd,
     positions: Mutex<Vec<(u16, Position)>>,
+    /// What the back end keeps itself, since it came to rest.
+    state: Mutex<Vec<u8>>,
 }
 
 impl Orders {
@@ -102,6 +111,17 @@ impl Orders {
         self.send(Order::Config(offset, content));
     }
 
+    /// What the back end keeps itself. At rest.
+    pub(super) fn state(&self) -> Vec<u8> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Gives it what another one kept.
+    pub(super) fn load(&self, state: Vec<u8>) -> Result<(), String> {
+        let late = || "the back end did not answer".into();
+        self.wait(|done| Order::Load(state, done), Instant::now() + RESET_LIMIT, late)
+    }
+
     pub(super) fn positions(&self) -> Vec<(u16, Position)> {
         self.positions.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -116,17 +136,24 @@ pub(super) struct Worker {
 impl Worker {
     pub(super) fn spawn(
         name: String,
+        spec: VhostSpec,
+        config: Vec<u8>,
         front: Front,
         ram: Arc<Ram>,
         faults: Option<Arc<FaultService>>,
     ) -> std::io::Result<Self> {
         let (sender, orders) = channel();
         let wake = EventFd::new(EFD_NONBLOCK)?;
-        let shared = Arc::new(Orders { sender: Mutex::new(sender), wake, positions: Mutex::default() });
+        let shared =
+            Arc::new(Orders { sender: Mutex::new(sender), wake, positions: Mutex::default(), state: Mutex::default() });
         let its = shared.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let mut thread = Thread {
                 path: front.path().into(),
+                spec,
+                config,
+                in_flight: None,
+                missing: None,
                 shared: its,
                 orders,
                 front: Some(front),
@@ -194,8 +221,22 @@ struct Active {
     interrupts: Interrupts,
 }
 
+/// A back end that was lost, and whose requests under way are known.
+struct Missing {
+    /// When to look for the next one, and how long to wait after that.
+    next: Instant,
+    pause: Duration,
+}
+
 struct Thread {
     path: std::path::PathBuf,
+    spec: VhostSpec,
+    /// The device's configuration, as the guest sees it.
+    config: Vec<u8>,
+    /// Where the back end notes what is under way.
+    in_flight: Option<InFlight>,
+    /// It is being looked for; the guest waits.
+    missing: Option<Missing>,
     shared: Arc<Orders>,
     orders: Receiver<Order>,
     /// None: it has gone, or was given up.
@@ -237,9 +278,7 @@ impl Thread {
                 let _ = done.send(self.reset());
             }
             Order::Drain(deadline, done) => {
-                let result = self.starve(deadline);
-                self.judge("draining it", result);
-                let _ = done.send(Ok(()));
+                let _ = done.send(self.drain(deadline));
             }
             Order::Rest(deadline, done) => {
                 let _ = done.send(self.rest(deadline));
@@ -258,6 +297,16 @@ impl Thread {
             Order::Config(offset, content) => {
                 let result = self.front.as_ref().map_or(Ok(()), |front| front.set_config(offset, &content));
                 self.judge("writing its configuration", result);
+            }
+            Order::Load(state, done) => {
+                let result = match &self.front {
+                    Some(front) if front.has(protocol::DEVICE_STATE) => front.load(&state),
+                    Some(front) => Err(front.connection().lacks("it takes no state of another one (DEVICE_STATE)")),
+                    None => Ok(()),
+                };
+                let told = result.as_ref().map_err(ToString::to_string).copied();
+                self.judge("giving it the state of another one", result);
+                let _ = done.send(told);
             }
             Order::Quit => {}
         }
@@ -287,10 +336,14 @@ impl Thread {
                     events.push(PollFd::from_borrowed_fd(pin, PollFlags::IN));
                 }
             }
-            let look = Timespec { tv_sec: 0, tv_nsec: LOOK.subsec_nanos().into() };
-            let limit = self.sharer.is_some().then_some(&look);
+            let limit = match &self.missing {
+                Some(missing) => Some(missing.next.saturating_duration_since(Instant::now())),
+                None => self.sharer.is_some().then_some(LOOK),
+            };
+            let limit =
+                limit.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() });
             // Interrupted or not, what has happened is looked at.
-            let _ = poll(&mut events, limit);
+            let _ = poll(&mut events, limit.as_ref());
             let is = |at: usize| events.get(at).is_some_and(|event| !event.revents().is_empty());
             let (ordered, spoke) = (is(0), first == 2 && is(1));
             let rung: Vec<bool> = (0..=relays.len()).map(|n| is(first + n)).collect();
@@ -314,6 +367,9 @@ impl Thread {
                 self.lose(&what);
             }
             self.end_postcopy();
+            if self.missing.as_ref().is_some_and(|missing| Instant::now() >= missing.next) {
+                self.find();
+            }
             if ordered {
                 return;
             }
@@ -351,6 +407,16 @@ impl Thread {
                 self.sharer = Some(postcopy::share(front, &self.ram, faults)?);
             }
             None => front.set_memory(&self.ram)?,
+        }
+        if front.has(protocol::INFLIGHT_SHMFD) {
+            let most = active.rings.iter().map(|ring| ring.given.setup.size).max().unwrap_or(0);
+            let rings = active.rings.iter().map(|ring| ring.given.index + 1).max().unwrap_or(0);
+            let kept = match self.in_flight.take() {
+                Some(kept) => kept,
+                None => front.make_in_flight(rings, most)?,
+            };
+            front.set_in_flight(&kept)?;
+            self.in_flight = Some(kept);
         }
         if let Some(log) = self.log.clone() {
             self.set_log(Some(log))?;
@@ -405,6 +471,22 @@ impl Thread {
         Ok(())
     }
 
+    /// While the driver still runs: waits for a back end, and has it do what it has taken.
+    fn drain(&mut self, deadline: Instant) -> Result<(), UnitError> {
+        // Half of the time is left for who comes next.
+        let half = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+        while self.missing.is_some() {
+            if Instant::now() >= half {
+                return Err(self.gone());
+            }
+            std::thread::sleep(LOOK);
+            self.find();
+        }
+        let result = self.starve(deadline);
+        self.judge("draining it", result);
+        Ok(())
+    }
+
     /// While the driver still runs: takes the doorbells away from the back end, and waits until it has given back what it had
     /// taken. What the driver makes available meanwhile is carried.
     ///
@@ -450,16 +532,36 @@ impl Thread {
     /// They are not stopped before: some back ends close the eventfd of a ring that is stopped, and then fail when a request
     /// of it ends. If time runs out, the back end serves on.
     fn rest(&mut self, deadline: Instant) -> Result<(), UnitError> {
+        if self.missing.is_some() {
+            return Err(self.gone());
+        }
         if !self.starved {
             self.settle(deadline)?;
         }
         self.held = true;
         let result = self.stop_rings();
         self.judge("stopping its rings", result);
+        if self.missing.is_some() {
+            return Err(self.gone());
+        }
         let given_back = self.await_used(deadline);
         self.starved = false;
         self.note_positions();
-        given_back
+        given_back?;
+        let saved = match &self.front {
+            Some(front) if self.served.is_some() && front.has(protocol::DEVICE_STATE) => front.save(),
+            _ => Ok(Vec::new()),
+        };
+        let result = saved.map(|state| *self.shared.state.lock().unwrap_or_else(PoisonError::into_inner) = state);
+        self.judge("saving its state", result);
+        match self.missing {
+            Some(_) => Err(self.gone()),
+            None => Ok(()),
+        }
+    }
+
+    fn gone(&self) -> UnitError {
+        UnitError::Deadline(format!("the back end at {} has gone, with requests under way", self.path.display()))
     }
 
     fn stop_rings(&mut self) -> Result<(), VhostError> {
@@ -536,6 +638,7 @@ impl Thread {
         }
         self.served = None;
         self.starved = false;
+        (self.missing, self.in_flight) = (None, None);
         if let Err(error) = &settled {
             // It may write what the driver takes for its own again: nothing is shown to it any more.
             self.lose(error);
@@ -583,12 +686,15 @@ impl Thread {
         }
     }
 
-    /// Gives the back end up. Its device needs a reset, which connects anew.
+    /// The back end is lost. If what was under way is known, the next one at its socket goes on with it, and the guest waits
+    /// that long. If not, the device needs a reset, which connects anew.
     fn lose(&mut self, why: &dyn std::fmt::Display) {
         if self.front.take().is_none() {
             return;
         }
-        tracing::warn!(socket = %self.path.display(), %why, "the vhost-user back end is lost");
+        let known = self.in_flight.is_some() && self.served.is_some();
+        let then = if known { "its requests wait for the next one" } else { "its device needs a reset" };
+        tracing::warn!(socket = %self.path.display(), %why, then, "the vhost-user back end is lost");
         if let Some(log) = &self.log {
             log.doubt();
         }
@@ -597,8 +703,63 @@ impl Thread {
         }
         if let Some(active) = &mut self.served {
             active.rings.iter_mut().for_each(|ring| ring.started = false);
-            active.interrupts.failed(&why);
+            if known {
+                self.missing = Some(Missing { next: Instant::now() + FIRST_PAUSE, pause: FIRST_PAUSE });
+            } else {
+                active.interrupts.failed(&why);
+            }
         }
+        self.starved = false;
+    }
+
+    /// Looks for the next back end.
+    fn find(&mut self) {
+        let Some(missing) = self.missing.take() else { return };
+        match self.succeed() {
+            Ok(()) => tracing::warn!(socket = %self.path.display(), "another vhost-user back end goes on"),
+            Err(error) if matches!(error, VhostError::Lacks { .. }) => {
+                self.front = None;
+                tracing::warn!(%error, "a vhost-user back end cannot go on with the device of another");
+                if let Some(active) = &self.served {
+                    active.interrupts.failed(&error);
+                }
+            }
+            Err(error) => {
+                self.front = None;
+                tracing::debug!(%error, "there is no vhost-user back end yet");
+                let pause = (2 * missing.pause).min(LONGEST_PAUSE);
+                self.missing = Some(Missing { next: Instant::now() + pause, pause });
+            }
+        }
+    }
+
+    /// Has another back end go on.
+    fn succeed(&mut self) -> Result<(), VhostError> {
+        let backend = Backend::connect(&self.spec)?;
+        let Some(front) = backend.front.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
+        let Some(active) = &mut self.served else { return Ok(()) };
+        let lost = active.features & !(backend.features | VERSION_1);
+        if lost != 0 {
+            return Err(front.connection().lacks(format!("it has not the features {lost:#x}, which its driver uses")));
+        }
+        if self.spec.id == BLK && backend.config.get(..8) != self.config.get(..8) {
+            return Err(front.connection().lacks("its disk has another size than that before"));
+        }
+        if !front.has(protocol::INFLIGHT_SHMFD) {
+            return Err(front.connection().lacks("it does not take requests that are under way (INFLIGHT_SHMFD)"));
+        }
+        for ring in &mut active.rings {
+            // What was taken and not given back is noted, and comes first.
+            let used = ring.used(&active.memory).unwrap_or(ring.position.used);
+            ring.position = Position { available: used, used };
+        }
+        self.front = Some(front);
+        self.show()?;
+        if let Some(active) = &self.served {
+            // The one before may have given requests back and ended before it said so.
+            active.rings.iter().for_each(|ring| active.interrupts.ring(ring.given.index));
+        }
+        Ok(())
     }
 
     fn quit(&mut self) {

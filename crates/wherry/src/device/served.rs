@@ -6,7 +6,7 @@
 use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prost::Message;
 use virtio_bindings::bindings::virtio_net::{
@@ -16,7 +16,7 @@ use wherry_backend as backend;
 use wherry_interrupt::{Intx, Vector};
 use wherry_memory::GuestMemory;
 use wherry_state::Section;
-use wherry_virtio::blk::{Blk, Image};
+use wherry_virtio::blk::{Blk, Image, ImageError};
 use wherry_virtio::net::{Net, Tap};
 use wherry_virtio::saved::SavedTransport;
 use wherry_virtio::{Activation, Device, Driver, InFlight, Interrupts, Position, RingGiven, RingSetup};
@@ -26,6 +26,10 @@ const CONFIG: usize = 256;
 /// Features of a network device that need its ring of commands, which front ends keep for themselves.
 const COMMANDS: u64 =
     1 << VIRTIO_NET_F_CTRL_VQ | 1 << VIRTIO_NET_F_CTRL_GUEST_OFFLOADS | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
+
+/// How long a lock is waited for, and how long between two tries.
+const LOCK_LIMIT: Duration = Duration::from_secs(1);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a device is connected to.
 enum Medium {
@@ -89,7 +93,7 @@ impl backend::Device for Served {
         driver: Arc<backend::Driver>,
     ) -> Result<(), String> {
         if let Medium::Image(image) = &self.medium {
-            image.lock().map_err(|e| e.to_string())?;
+            lock(image).map_err(|e| e.to_string())?;
         }
         let given = |ring: backend::RingGiven| RingGiven {
             index: ring.index,
@@ -147,6 +151,17 @@ impl backend::Device for Served {
             return Err(format!("the state of a {:.80}; this is a {}", section.unit, self.name()));
         }
         self.device.restore(&section).map(drop).map_err(|e| e.to_string())
+    }
+}
+
+/// Locks an image. One that served it and was killed may keep it for a moment: until the kernel has ended its I/O.
+fn lock(image: &Image) -> Result<(), ImageError> {
+    let deadline = Instant::now() + LOCK_LIMIT;
+    loop {
+        match image.lock() {
+            Err(ImageError::Locked(_)) if Instant::now() < deadline => std::thread::sleep(LOCK_PAUSE),
+            result => return result,
+        }
     }
 }
 
