@@ -86,7 +86,17 @@ impl Qemu {
         let socket = dir.join(format!("{name}.qmp"));
         let mut command = Command::new(PROGRAM);
         command
-            .args(["-accel", "kvm", "-cpu", "host", "-nodefaults", "-display", "none", "-no-reboot"])
+            // KVM may offer an MSR that no vCPU takes; QEMU ends at that. The probe guest does not need it.
+            .args([
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host,arch-capabilities=off",
+                "-nodefaults",
+                "-display",
+                "none",
+                "-no-reboot",
+            ])
             .args(["-machine", "q35,memory-backend=ram", "-m", &format!("{}M", guest.memory_mib)])
             .args(["-object", &format!("memory-backend-memfd,id=ram,share=on,size={}M", guest.memory_mib)])
             .args(["-smp", &guest.cpus.to_string(), "-append", guest.cmdline, "-kernel"])

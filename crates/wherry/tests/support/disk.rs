@@ -24,10 +24,20 @@ impl Memory {
         Self(File::options().read(true).write(true).open(path).unwrap())
     }
 
+    /// Guest RAM of which the first bytes are those of a file: that of another VMM.
+    pub fn of_file(file: File) -> Self {
+        Self(file)
+    }
+
     pub fn snapshot(&self) -> Snapshot {
+        self.try_snapshot().unwrap()
+    }
+
+    /// None as long as the guest has not made one.
+    pub fn try_snapshot(&self) -> Option<Snapshot> {
         let mut report = vec![0; REPORT_SIZE as usize];
-        self.0.read_exact_at(&mut report, REPORT_GPA).unwrap();
-        Snapshot::decode(&report).unwrap()
+        self.0.read_exact_at(&mut report, REPORT_GPA).ok()?;
+        Snapshot::decode(&report).ok()
     }
 
     pub fn disk(&self) -> DiskSnapshot {
