@@ -13,7 +13,8 @@ use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
 use wherry_virtio::vhost::ask_everything;
 
 static RAM: LazyLock<Ram> = LazyLock::new(|| {
-    let block = |id: u16, guest_base| BlockSpec { id: BlockId(id), guest_base, size: 1 << 20, page_size: PageSize::Base };
+    let block =
+        |id: u16, guest_base| BlockSpec { id: BlockId(id), guest_base, size: 1 << 20, page_size: PageSize::Base };
     Ram::create(&[block(0, 0), block(1, 1 << 32)]).unwrap()
 });
 

@@ -1,6 +1,6 @@
 //! Back ends of vhost-user: processes that serve the rings of a virtio device for the VMM of another process.
 //!
-//! - [`Server`] listens, and serves one front end after the other.
+//! - [`Server`] listens, and serves one front end after the other; [`serve`] serves one over a socket that is connected.
 //! - [`Device`] is what a device implements; [`RingGiven`] is a ring that it is to serve, [`Driver`] how the guest is told.
 //! - [`InFlight`] notes which requests are under way, in memory that the front end keeps: a process that takes over goes on
 //!   with them.
@@ -28,4 +28,4 @@ mod wire;
 pub use device::{Device, Driver, RingGiven};
 pub use error::BackendError;
 pub use inflight::InFlight;
-pub use server::Server;
+pub use server::{Server, serve};

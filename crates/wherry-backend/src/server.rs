@@ -63,17 +63,22 @@ impl Server {
         }
     }
 
-    /// Serves one front end, over a socket that is connected. One that is given up is no error.
-    pub fn serve(&self, stream: UnixStream, device: &dyn Device) -> Result<(), BackendError> {
+    /// Serves one front end. One that is given up is no error.
+    fn serve(&self, stream: UnixStream, device: &dyn Device) -> Result<(), BackendError> {
         let name = device.name();
         tracing::info!(device = name, "a front end has come");
-        match Connection::new(stream, &self.quit).and_then(|connection| Session::new(connection, device).run()) {
+        match serve(stream, device, &self.quit) {
             Ok(()) => tracing::info!(device = name, "the front end has gone"),
             Err(error @ BackendError::Abandoned(_)) => return Err(error),
             Err(error) => tracing::warn!(device = name, %error, "the front end is given up"),
         }
         Ok(())
     }
+}
+
+/// Serves the front end at the other end of a socket, until it goes or `quit` is readable.
+pub fn serve(stream: UnixStream, device: &dyn Device, quit: &EventFd) -> Result<(), BackendError> {
+    Session::new(Connection::new(stream, quit)?, device).run()
 }
 
 impl Drop for Server {

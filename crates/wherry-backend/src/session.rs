@@ -442,6 +442,9 @@ impl<'a> Session<'a> {
         for (index, ring) in (0u16..).zip(&self.rings) {
             let on = ring.rung && (enabled || ring.enabled);
             let (Some(kick), Some(addresses), true) = (&ring.kick, ring.addresses, on) else { continue };
+            if ring.size == 0 {
+                return Err(format!("ring {index} without a size"));
+            }
             let guest = |user: u64| {
                 let outside = || format!("ring {index} at {user:#x}, where no memory is");
                 self.regions.guest(user).ok_or_else(outside)

@@ -29,10 +29,9 @@ use wherry_state::{SavedState, Section, UnitError, UnitId};
 
 use self::memory::Memory;
 use self::pages::Pages;
-use crate::device::{Activation, Device, Kind, Position};
+use crate::device::{Activation, Device, Interrupts, Kind, Position};
 use crate::ring::RING_FEATURES;
 use crate::saved::{SavedBalloon, SavedPages, SavedTransport};
-use crate::transport::Interrupts;
 use crate::worker::Worker;
 
 const KIND: Kind = Kind { id: 5, name: "virtio-balloon", class: [0xff, 0, 0] };
