@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use wherry_memory::PageSize;
+pub use wherry_virtio::blk::ImageFormat;
 pub use wherry_virtio::console::ConsoleTarget;
 pub use wherry_virtio::vhost::{MOST_QUEUES, VhostSpec};
 
@@ -69,6 +70,8 @@ pub struct DiskConfig {
     pub path: PathBuf,
     /// It is only read.
     pub read_only: bool,
+    /// What the image looks like.
+    pub format: ImageFormat,
 }
 
 /// A network device.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use wherry_netlab::Shape;
+use wherry_vmm::config::ImageFormat;
 
 /// Runs virtual machines and moves them, running, from process to process and from host to host.
 #[derive(Debug, Parser)]
@@ -217,9 +218,9 @@ pub struct Process {
     /// UNIX socket to make for the API
     #[arg(long, value_name = "SOCKET")]
     pub api: PathBuf,
-    /// Disk image, a file or block device, once for each disk; with `,ro` it is only read. A receiver needs the same disks
-    /// in the same order
-    #[arg(long, value_name = "FILE[,ro]", value_parser = disk)]
+    /// Disk image, a file or block device, once for each disk; with `,ro` it is only read, with `,format=qcow2` it is not raw.
+    /// A receiver needs the same disks in the same order
+    #[arg(long, value_name = "FILE[,ro][,format=FORMAT]", value_parser = disk)]
     pub disk: Vec<wherry_vmm::config::DiskConfig>,
     /// Tap device for a network device, once for each; with `,mac=AA:BB:CC:DD:EE:FF` the guest's address [default: from the
     /// identity of the VM]. A receiver needs as many in the same order, and takes the addresses that the VM has
@@ -524,15 +525,16 @@ fn cpu_model(text: &str) -> Result<wherry_vmm::config::CpuModel, String> {
 fn disk(text: &str) -> Result<wherry_vmm::config::DiskConfig, String> {
     let mut parts = text.split(',');
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("give the path of an image")?;
-    let mut read_only = false;
+    let (mut read_only, mut format) = (false, ImageFormat::Raw);
     for option in parts {
         match option {
             "ro" => read_only = true,
-            "format=raw" => {}
-            other => return Err(format!("unknown option {other:?}: use ro or format=raw")),
+            "format=raw" => format = ImageFormat::Raw,
+            "format=qcow2" => format = ImageFormat::Qcow2,
+            other => return Err(format!("unknown option {other:?}: use ro, format=raw or format=qcow2")),
         }
     }
-    Ok(wherry_vmm::config::DiskConfig { path: path.into(), read_only })
+    Ok(wherry_vmm::config::DiskConfig { path: path.into(), read_only, format })
 }
 
 /// Reads the name of a tap device with options behind it.

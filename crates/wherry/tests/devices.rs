@@ -6,6 +6,7 @@ mod support;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 use support::disk::Memory;
@@ -158,4 +159,49 @@ fn lock(path: &Path) -> wherry_virtio::blk::Image {
     let image = wherry_virtio::blk::Image::open(path, false).unwrap();
     image.lock().unwrap();
     image
+}
+
+#[test]
+fn a_disk_in_qcow2_format_moves_by_every_mode_and_qemu_finds_it_whole() {
+    let test = "a_disk_in_qcow2_format_moves_by_every_mode_and_qemu_finds_it_whole";
+    let qemu_img = |arguments: &[&str]| Command::new("qemu-img").args(arguments).output();
+    if qemu_img(&["--version"]).is_err() {
+        println!("SKIPPED {test}: qemu-img is not installed (Debian package qemu-utils)");
+        return;
+    }
+    if !kvm(test) {
+        return;
+    }
+    let place = Place::new();
+    let (path, raw) = (place.path("disk.qcow2"), place.path("disk.raw"));
+    let (path, raw) = (path.to_str().unwrap(), raw.to_str().unwrap());
+    let done = |arguments: &[&str]| {
+        let output = qemu_img(arguments).unwrap();
+        assert!(output.status.success(), "{arguments:?}: {}", stderr(&output));
+    };
+    done(&["create", "-q", "-f", "qcow2", path, "32M"]);
+    let disk = format!("{path},format=qcow2");
+    let mut here = run(&place, &disk, "disk=32M disk_depth=64 disk_wait=interrupt");
+    let mut memory = Memory::of(&place, "0");
+    memory.wait_for_requests("before the first move");
+    // As a raw image it is another disk.
+    let (_wrong, address) = place.receive("wrong", &["--disk", path]);
+    let output = migrate(&place, "0", &address, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("65536 sectors"), "{}", stderr(&output));
+    for (leg, mode) in ["precopy", "postcopy", "hybrid"].into_iter().enumerate() {
+        let (from, to) = (leg.to_string(), (leg + 1).to_string());
+        let (there, address) = place.receive(&to, &["--disk", &disk]);
+        let output = migrate(&place, &from, &address, &["--mode", mode]);
+        assert_eq!(output.status.code(), Some(0), "{mode}: {}", stderr(&output));
+        assert_eq!(here.end().code(), Some(0), "{}", here.log());
+        (memory, here) = (Memory::of(&place, &to), there);
+        memory.wait_for_requests(&format!("after a move by {mode}"));
+    }
+    memory.finish();
+    assert_eq!(here.end().code(), Some(0), "{}", here.log());
+    assert_eq!(memory.snapshot().phase(), Phase::Finished);
+    done(&["check", "-q", path]);
+    done(&["convert", "-q", "-f", "qcow2", "-O", "raw", path, raw]);
+    assert!(memory.compare(&File::open(raw).unwrap(), 1) > 0, "no block was ever written");
 }

@@ -7,11 +7,24 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use super::SECTOR;
+use super::qcow2::Qcow2;
 
-/// A raw image.
+/// What an image looks like. It is never guessed: a guest that writes a raw image could make it look like another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// The bytes of the disk, one after the other.
+    #[default]
+    Raw,
+    /// qcow2, without other images that it refers to.
+    Qcow2,
+}
+
+/// An image.
 #[derive(Debug)]
 pub struct Image {
     file: File,
+    /// What is between its bytes and those of the disk, if they are not the same.
+    qcow2: Option<Qcow2>,
     path: PathBuf,
     read_only: bool,
     sectors: u64,
@@ -44,8 +57,13 @@ pub enum ImageError {
 }
 
 impl Image {
-    /// Opens an image. It is not locked yet: at the destination of a migration the source still owns it.
+    /// Opens a raw image. It is not locked yet: at the destination of a migration the source still owns it.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, ImageError> {
+        Self::open_as(path, read_only, ImageFormat::Raw)
+    }
+
+    /// Opens an image of a format. Nothing of it is changed, and nothing kept that may change until it is locked.
+    pub fn open_as(path: &Path, read_only: bool, format: ImageFormat) -> Result<Self, ImageError> {
         let error = |what| move |source| ImageError::Io { path: path.into(), what, source };
         let mut file = File::options().read(true).write(!read_only).open(path).map_err(error("opening it"))?;
         let kind = file.metadata().map_err(error("looking at it"))?.file_type();
@@ -53,11 +71,20 @@ impl Image {
             return Err(ImageError::Unfit { path: path.into(), reason: "it is neither a file nor a block device" });
         }
         // A block device tells its size this way only.
-        let sectors = file.seek(SeekFrom::End(0)).map_err(error("finding its size"))? / SECTOR;
+        let bytes = file.seek(SeekFrom::End(0)).map_err(error("finding its size"))?;
+        let (qcow2, bytes) = match format {
+            ImageFormat::Raw => (None, bytes),
+            ImageFormat::Qcow2 => {
+                let look = Qcow2::look(&file, path, read_only);
+                let (qcow2, bytes) = look.map_err(error("reading it as qcow2 without other images"))?;
+                (Some(qcow2), bytes)
+            }
+        };
+        let sectors = bytes / SECTOR;
         if sectors == 0 {
             return Err(ImageError::Unfit { path: path.into(), reason: "it has less than one sector of 512 bytes" });
         }
-        Ok(Self { file, path: path.into(), read_only, sectors })
+        Ok(Self { file, qcow2, path: path.into(), read_only, sectors })
     }
 
     /// Where it is.
@@ -79,8 +106,16 @@ impl Image {
         self.file.as_raw_fd()
     }
 
-    /// Everything that was written reaches the medium.
+    /// What is between its bytes and those of the disk.
+    pub(super) fn qcow2(&self) -> Option<&Qcow2> {
+        self.qcow2.as_ref()
+    }
+
+    /// Everything that was written reaches the medium, and nothing is kept here that another owner may change.
     pub(super) fn sync(&self) -> io::Result<()> {
+        if let Some(qcow2) = &self.qcow2 {
+            return qcow2.put_down();
+        }
         if self.read_only { Ok(()) } else { self.file.sync_data() }
     }
 

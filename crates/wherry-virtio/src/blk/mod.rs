@@ -1,7 +1,7 @@
 //! The block device (section 5.2).
 //!
 //! - [`Blk`] is the device; `requests` is what its thread does with requests, `engine` how they reach the image.
-//! - [`Image`] is a file that is opened, sized and locked.
+//! - [`Image`] is a file that is opened, sized and locked; `qcow2` is for those that are not raw.
 //!
 //! What the driver is told is done has been done: without `VIRTIO_BLK_F_FLUSH` also on the medium. A drain ends with all
 //! data on the medium, so that another host sees it, and no loss of this one takes it back.
@@ -9,6 +9,7 @@
 #[expect(unsafe_code, reason = "system calls on guest memory")]
 mod engine;
 mod image;
+mod qcow2;
 mod requests;
 #[cfg(test)]
 mod tests;
@@ -24,7 +25,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use wherry_state::{SavedState, Section, UnitError, UnitId};
 
 use self::engine::Engine;
-pub use self::image::{Image, ImageError};
+pub use self::image::{Image, ImageError, ImageFormat};
 use self::requests::Requests;
 use crate::device::{Activation, Device, Kind, Position};
 use crate::ring::RING_FEATURES;

@@ -2,6 +2,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use imago::FormatCreateBuilder;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 use wherry_memory::{DirtySource, PageSet, VmmWrites};
@@ -382,4 +383,97 @@ fn state_of_a_larger_disk_or_of_impossible_requests_is_refused_by_name() {
         let saved = SavedBlk { sectors: 2048, in_flight, ..Default::default() };
         assert!(device.restore(&section(saved)).unwrap_err().to_string().contains("requests under way"));
     }
+}
+
+/// An empty qcow2 image of 1 MiB.
+fn qcow2(make: impl FnOnce(Qcow2Maker) -> Qcow2Maker) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let storage = imago::file::File::try_from(file.reopen().unwrap()).unwrap();
+    make(imago::qcow2::Qcow2::create_builder(storage).size(1 << 20)).create().unwrap();
+    file
+}
+
+type Qcow2Maker = imago::qcow2::Qcow2CreateBuilder<imago::file::File>;
+
+/// A guest with a qcow2 image.
+fn qcow2_driver(file: &tempfile::NamedTempFile) -> Driver {
+    let image = Arc::new(Image::open_as(file.path(), false, ImageFormat::Qcow2).unwrap());
+    let mut driver = Driver::new(Arc::new(Blk::new(image, 0).unwrap()), ram());
+    driver.switch_on(true);
+    driver.set_up(VERSION_1 | FLUSH);
+    driver
+}
+
+/// The byte of which a sector consists.
+fn byte_of(driver: &mut Driver, sector: u64) -> u8 {
+    driver.memory().write_slice(&[0xee; 512], GuestAddress(DATA)).unwrap();
+    assert_eq!(request(driver, 0, sector, 512), OK);
+    let mut bytes = [0; 512];
+    driver.memory().read_slice(&mut bytes, GuestAddress(DATA)).unwrap();
+    assert_eq!(bytes, [bytes[0]; 512], "sector {sector}");
+    bytes[0]
+}
+
+fn fill(driver: &mut Driver, sector: u64, byte: u8) {
+    driver.memory().write_slice(&[byte; 512], GuestAddress(DATA)).unwrap();
+    assert_eq!(request(driver, 1, sector, 512), OK);
+}
+
+#[test]
+fn a_qcow2_image_is_written_freed_and_read_again_by_the_next_who_opens_it() {
+    let file = qcow2(|maker| maker);
+    let mut driver = qcow2_driver(&file);
+    assert_eq!(u64::from_le_bytes(driver.read(0x2000)), 2048);
+    assert_eq!(byte_of(&mut driver, 2047), 0);
+    for sector in [0, 127, 128, 2047] {
+        fill(&mut driver, sector, sector as u8 | 1);
+    }
+    assert_eq!(request(&mut driver, 0, 2048, 512), FAILED);
+    for (kind, sector) in [(11u32, 0u64), (13, 128)] {
+        // A range: sector, count, flags.
+        driver.memory().write_obj(sector, GuestAddress(DATA)).unwrap();
+        driver.memory().write_obj(128u32, GuestAddress(DATA + 8)).unwrap();
+        driver.memory().write_obj(0u32, GuestAddress(DATA + 12)).unwrap();
+        assert_eq!(request(&mut driver, kind, 0, 16), OK, "{kind}");
+    }
+    assert_eq!(request(&mut driver, 4, 0, 0), OK);
+    assert_eq!((byte_of(&mut driver, 128), byte_of(&mut driver, 2047)), (0, 255));
+    fill(&mut driver, 5, 5);
+    // The end writes what nobody has asked to be written yet.
+    drop(driver);
+    let mut driver = qcow2_driver(&file);
+    assert_eq!([5, 128, 2047].map(|sector| byte_of(&mut driver, sector)), [5, 0, 255]);
+}
+
+#[test]
+fn a_drained_qcow2_image_is_whole_for_another_owner_and_read_anew_when_it_comes_back() {
+    let file = qcow2(|maker| maker);
+    let mut here = qcow2_driver(&file);
+    fill(&mut here, 100, 1);
+    // Opened while it belongs to somebody else, as at a destination.
+    let mut there = qcow2_driver(&file);
+    fill(&mut here, 1000, 2);
+    here.function.drain(soon()).unwrap();
+    assert_eq!([100, 1000, 1500].map(|sector| byte_of(&mut there, sector)), [1, 2, 0]);
+    fill(&mut there, 1500, 3);
+    there.function.drain(soon()).unwrap();
+    here.function.start().unwrap();
+    assert_eq!([100, 1000, 1500].map(|sector| byte_of(&mut here, sector)), [1, 2, 3]);
+}
+
+#[test]
+fn what_is_no_qcow2_image_or_needs_another_file_is_refused_by_name() {
+    let refused = |file: &tempfile::NamedTempFile| {
+        let error = Image::open_as(file.path(), false, ImageFormat::Qcow2).unwrap_err().to_string();
+        assert!(error.contains(file.path().to_str().unwrap()) && error.contains("qcow2"), "{error}");
+    };
+    refused(&disk(false).file);
+    refused(&qcow2(|maker| maker.backing("/etc/passwd".into(), "raw".into())));
+    // Cut off, and with tables that lie nowhere.
+    let file = qcow2(|maker| maker);
+    file.as_file().set_len(50).unwrap();
+    refused(&file);
+    let file = qcow2(|maker| maker);
+    file.as_file().write_all_at(&[0xff; 8], 40).unwrap();
+    refused(&file);
 }

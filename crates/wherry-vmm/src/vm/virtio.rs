@@ -60,7 +60,7 @@ impl Backing {
     /// Opens what the configuration names.
     pub(crate) fn open(serial: &SerialTarget, config: &VirtioConfig) -> Result<Self, BackingError> {
         let serial = serial.clone();
-        let open = |disk: &DiskConfig| Image::open(&disk.path, disk.read_only).map(Arc::new);
+        let open = |disk: &DiskConfig| Image::open_as(&disk.path, disk.read_only, disk.format).map(Arc::new);
         let disks = config.disks.iter().map(open).collect::<Result<_, _>>()?;
         let taps = config.nets.iter().map(|net| Tap::open(&net.tap).map(Arc::new)).collect::<Result<_, _>>()?;
         let console = config.console.as_ref().map(Outside::open).transpose()?.map(Arc::new);

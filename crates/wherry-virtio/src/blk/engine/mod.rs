@@ -1,4 +1,5 @@
-//! How requests reach an image: by io_uring, or where that is not permitted by threads that wait for each.
+//! How requests reach an image: by io_uring, or by threads that wait for each, where that is not permitted or the image is
+//! not raw.
 
 mod threads;
 mod uring;
@@ -68,6 +69,9 @@ pub(super) trait Engine: Send {
 
 /// The best engine that there is here.
 pub(super) fn best(image: &Arc<Image>, instance: u32) -> io::Result<Box<dyn Engine>> {
+    if image.qcow2().is_some() {
+        return Ok(Box::new(Threads::new(image.clone(), instance)?));
+    }
     match Uring::new(image.clone()) {
         Ok(uring) => Ok(Box::new(uring)),
         Err(error) => {

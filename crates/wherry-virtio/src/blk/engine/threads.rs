@@ -1,4 +1,4 @@
-//! Jobs by threads that wait for each, where io_uring is not permitted.
+//! Jobs by threads that wait for each: where io_uring is not permitted, and of images that are not raw.
 
 use std::collections::VecDeque;
 use std::io;
@@ -116,6 +116,9 @@ impl Drop for Threads {
 }
 
 fn execute(image: &Image, job: &Job) -> io::Result<u32> {
+    if let Some(qcow2) = image.qcow2() {
+        return qcow2.execute(job);
+    }
     let fd = image.fd();
     let (buffers, count) = (job.buffers.as_ptr(), job.buffers.len() as i32);
     let result = match job.op {
