@@ -1,7 +1,7 @@
 //! The balloon device (section 5.5): takes memory from the guest and gives it back to the host.
 //!
 //! - [`Balloon`] is the device; `pages` is what its thread does with what the guest names.
-//! - [`Memory`](memory::Memory) gives memory back, when and where that may be.
+//! - [`Memory`] gives memory back, when and where that may be.
 //!
 //! Memory comes back in two ways: pages that the guest puts into the balloon, as many as it was asked for, and free pages
 //! that it reports. Their blocks get holes there. Not while a journey reads RAM, nor before all of it has come: then what is
