@@ -89,7 +89,7 @@ pub struct DeviceBlk {
     #[arg(long, value_name = "SOCKET")]
     pub socket: PathBuf,
     /// Disk image, a file or block device; with `,ro` it is only read. It is locked while a guest uses it
-    #[arg(long, value_name = "FILE[,ro]", value_parser = disk)]
+    #[arg(long, value_name = "FILE[,ro]", value_parser = raw_disk)]
     pub image: wherry_vmm::config::DiskConfig,
 }
 
@@ -535,6 +535,15 @@ fn disk(text: &str) -> Result<wherry_vmm::config::DiskConfig, String> {
         }
     }
     Ok(wherry_vmm::config::DiskConfig { path: path.into(), read_only, format })
+}
+
+/// Reads a path of a raw image: tables of others are in memory, and a device process that is killed would lose what its guest,
+/// which goes on with the next one, takes for written.
+fn raw_disk(text: &str) -> Result<wherry_vmm::config::DiskConfig, String> {
+    match disk(text)? {
+        config if config.format == ImageFormat::Raw => Ok(config),
+        _ => Err("only raw images can be served by a process that another one may have to replace".into()),
+    }
 }
 
 /// Reads the name of a tap device with options behind it.

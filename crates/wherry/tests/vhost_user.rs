@@ -428,3 +428,11 @@ fn a_vm_whose_back_end_has_gone_stays_where_it_is_until_the_next_one_comes() {
     let _small = Daemon::serve(&place, "d0", &small, Program::Wherry);
     wait_for("the wrong disk to be named", || here.log().contains("its disk has another size").then_some(()));
 }
+
+#[test]
+fn a_disk_with_tables_is_not_served_by_a_process_that_may_be_replaced() {
+    let place = Place::new();
+    let output = place.wherry(&["device", "blk", "--socket", "s", "--image", "disk,format=qcow2"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("only raw images"), "{}", stderr(&output));
+}
