@@ -146,10 +146,11 @@ impl Host {
             return Ok(());
         }
         let result = session::run(self, link.clone(), device);
-        self.bus.lose_client();
+        // Before everything is closed: the last answer may not have been read.
         if result.is_err() && !self.stop.is_stopped() {
             link.close_politely(self.limit.min(Duration::from_millis(200)));
         }
+        self.bus.lose_client();
         link.close();
         self.stop.serve(None);
         result

@@ -5,6 +5,7 @@
 mod client;
 #[path = "../../examples/copier.rs"]
 mod copier;
+mod devices;
 mod interrupts;
 mod memory;
 mod migration;
