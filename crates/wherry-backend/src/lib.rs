@@ -4,8 +4,8 @@
 //! - [`Device`] is what a device implements; [`RingGiven`] is a ring that it is to serve, [`Driver`] how the guest is told.
 //! - [`InFlight`] notes which requests are under way, in memory that the front end keeps: a process that takes over goes on
 //!   with them.
-//! - `wire` are messages, `session` what they do, `memory` guest memory, `log` what was written to it, `faults` how memory
-//!   is used that is not there yet.
+//! - `wire` are messages, `payload` what is in them, `session` what they do, `memory` guest memory, `log` what was written to it, `faults` how memory
+//!   is used that is not there yet, `state` how the state of a device travels.
 //!
 //! Everything of the protocol that concerns a device of this kind is here: tables and slots of memory, the dirty log, which is
 //! switched on and off and covers regions that come later, requests under way, the state of the device, and postcopy with
@@ -21,8 +21,10 @@ mod faults;
 mod inflight;
 mod log;
 mod memory;
+mod payload;
 mod server;
 mod session;
+mod state;
 mod wire;
 
 pub use device::{Device, Driver, RingGiven};

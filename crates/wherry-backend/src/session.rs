@@ -3,14 +3,10 @@
 //! Every request has one function or one line here. [`Session::obey`] runs them and answers: what a request has to say, or, if
 //! the front end wants to know, whether it was done.
 
-use std::fs::File;
-use std::io::{Read, Write};
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::BackendError;
@@ -18,7 +14,9 @@ use crate::device::{Device, Driver, RingGiven};
 use crate::faults::Postcopy;
 use crate::inflight::Parts;
 use crate::log::DirtyLog;
-use crate::memory::{Described, MOST_IN_TABLE, MOST_SLOTS, Regions};
+use crate::memory::{MOST_SLOTS, Regions};
+use crate::payload::{configuration, in_flight, known, pair, slot, table, words};
+use crate::state::{receive, send};
 use crate::wire::{Connection, Event, Message, Request};
 
 /// Features of the transport and of the protocol: logging, the protocol's own, virtio 1.
@@ -52,9 +50,6 @@ mod protocol {
 
 /// Between two looks whether the device has come to rest.
 const LOOK: Duration = Duration::from_secs(1);
-/// Most bytes of a device's state, and how long it may take to come.
-const MOST_STATE: u64 = 1 << 20;
-const STATE_LIMIT: Duration = Duration::from_secs(10);
 /// In the answer to a request for a state: no other descriptor is meant.
 const NO_DESCRIPTOR: u64 = 1 << 8;
 /// In a message about a doorbell: the ring in the low byte, and that there is no eventfd.
@@ -567,110 +562,12 @@ fn warn(reason: String) -> bool {
     true
 }
 
-/// Features, if they were offered.
-fn known(features: u64, offered: u64) -> Result<u64, String> {
-    match features & !offered {
-        0 => Ok(features),
-        others => Err(format!("features {others:#x}, which were not offered")),
-    }
-}
-
 fn says(number: u64) -> Answer {
     Answer::Says(number.to_ne_bytes().to_vec())
-}
-
-fn pair(first: u32, second: u32) -> Vec<u8> {
-    [first.to_ne_bytes(), second.to_ne_bytes()].concat()
-}
-
-fn words(region: Described, user: u64) -> Vec<u8> {
-    [region.guest, region.size, user, region.offset].iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
-
-/// Regions of a table: how many, and each with four numbers.
-fn table(payload: &[u8]) -> Result<Vec<Described>, String> {
-    let wrong = || format!("a table of {} bytes", payload.len());
-    let (head, regions) = payload.split_first_chunk::<8>().ok_or_else(wrong)?;
-    let [a, b, c, d, ..] = *head;
-    let count = u32::from_ne_bytes([a, b, c, d]) as usize;
-    let (numbers, rest) = regions.as_chunks::<8>();
-    let numbers: Vec<_> = numbers.iter().map(|word| u64::from_ne_bytes(*word)).collect();
-    let (regions, more) = numbers.as_chunks::<4>();
-    // Front ends may send room for more regions than there are.
-    if count > MOST_IN_TABLE || regions.len() < count || !more.is_empty() || !rest.is_empty() {
-        return Err(wrong());
-    }
-    Ok(regions[..count].iter().map(|region| Described::of(*region)).collect())
-}
-
-/// A region of its own, behind a word without meaning.
-fn slot(message: &Message) -> Result<(Described, u64), String> {
-    let [padding, guest, size, user, offset] = message.words()?;
-    Ok((Described::of([guest, size, user, offset]), padding))
-}
-
-/// Offset and content of a configuration.
-fn configuration(message: &Message) -> Result<(u32, &[u8]), String> {
-    let wrong = || format!("a configuration of {} bytes", message.payload.len());
-    let (head, content) = message.payload.split_first_chunk::<12>().ok_or_else(wrong)?;
-    let word = |at: usize| u32::from_ne_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    match word(4) as usize == content.len() {
-        true => Ok((word(0), content)),
-        false => Err(wrong()),
-    }
-}
-
-/// Bytes, offset, rings, entries of memory for requests under way.
-fn in_flight(message: &Message) -> Result<(u64, u64, u16, u16), String> {
-    let wrong = || format!("a description of {} bytes", message.payload.len());
-    let bytes = message.payload.get(..20).ok_or_else(wrong)?;
-    let long = |at: usize| bytes[at..at + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
-    let short = |at: usize| u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
-    Ok((long(0), long(8), short(16), short(18)))
 }
 
 #[expect(unsafe_code, reason = "the type of eventfds takes no other kind of descriptor")]
 fn adopt(fd: OwnedFd) -> EventFd {
     // SAFETY: the descriptor is ours, and is given away. One of another kind only fails to be read and written.
     unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
-}
-
-/// Writes a state into a pipe; who reads it may do so later.
-fn send(fd: OwnedFd, state: &[u8]) -> std::io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    // It is small. A pipe that does not take it at once would keep the front end from reading it.
-    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
-    File::from(fd).write_all(state)
-}
-
-/// Reads a state to its end.
-fn receive(fd: OwnedFd) -> std::io::Result<Vec<u8>> {
-    let flags = rustix::fs::fcntl_getfl(&fd)?;
-    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
-    let deadline = Instant::now() + STATE_LIMIT;
-    let mut state = Vec::new();
-    let mut file = File::from(fd);
-    loop {
-        let mut piece = [0; 4096];
-        match file.read(&mut piece) {
-            Ok(0) => return Ok(state),
-            Ok(_) if state.len() as u64 > MOST_STATE => {
-                return Err(std::io::Error::other(format!("more than {MOST_STATE} bytes")));
-            }
-            Ok(got) => state.extend_from_slice(&piece[..got]),
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                let left = deadline.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(std::io::Error::other(format!("it does not end within {STATE_LIMIT:?}")));
-                }
-                let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-                match poll(&mut [PollFd::new(&file, PollFlags::IN)], Some(&left)) {
-                    Ok(_) | Err(Errno::INTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Err(error) => return Err(error),
-        }
-    }
 }

@@ -13,7 +13,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 use wherry_memory::{Block, BlockId, DirtyError, DirtySource, GRANULE, PageSet, Ram};
 
-use super::worker::Orders;
+use super::orders::Orders;
 
 /// The bitmap: a bit for each granule of guest addresses, from 0.
 pub(super) struct Log {

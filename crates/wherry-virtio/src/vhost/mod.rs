@@ -4,7 +4,7 @@
 //!   one. Making it shows the process no memory.
 //! - [`VhostUser`] is the device behind a transport. Its thread speaks with the back end: features, memory, rings.
 //! - [`VhostLog`] is what the back end writes, as a dirty source.
-//! - `wire` are messages with their deadlines, `front` one function for each, `worker` the thread, `postcopy` how a back end
+//! - `wire` are messages with their deadlines, `front` one function for each, `worker` the thread, `orders` how it is reached, `postcopy` how a back end
 //!   takes part while memory follows.
 //!
 //! The guest rings the back end by its ioeventfds, and the back end interrupts the guest by the irqfds of its vectors: this
@@ -16,6 +16,7 @@
 
 mod front;
 mod log;
+mod orders;
 mod postcopy;
 #[cfg(test)]
 mod tests;

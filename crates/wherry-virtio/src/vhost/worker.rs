@@ -1,13 +1,15 @@
 //! The thread that speaks with one back end: everything that is asked of it is asked here, one after the other.
 //!
-//! [`Orders`] is how others reach it; each order that waits has a deadline. The thread also relays interrupts of a guest
-//! without MSI-X, ends postcopy when all memory is there, and notices that the back end has gone.
+//! [`Orders`] is how others reach it. The thread also relays interrupts of a guest
+//! without MSI-X, ends postcopy when all memory is there, and notices that the back end has gone: `lost` is what then.
 #![expect(unsafe_code, reason = "lends descriptors of eventfds, which are open while they are lent")]
+
+mod lost;
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -19,113 +21,19 @@ use wherry_fault::{FaultService, SourceId};
 use wherry_memory::{GuestMemory, Ram};
 use wherry_state::UnitError;
 
+use self::lost::{FIRST_PAUSE, Missing};
+use super::VhostSpec;
 use super::front::{Front, InFlight, RingAddresses, protocol};
 use super::log::Log;
+use super::orders::{Order, Orders, RESET_LIMIT};
 use super::postcopy;
 use super::wire::VhostError;
-use super::{BLK, Backend, VhostSpec};
 use crate::device::{Activation, Interrupts, Position, RingGiven};
 
-/// How long a device may take to come to rest when its driver resets it.
-const RESET_LIMIT: Duration = Duration::from_secs(10);
 /// Between two looks whether all memory is there.
 const LOOK: Duration = Duration::from_millis(10);
-/// After the loss of a back end, before the first and before later looks for another.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// The driver's feature of the transport, which back ends leave to the front end or offer.
-const VERSION_1: u64 = 1 << 32;
 /// Between two looks whether a back end has given everything back.
 const SETTLE: Duration = Duration::from_micros(50);
-
-type Done<E> = SyncSender<Result<(), E>>;
-
-enum Order {
-    Activate(Activation),
-    Reset(Done<UnitError>),
-    Drain(Instant, Done<UnitError>),
-    Rest(Instant, Done<UnitError>),
-    Start,
-    Log(Option<Arc<Log>>, Done<String>),
-    Config(u32, Vec<u8>),
-    Load(Vec<u8>, Done<String>),
-    Quit,
-}
-
-/// How the thread is reached.
-pub(super) struct Orders {
-    sender: Mutex<Sender<Order>>,
-    wake: EventFd,
-    positions: Mutex<Vec<(u16, Position)>>,
-    /// What the back end keeps itself, since it came to rest.
-    state: Mutex<Vec<u8>>,
-}
-
-impl Orders {
-    fn send(&self, order: Order) {
-        // A thread that has ended leaves whoever waits without an answer, which is one.
-        let _ = self.sender.lock().unwrap_or_else(PoisonError::into_inner).send(order);
-        let _ = self.wake.write(1);
-    }
-
-    fn wait<E>(&self, order: impl FnOnce(Done<E>) -> Order, deadline: Instant, late: impl Fn() -> E) -> Result<(), E> {
-        let (done, answer) = sync_channel(1);
-        self.send(order(done));
-        match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(result) => result,
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(late()),
-        }
-    }
-
-    pub(super) fn activate(&self, activation: Activation) {
-        self.send(Order::Activate(activation));
-    }
-
-    pub(super) fn reset(&self) {
-        let late = || UnitError::Deadline("the back end did not answer".into());
-        if let Err(error) = self.wait(Order::Reset, Instant::now() + RESET_LIMIT, late) {
-            tracing::error!(%error, "resetting a vhost-user device");
-        }
-    }
-
-    pub(super) fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        let late = || UnitError::Deadline("the back end did not answer".into());
-        self.wait(|done| Order::Drain(deadline, done), deadline, late)
-    }
-
-    pub(super) fn rest(&self, deadline: Instant) -> Result<(), UnitError> {
-        let late = || UnitError::Deadline("the back end did not answer".into());
-        self.wait(|done| Order::Rest(deadline, done), deadline, late)
-    }
-
-    pub(super) fn start(&self) {
-        self.send(Order::Start);
-    }
-
-    pub(super) fn log(&self, log: Option<Arc<Log>>) -> Result<(), String> {
-        let late = || "the back end did not answer".into();
-        self.wait(|done| Order::Log(log, done), Instant::now() + RESET_LIMIT, late)
-    }
-
-    pub(super) fn config(&self, offset: u32, content: Vec<u8>) {
-        self.send(Order::Config(offset, content));
-    }
-
-    /// What the back end keeps itself. At rest.
-    pub(super) fn state(&self) -> Vec<u8> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Gives it what another one kept.
-    pub(super) fn load(&self, state: Vec<u8>) -> Result<(), String> {
-        let late = || "the back end did not answer".into();
-        self.wait(|done| Order::Load(state, done), Instant::now() + RESET_LIMIT, late)
-    }
-
-    pub(super) fn positions(&self) -> Vec<(u16, Position)> {
-        self.positions.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
 
 /// The thread of one back end.
 pub(super) struct Worker {
@@ -142,10 +50,8 @@ impl Worker {
         ram: Arc<Ram>,
         faults: Option<Arc<FaultService>>,
     ) -> std::io::Result<Self> {
-        let (sender, orders) = channel();
-        let wake = EventFd::new(EFD_NONBLOCK)?;
-        let shared =
-            Arc::new(Orders { sender: Mutex::new(sender), wake, positions: Mutex::default(), state: Mutex::default() });
+        let (shared, orders) = Orders::new()?;
+        let shared = Arc::new(shared);
         let its = shared.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let mut thread = Thread {
@@ -219,13 +125,6 @@ struct Active {
     features: u64,
     rings: Vec<Served>,
     interrupts: Interrupts,
-}
-
-/// A back end that was lost, and whose requests under way are known.
-struct Missing {
-    /// When to look for the next one, and how long to wait after that.
-    next: Instant,
-    pause: Duration,
 }
 
 struct Thread {
@@ -710,56 +609,6 @@ impl Thread {
             }
         }
         self.starved = false;
-    }
-
-    /// Looks for the next back end.
-    fn find(&mut self) {
-        let Some(missing) = self.missing.take() else { return };
-        match self.succeed() {
-            Ok(()) => tracing::warn!(socket = %self.path.display(), "another vhost-user back end goes on"),
-            Err(error) if matches!(error, VhostError::Lacks { .. }) => {
-                self.front = None;
-                tracing::warn!(%error, "a vhost-user back end cannot go on with the device of another");
-                if let Some(active) = &self.served {
-                    active.interrupts.failed(&error);
-                }
-            }
-            Err(error) => {
-                self.front = None;
-                tracing::debug!(%error, "there is no vhost-user back end yet");
-                let pause = (2 * missing.pause).min(LONGEST_PAUSE);
-                self.missing = Some(Missing { next: Instant::now() + pause, pause });
-            }
-        }
-    }
-
-    /// Has another back end go on.
-    fn succeed(&mut self) -> Result<(), VhostError> {
-        let backend = Backend::connect(&self.spec)?;
-        let Some(front) = backend.front.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
-        let Some(active) = &mut self.served else { return Ok(()) };
-        let lost = active.features & !(backend.features | VERSION_1);
-        if lost != 0 {
-            return Err(front.connection().lacks(format!("it has not the features {lost:#x}, which its driver uses")));
-        }
-        if self.spec.id == BLK && backend.config.get(..8) != self.config.get(..8) {
-            return Err(front.connection().lacks("its disk has another size than that before"));
-        }
-        if !front.has(protocol::INFLIGHT_SHMFD) {
-            return Err(front.connection().lacks("it does not take requests that are under way (INFLIGHT_SHMFD)"));
-        }
-        for ring in &mut active.rings {
-            // What was taken and not given back is noted, and comes first.
-            let used = ring.used(&active.memory).unwrap_or(ring.position.used);
-            ring.position = Position { available: used, used };
-        }
-        self.front = Some(front);
-        self.show()?;
-        if let Some(active) = &self.served {
-            // The one before may have given requests back and ended before it said so.
-            active.rings.iter().for_each(|ring| active.interrupts.ring(ring.given.index));
-        }
-        Ok(())
     }
 
     fn quit(&mut self) {
