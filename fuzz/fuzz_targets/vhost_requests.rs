@@ -12,7 +12,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Instant;
 
-use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -23,36 +22,20 @@ use wherry_memory::GuestMemory;
 /// Most messages of one front end: their answers fit into a socket.
 const MESSAGES: usize = 64;
 
-#[derive(Arbitrary, Debug)]
-struct Asked {
-    request: u8,
-    needs_reply: bool,
-    payload: Payload,
-    descriptors: [bool; 2],
-}
-
-#[derive(Arbitrary, Debug)]
-enum Payload {
-    /// Numbers that fit together: pages of one small file, rings, indices.
-    Numbers(Vec<u8>),
-    Pair(u8, u16),
-    Bytes(Vec<u8>),
-}
-
-impl Payload {
-    fn bytes(&self) -> Vec<u8> {
-        match self {
-            Self::Numbers(numbers) => numbers
-                .iter()
-                .take(40)
-                .flat_map(|number| (u64::from(number >> 4) << (number & 15)).to_ne_bytes())
-                .collect(),
-            Self::Pair(ring, value) => {
-                [u32::from(*ring), u32::from(*value)].iter().flat_map(|n| n.to_ne_bytes()).collect()
-            }
-            Self::Bytes(bytes) => bytes.iter().copied().take(5000).collect(),
-        }
+/// A message: its request, flags, how many bytes follow, and those. Flags: 1 it wants an answer, 2 and 4 a file and an
+/// eventfd go with it, 8 each byte stands for a number of 64 bits, its upper half shifted by its lower.
+fn messages(mut bytes: &[u8]) -> Vec<(u8, u8, Vec<u8>)> {
+    let mut messages = Vec::new();
+    while let ([request, flags, len, rest @ ..], true) = (bytes, messages.len() < MESSAGES) {
+        let (content, rest) = rest.split_at(rest.len().min(usize::from(*len)));
+        let payload = match flags & 8 {
+            0 => content.to_vec(),
+            _ => content.iter().flat_map(|byte| (u64::from(byte >> 4) << (byte & 15)).to_ne_bytes()).collect(),
+        };
+        messages.push((*request, *flags, payload));
+        bytes = rest;
     }
+    messages
 }
 
 /// Looks at everything that it is given.
@@ -133,26 +116,18 @@ static EVENT: LazyLock<File> = LazyLock::new(|| {
 });
 static QUIT: LazyLock<EventFd> = LazyLock::new(|| EventFd::new(EFD_NONBLOCK).unwrap());
 
-fuzz_target!(|asked: Vec<Asked>| {
+fuzz_target!(|bytes: &[u8]| {
     let (front, back) = UnixStream::pair().unwrap();
-    for asked in asked.iter().take(MESSAGES) {
+    for (request, flags, payload) in messages(bytes) {
         // Postcopy ends with pages that nobody fills; and a pipe that is no pipe is read until it ends.
-        if matches!(asked.request, 28 | 42) {
+        if matches!(request, 28 | 42) {
             continue;
         }
-        let payload = asked.payload.bytes();
-        let flags = 1 | u32::from(asked.needs_reply) << 3;
-        let mut message: Vec<u8> = [u32::from(asked.request), flags, payload.len() as u32]
-            .iter()
-            .flat_map(|word| word.to_ne_bytes())
-            .collect();
+        let head = [u32::from(request), 1 | u32::from(flags & 1) << 3, payload.len() as u32];
+        let mut message: Vec<u8> = head.iter().flat_map(|word| word.to_ne_bytes()).collect();
         message.extend(payload);
-        let fds: Vec<BorrowedFd<'_>> = [FILE.as_fd(), EVENT.as_fd()]
-            .into_iter()
-            .zip(asked.descriptors)
-            .filter(|(_, on)| *on)
-            .map(|(fd, _)| fd)
-            .collect();
+        let with = [(FILE.as_fd(), 2), (EVENT.as_fd(), 4)].into_iter();
+        let fds: Vec<BorrowedFd<'_>> = with.filter(|(_, bit)| flags & bit != 0).map(|(fd, _)| fd).collect();
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() {
