@@ -164,7 +164,7 @@ impl Regions {
     pub(crate) fn guest(&self, user: u64) -> Option<u64> {
         self.regions.iter().map(|region| region.described).find_map(|region| {
             let offset = user.checked_sub(region.user)?;
-            (offset < region.size).then_some(region.guest + offset)
+            (offset < region.size).then(|| region.guest + offset)
         })
     }
 
@@ -181,5 +181,22 @@ pub(crate) fn whole(what: &str, file: &File, bytes: u64, offset: u64) -> Result<
     match (offset.checked_add(bytes).is_some_and(|end| end <= len), usize::try_from(bytes)) {
         (true, Ok(size)) if size > 0 && offset.is_multiple_of(GRANULE) => Ok(size),
         _ => Err(format!("{what} of {bytes:#x} bytes at {offset:#x} of a file of {len:#x}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_of_the_front_end_become_those_of_the_guest_or_nothing() {
+        let fd = rustix::fs::memfd_create("front", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 8192).unwrap();
+        let described = Described { guest: 1 << 40, size: 8192, user: 4096, offset: 0 };
+        let regions = Regions::table(vec![described], vec![fd], &Arc::default(), false).unwrap();
+        assert_eq!(regions.guest(4096 + 8191), Some((1 << 40) + 8191));
+        for user in [0, 4095, 4096 + 8192, u64::MAX] {
+            assert_eq!(regions.guest(user), None, "{user:#x}");
+        }
     }
 }
