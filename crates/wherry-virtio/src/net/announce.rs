@@ -22,7 +22,8 @@ pub(super) fn frame(mac: [u8; 6]) -> [u8; FRAME] {
     frame
 }
 
-/// Tells the network behind a tap that the guest with this address is here. A network that loses it learns the place from the guest's next packet.
+/// Tells the network behind a tap that the guest with this address is here. A network that loses it learns the place from
+/// the guest's next packet.
 pub fn send(tap: &Tap, mac: [u8; 6]) {
     let mut packet = [0u8; HEADER + FRAME];
     packet[HEADER..].copy_from_slice(&frame(mac));
