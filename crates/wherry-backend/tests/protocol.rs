@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 
 use support::{Running, event, fd, lend, memfd, pair, start_ring, table, until, words};
 use vm_memory::{Bytes, GuestAddress};
@@ -103,7 +104,8 @@ fn a_ring_is_stopped_when_what_is_under_way_has_ended() {
     client.send(11, 1, &pair(1, 0), &[]);
     std::thread::scope(|scope| {
         let answer = scope.spawn(|| client.answer(11).unwrap().0);
-        until("the device to be asked", || running.device.serves() && !answer.is_finished());
+        until("the device to be asked", || running.device.asked.load(Ordering::SeqCst));
+        assert!(!answer.is_finished() && running.device.serves(), "it is told before that");
         *running.device.busy.lock().unwrap() = false;
         assert_eq!(answer.join().unwrap(), pair(1, 3));
     });

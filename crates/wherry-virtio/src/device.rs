@@ -150,10 +150,26 @@ pub struct Activation {
     pub interrupts: Interrupts,
 }
 
+/// Whoever serves the rings of a device: a thread of this process, or one that speaks with another process.
+pub trait Serving: Send + Sync {
+    /// Takes no more requests, without waiting for those under way.
+    fn quiesce(&self);
+
+    /// [`quiesce`](Self::quiesce), then waits until what is under way has ended and has reached its medium.
+    fn drain(&self, deadline: Instant) -> Result<(), UnitError>;
+
+    /// Comes to rest: it touches no guest memory until [`Device::start`]. What could not end in time and has had no
+    /// effect is carried as state; if it may have an effect later, this fails.
+    fn stop(&self, deadline: Instant) -> Result<(), UnitError>;
+
+    /// How far the rings it was given have been served, with their numbers. At rest.
+    fn positions(&self) -> Vec<(u16, Position)>;
+}
+
 /// A virtio device behind a transport. There are no default implementations on purpose: a forgotten one would lose state.
 ///
 /// Once [`activate`](Self::activate)d it serves its rings until [`reset`](Self::reset), except between
-/// [`stop`](Self::stop) and [`start`](Self::start). It finds what was made available meanwhile without being rung again.
+/// [`Serving::stop`] and [`start`](Self::start). It finds what was made available meanwhile without being rung again.
 pub trait Device: Send + Sync {
     /// What it is.
     fn kind(&self) -> Kind;
@@ -177,18 +193,8 @@ pub trait Device: Send + Sync {
     /// Lets go of the rings, when what is under way has ended. Called by a vCPU.
     fn reset(&self);
 
-    /// Takes no more requests, without waiting for those under way.
-    fn quiesce(&self);
-
-    /// [`quiesce`](Self::quiesce), then waits until what is under way has ended and has reached its medium.
-    fn drain(&self, deadline: Instant) -> Result<(), UnitError>;
-
-    /// Comes to rest: it touches no guest memory until [`start`](Self::start). What could not end in time and has had no
-    /// effect is carried as state; if it may have an effect later, this fails.
-    fn stop(&self, deadline: Instant) -> Result<(), UnitError>;
-
-    /// How far the rings it was given have been served, with their numbers. At rest.
-    fn positions(&self) -> Vec<(u16, Position)>;
+    /// Whoever serves its rings.
+    fn serving(&self) -> &dyn Serving;
 
     /// Serves on.
     fn start(&self);
@@ -201,4 +207,11 @@ pub trait Device: Send + Sync {
 
     /// Takes what [`save`](Self::save) gave, and gives the transport its part.
     fn restore(&self, section: &Section) -> Result<SavedTransport, UnitError>;
+}
+
+/// Reads a part of a configuration; zeros behind its end.
+pub(crate) fn read_config(config: &[u8], offset: u64, data: &mut [u8]) {
+    for (at, byte) in (offset as usize..).zip(data) {
+        *byte = config.get(at).copied().unwrap_or(0);
+    }
 }

@@ -32,5 +32,5 @@ mod transport;
 pub mod vhost;
 pub mod worker;
 
-pub use device::{Activation, Device, Driver, InFlight, Interrupts, Kind, Position, RingGiven, RingSetup};
+pub use device::{Activation, Device, Driver, InFlight, Interrupts, Kind, Position, RingGiven, RingSetup, Serving};
 pub use transport::{PciParts, TransportError, VirtioPci};

@@ -2,12 +2,11 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::time::Instant;
 
 use wherry_state::{SavedState, Section, UnitError, UnitId};
 
 use crate::chain::Broken;
-use crate::device::{Activation, Device, Kind, Position};
+use crate::device::{Activation, Device, Kind, Serving};
 use crate::ring::{RING_FEATURES, Ring};
 use crate::saved::{SavedRng, SavedTransport};
 use crate::worker::{Handler, Worker};
@@ -121,20 +120,8 @@ impl Device for Rng {
         self.worker.reset();
     }
 
-    fn quiesce(&self) {
-        self.worker.quiesce();
-    }
-
-    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.drain(deadline)
-    }
-
-    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.stop(deadline)
-    }
-
-    fn positions(&self) -> Vec<(u16, Position)> {
-        self.worker.positions()
+    fn serving(&self) -> &dyn Serving {
+        &self.worker
     }
 
     fn start(&self) {

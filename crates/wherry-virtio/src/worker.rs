@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_state::UnitError;
 
 use crate::chain::Broken;
-use crate::device::{Activation, Interrupts, Position};
+use crate::device::{Activation, Interrupts, Position, Serving};
 use crate::ring::Ring;
 
 /// What a device does with requests.
@@ -132,31 +132,6 @@ impl Worker {
         self.shared.wait(None, |control| !control.reset || control.quit);
     }
 
-    /// See [`crate::Device::quiesce`].
-    pub fn quiesce(&self) {
-        self.shared.order(|control| control.hold = true);
-    }
-
-    /// See [`crate::Device::drain`].
-    pub fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.shared.order(|control| {
-            control.hold = true;
-            control.settle = true;
-            control.rests = false;
-        });
-        self.rest(deadline)
-    }
-
-    /// See [`crate::Device::stop`]. At half of the time it takes back what has not begun.
-    pub fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.quiesce();
-        let half = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
-        if !self.shared.wait(Some(half), |control| control.rests) {
-            self.shared.order(|control| control.cancel = true);
-        }
-        self.rest(deadline)
-    }
-
     fn rest(&self, deadline: Instant) -> Result<(), UnitError> {
         if !self.shared.wait(Some(deadline), |control| control.rests) {
             let in_flight = self.shared.lock().in_flight;
@@ -168,11 +143,6 @@ impl Worker {
         }
     }
 
-    /// See [`crate::Device::positions`].
-    pub fn positions(&self) -> Vec<(u16, Position)> {
-        self.shared.lock().positions.clone()
-    }
-
     /// See [`crate::Device::start`].
     pub fn start(&self) {
         self.shared.order(|control| {
@@ -181,6 +151,35 @@ impl Worker {
             control.cancel = false;
             control.rests = false;
         });
+    }
+}
+
+impl Serving for Worker {
+    fn quiesce(&self) {
+        self.shared.order(|control| control.hold = true);
+    }
+
+    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.shared.order(|control| {
+            control.hold = true;
+            control.settle = true;
+            control.rests = false;
+        });
+        self.rest(deadline)
+    }
+
+    /// At half of the time it takes back what has not begun.
+    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.quiesce();
+        let half = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+        if !self.shared.wait(Some(half), |control| control.rests) {
+            self.shared.order(|control| control.cancel = true);
+        }
+        self.rest(deadline)
+    }
+
+    fn positions(&self) -> Vec<(u16, Position)> {
+        self.shared.lock().positions.clone()
     }
 }
 

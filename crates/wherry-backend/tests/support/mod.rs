@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -37,6 +38,8 @@ pub struct Fake {
     pub config: Mutex<Vec<u8>>,
     /// It does not come to rest while this is set.
     pub busy: Mutex<bool>,
+    /// It was asked to.
+    pub asked: AtomicBool,
 }
 
 impl Fake {
@@ -102,6 +105,7 @@ impl Device for Fake {
 
     /// Each ring goes on three entries further.
     fn rest(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
+        self.asked.store(true, Ordering::SeqCst);
         while *self.busy.lock().unwrap() {
             if Instant::now() >= deadline {
                 return Err("it is busy".into());

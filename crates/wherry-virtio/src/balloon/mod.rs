@@ -20,7 +20,6 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_fault::FaultService;
@@ -29,7 +28,7 @@ use wherry_state::{SavedState, Section, UnitError, UnitId};
 
 use self::memory::Memory;
 use self::pages::Pages;
-use crate::device::{Activation, Device, Interrupts, Kind, Position};
+use crate::device::{Activation, Device, Interrupts, Kind, Serving, read_config};
 use crate::ring::RING_FEATURES;
 use crate::saved::{SavedBalloon, SavedPages, SavedTransport};
 use crate::worker::Worker;
@@ -277,9 +276,7 @@ impl Device for Balloon {
         {
             field.copy_from_slice(&value.load(Ordering::Acquire).to_le_bytes());
         }
-        for (at, byte) in (offset as usize..).zip(data) {
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        read_config(&config, offset, data);
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {
@@ -304,20 +301,8 @@ impl Device for Balloon {
         self.worker.reset();
     }
 
-    fn quiesce(&self) {
-        self.worker.quiesce();
-    }
-
-    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.drain(deadline)
-    }
-
-    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.stop(deadline)
-    }
-
-    fn positions(&self) -> Vec<(u16, Position)> {
-        self.worker.positions()
+    fn serving(&self) -> &dyn Serving {
+        &self.worker
     }
 
     fn start(&self) {

@@ -16,7 +16,6 @@ mod tests;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -27,7 +26,7 @@ use wherry_state::{SavedState, Section, UnitError, UnitId};
 use self::engine::Engine;
 pub use self::image::{Image, ImageError, ImageFormat};
 use self::requests::Requests;
-use crate::device::{Activation, Device, Kind, Position};
+use crate::device::{Activation, Device, Kind, Serving, read_config};
 use crate::ring::RING_FEATURES;
 use crate::saved::{SavedBlk, SavedTransport};
 use crate::worker::Worker;
@@ -105,9 +104,7 @@ impl Device for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset as usize..).zip(data) {
-            *byte = self.config.get(at).copied().unwrap_or(0);
-        }
+        read_config(&self.config, offset, data);
     }
 
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
@@ -121,20 +118,8 @@ impl Device for Blk {
         self.worker.reset();
     }
 
-    fn quiesce(&self) {
-        self.worker.quiesce();
-    }
-
-    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.drain(deadline)
-    }
-
-    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.stop(deadline)
-    }
-
-    fn positions(&self) -> Vec<(u16, Position)> {
-        self.worker.positions()
+    fn serving(&self) -> &dyn Serving {
+        &self.worker
     }
 
     fn start(&self) {

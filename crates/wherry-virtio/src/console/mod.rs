@@ -17,13 +17,12 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use wherry_state::{SavedState, Section, UnitError, UnitId};
 
 use self::bytes::{Bytes, MOST_INPUT, MOST_OUTPUT};
 pub use self::outside::{ConsoleTarget, Outside, OutsideError};
-use crate::device::{Activation, Device, Kind, Position};
+use crate::device::{Activation, Device, Kind, Serving};
 use crate::ring::RING_FEATURES;
 use crate::saved::{SavedConsole, SavedTransport};
 use crate::worker::Worker;
@@ -104,20 +103,8 @@ impl Device for Console {
         self.worker.reset();
     }
 
-    fn quiesce(&self) {
-        self.worker.quiesce();
-    }
-
-    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.drain(deadline)
-    }
-
-    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.stop(deadline)
-    }
-
-    fn positions(&self) -> Vec<(u16, Position)> {
-        self.worker.positions()
+    fn serving(&self) -> &dyn Serving {
+        &self.worker
     }
 
     fn start(&self) {

@@ -17,7 +17,6 @@ mod tests;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
@@ -31,7 +30,7 @@ pub use self::announce::send as announce;
 use self::packets::{Held, LONGEST, Packets};
 use self::tap::HEADER;
 pub use self::tap::{Tap, TapError};
-use crate::device::{Activation, Device, Kind, Position};
+use crate::device::{Activation, Device, Kind, Serving, read_config};
 use crate::ring::RING_FEATURES;
 use crate::saved::{SavedNet, SavedTransport};
 use crate::worker::Worker;
@@ -113,9 +112,7 @@ impl Device for Net {
         config[6..8].copy_from_slice(&self.shared.status.load(Ordering::Acquire).to_le_bytes());
         // Pairs of rings.
         config[8] = 1;
-        for (at, byte) in (offset as usize..).zip(data) {
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        read_config(&config, offset, data);
     }
 
     fn write_config(&self, _offset: u64, _data: &[u8]) {}
@@ -136,20 +133,8 @@ impl Device for Net {
         self.worker.reset();
     }
 
-    fn quiesce(&self) {
-        self.worker.quiesce();
-    }
-
-    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.drain(deadline)
-    }
-
-    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.stop(deadline)
-    }
-
-    fn positions(&self) -> Vec<(u16, Position)> {
-        self.worker.positions()
+    fn serving(&self) -> &dyn Serving {
+        &self.worker
     }
 
     fn start(&self) {

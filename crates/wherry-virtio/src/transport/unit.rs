@@ -57,7 +57,7 @@ impl StateUnit for VirtioPci {
     }
 
     fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.device.drain(deadline)
+        self.device.serving().drain(deadline)
     }
 
     fn undrain(&self) -> Result<(), UnitError> {
@@ -66,14 +66,14 @@ impl StateUnit for VirtioPci {
     }
 
     fn begin_stop(&self) -> Result<(), UnitError> {
-        self.device.quiesce();
+        self.device.serving().quiesce();
         Ok(())
     }
 
     /// The vCPUs are at rest, and the device raises no interrupt any more: now eventfds can be detached, which has to be
     /// done before local APICs are saved.
     fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        let stopped = self.device.stop(deadline);
+        let stopped = self.device.serving().stop(deadline);
         let vectors = self.shared.msix.vectors().rest().map_err(failed);
         let pin = self.shared.intx.rest().map_err(failed);
         stopped.and(vectors).and(pin)
@@ -93,7 +93,7 @@ impl StateUnit for VirtioPci {
             config_vector: shared.config_vector.load(Ordering::Acquire).into(),
             ..Default::default()
         };
-        let positions = if self.is_active() { self.device.positions() } else { Vec::new() };
+        let positions = if self.is_active() { self.device.serving().positions() } else { Vec::new() };
         let vector = |ring: u16| shared.ring_vectors[usize::from(ring)].load(Ordering::Acquire);
         registers.common.save(&mut saved, vector, &positions);
         Ok(Saved::Section(self.device.save(saved)))

@@ -27,7 +27,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_MQ;
 use wherry_fault::FaultService;
@@ -39,7 +39,7 @@ pub use self::log::VhostLog;
 use self::wire::Connection;
 pub use self::wire::VhostError;
 use self::worker::Worker;
-use crate::device::{Activation, Device, Kind, Position};
+use crate::device::{Activation, Device, Kind, Serving, read_config};
 use crate::saved::{SavedTransport, SavedVhostUser};
 
 /// Number of the block device (virtio 1.3, section 5.2).
@@ -234,9 +234,7 @@ impl Device for VhostUser {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.config();
-        for (at, byte) in (offset as usize..).zip(data) {
-            *byte = config.get(at).copied().unwrap_or(0);
-        }
+        read_config(&config, offset, data);
     }
 
     fn write_config(&self, offset: u64, data: &[u8]) {
@@ -260,19 +258,8 @@ impl Device for VhostUser {
         self.worker.orders.reset();
     }
 
-    /// The driver rings the back end itself: it goes on as long as the vCPUs do, or until a drain.
-    fn quiesce(&self) {}
-
-    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.orders.drain(deadline)
-    }
-
-    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.worker.orders.rest(deadline)
-    }
-
-    fn positions(&self) -> Vec<(u16, Position)> {
-        self.worker.orders.positions()
+    fn serving(&self) -> &dyn Serving {
+        &*self.worker.orders
     }
 
     fn start(&self) {

@@ -8,7 +8,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_state::UnitError;
 
 use super::log::Log;
-use crate::device::{Activation, Position};
+use crate::device::{Activation, Position, Serving};
 
 /// How long a device may take to come to rest when its driver resets it.
 pub(super) const RESET_LIMIT: Duration = Duration::from_secs(10);
@@ -73,16 +73,6 @@ impl Orders {
         }
     }
 
-    pub(super) fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        let late = || UnitError::Deadline("the back end did not answer".into());
-        self.wait(|done| Order::Drain(deadline, done), deadline, late)
-    }
-
-    pub(super) fn rest(&self, deadline: Instant) -> Result<(), UnitError> {
-        let late = || UnitError::Deadline("the back end did not answer".into());
-        self.wait(|done| Order::Rest(deadline, done), deadline, late)
-    }
-
     pub(super) fn start(&self) {
         self.send(Order::Start);
     }
@@ -106,8 +96,23 @@ impl Orders {
         let late = || "the back end did not answer".into();
         self.wait(|done| Order::Load(state, done), Instant::now() + RESET_LIMIT, late)
     }
+}
 
-    pub(super) fn positions(&self) -> Vec<(u16, Position)> {
+impl Serving for Orders {
+    /// The driver rings the back end itself: it goes on as long as the vCPUs do, or until a drain.
+    fn quiesce(&self) {}
+
+    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
+        let late = || UnitError::Deadline("the back end did not answer".into());
+        self.wait(|done| Order::Drain(deadline, done), deadline, late)
+    }
+
+    fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
+        let late = || UnitError::Deadline("the back end did not answer".into());
+        self.wait(|done| Order::Rest(deadline, done), deadline, late)
+    }
+
+    fn positions(&self) -> Vec<(u16, Position)> {
         self.positions.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

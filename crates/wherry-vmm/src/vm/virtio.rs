@@ -358,8 +358,8 @@ impl VirtioDevices {
     /// Brings the devices to rest for good; false if one does not come to rest in time.
     pub(super) fn end(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
-        self.functions.iter().for_each(|function| function.device().quiesce());
-        self.functions.iter().all(|function| function.device().stop(deadline).is_ok())
+        self.functions.iter().for_each(|function| function.device().serving().quiesce());
+        self.functions.iter().all(|function| function.device().serving().stop(deadline).is_ok())
     }
 }
 

@@ -71,7 +71,7 @@ impl backend::Device for Served {
     }
 
     fn rings(&self) -> (u16, u16) {
-        (self.rings, self.device.ring_sizes().iter().copied().min().unwrap_or(0).max(256))
+        (self.rings, self.device.ring_sizes().first().copied().unwrap_or(0))
     }
 
     fn config(&self) -> Vec<u8> {
@@ -116,9 +116,10 @@ impl backend::Device for Served {
     }
 
     fn rest(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
-        self.device.drain(deadline).map_err(|e| e.to_string())?;
+        self.device.serving().drain(deadline).map_err(|e| e.to_string())?;
         // A buffer for packets that waits in the device was not given back: it is there for whoever serves the ring next.
-        let next = self.device.positions().into_iter().map(|(index, position)| (index, position.used)).collect();
+        let next =
+            self.device.serving().positions().into_iter().map(|(index, position)| (index, position.used)).collect();
         self.device.reset();
         Ok(next)
     }
