@@ -1,10 +1,12 @@
 //! A machine without KVM: guests are threads that write to RAM, the dirty log is a bitmap with write protection as KVM
-//! has it, and units fail when they are told to.
+//! has it (`sources`), and units fail when they are told to. `world` moves it between two hosts.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 #![expect(unsafe_code, reason = "the fake guest writes to RAM by raw pointer, as a guest does")]
 
 pub mod proxy;
+mod sources;
+mod world;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -13,19 +15,19 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
 use wherry_fault::FaultService;
-use wherry_memory::{
-    Block, BlockId, BlockSpec, DirtyError, DirtySource, FreePages, GRANULE, PageSet, PageSize, Ram, VmmWrites,
-};
+use wherry_memory::{BlockId, BlockSpec, DirtySource, FreePages, GRANULE, PageSize, Ram, VmmWrites};
+use wherry_migration::Journey;
 use wherry_migration::machine::{
     BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, VcpuThread, Wants,
 };
-use wherry_migration::progress::Job;
 use wherry_migration::testpoint::Point;
-use wherry_migration::{DestinationOptions, Journey, JourneyError, Mode, SourceOptions, Timeouts};
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId, Units};
-use wherry_stream::{Endpoint, Listener};
+
+#[allow(unused_imports, reason = "each test binary uses a part of it")]
+pub use sources::{FakeFree, FakeLog};
+#[allow(unused_imports, reason = "each test binary uses a part of it")]
+pub use world::{Received, Sent, Wire, World, short};
 
 /// A small random number generator.
 #[derive(Clone, Debug)]
@@ -41,118 +43,6 @@ impl Random {
 
     pub fn below(&mut self, n: u64) -> u64 {
         self.next() % n
-    }
-}
-
-/// A dirty log with manual protect: bits stay until they are re-armed.
-pub struct FakeLog {
-    blocks: Vec<(BlockId, Vec<AtomicU64>)>,
-    on: AtomicBool,
-    pub fail_collects: AtomicU8,
-}
-
-impl FakeLog {
-    fn new(ram: &Ram) -> Self {
-        let words = |b: &Arc<Block>| (0..b.pages().div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        Self {
-            blocks: ram.blocks().iter().map(|b| (b.spec().id, words(b))).collect(),
-            on: AtomicBool::new(false),
-            fail_collects: AtomicU8::new(0),
-        }
-    }
-
-    fn words(&self, id: BlockId) -> &[AtomicU64] {
-        &self.blocks.iter().find(|(b, _)| *b == id).unwrap().1
-    }
-
-    /// After the write: a write that a reader did not see has its bit set after the reader re-armed it.
-    fn mark(&self, id: BlockId, page: u64) {
-        if self.on.load(Ordering::SeqCst) {
-            self.words(id)[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::SeqCst);
-        }
-    }
-
-    pub fn is_on(&self) -> bool {
-        self.on.load(Ordering::SeqCst)
-    }
-}
-
-impl DirtySource for FakeLog {
-    fn name(&self) -> &str {
-        "fake"
-    }
-    fn start(&self) -> Result<(), DirtyError> {
-        for (_, words) in &self.blocks {
-            words.iter().for_each(|w| w.store(0, Ordering::SeqCst));
-        }
-        self.on.store(true, Ordering::SeqCst);
-        Ok(())
-    }
-    fn stop(&self) -> Result<(), DirtyError> {
-        self.on.store(false, Ordering::SeqCst);
-        Ok(())
-    }
-    fn collect(&self, block: &Block, into: &mut PageSet) -> Result<(), DirtyError> {
-        assert!(self.is_on(), "collected before it was started");
-        let failing = self.fail_collects.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok();
-        if failing {
-            return Err(DirtyError {
-                dirty_source: "fake".into(),
-                what: "reading the log",
-                block: block.spec().id,
-                cause: std::io::Error::other("as told"),
-            });
-        }
-        let words: Vec<u64> = self.words(block.spec().id).iter().map(|w| w.load(Ordering::SeqCst)).collect();
-        into.union_words(&words);
-        Ok(())
-    }
-    fn rearm(&self, block: &Block, range: Range<u64>, taken: &PageSet) -> Result<(), DirtyError> {
-        assert!(range.start.is_multiple_of(64));
-        assert!(range.end.is_multiple_of(64) || range.end == block.pages());
-        for n in range.start / 64..range.end.div_ceil(64) {
-            self.words(block.spec().id)[n as usize].fetch_and(!taken.words()[n as usize], Ordering::SeqCst);
-        }
-        Ok(())
-    }
-}
-
-/// A guest that names free pages of block 0 as soon as it is asked, and uses them again as it likes.
-#[derive(Default)]
-pub struct FakeFree {
-    /// What it will name.
-    pub names: Mutex<Vec<Range<u64>>>,
-    /// What it has named since it was last asked.
-    named: Mutex<Option<PageSet>>,
-    pub held: AtomicBool,
-    pub asked: AtomicU32,
-    pub enough: AtomicU32,
-}
-
-impl FreePages for FakeFree {
-    fn hold(&self) {
-        assert!(!self.held.swap(true, Ordering::SeqCst), "held twice");
-    }
-    fn release(&self) {
-        assert!(self.held.swap(false, Ordering::SeqCst), "released without being held");
-    }
-    fn ask(&self) {
-        assert!(self.held.load(Ordering::SeqCst), "asked before it was held");
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        let names = self.names.lock().unwrap();
-        let mut set = PageSet::new(names.iter().map(|range| range.end).max().unwrap_or(0));
-        names.iter().for_each(|range| set.insert_range(range.clone()));
-        *self.named.lock().unwrap() = Some(set);
-    }
-    fn leave_out(&self, block: &Block, range: Range<u64>, set: &mut PageSet) -> u64 {
-        let named = self.named.lock().unwrap();
-        let named = named.as_ref().expect("it was asked, and not told that it is enough");
-        if block.spec().id == BlockId(0) { set.subtract_range(named, range) } else { 0 }
-    }
-    fn enough(&self) {
-        if self.named.lock().unwrap().take().is_some() {
-            self.enough.fetch_add(1, Ordering::SeqCst);
-        }
     }
 }
 
@@ -645,122 +535,6 @@ pub fn random_vm() -> [u8; 16] {
     let mut id = [0; 16];
     std::fs::File::open("/dev/urandom").unwrap().read_exact(&mut id).unwrap();
     id
-}
-
-/// Waits that would otherwise last minutes.
-pub fn short() -> Timeouts {
-    Timeouts {
-        connect: Duration::from_secs(5),
-        build: Duration::from_secs(5),
-        silent: Duration::from_secs(2),
-        drain: Duration::from_secs(2),
-        stop: Duration::from_secs(2),
-        load: Duration::from_secs(3),
-        running: Duration::from_secs(2),
-    }
-}
-
-/// How the two ends are connected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wire {
-    Unix,
-    Tcp,
-}
-
-pub type Sent = Result<Job, JourneyError>;
-pub type Received = Result<(Arc<dyn Machine>, Job), JourneyError>;
-
-/// Two hosts.
-pub struct World {
-    pub source_records: TempDir,
-    pub destination_records: TempDir,
-    sockets: TempDir,
-    pub listener: Listener,
-    pub source_journey: Journey,
-    pub destination_journey: Journey,
-    pub builder: FakeBuilder,
-    pub source_options: SourceOptions,
-    pub destination_options: DestinationOptions,
-}
-
-fn on_tmpfs() -> TempDir {
-    tempfile::Builder::new().prefix("wherry-test-").tempdir_in("/dev/shm").unwrap()
-}
-
-impl World {
-    pub fn new(wire: Wire) -> Self {
-        let (source_records, destination_records) = (on_tmpfs(), on_tmpfs());
-        let sockets = tempfile::tempdir().unwrap();
-        let endpoint = match wire {
-            Wire::Unix => Endpoint::Unix(sockets.path().join("listen")),
-            Wire::Tcp => Endpoint::Tcp { host: "127.0.0.1".into(), port: 0 },
-        };
-        Self {
-            listener: Listener::bind(&endpoint).unwrap(),
-            source_journey: Journey::new(),
-            destination_journey: Journey::new(),
-            builder: FakeBuilder::new(),
-            source_options: SourceOptions {
-                // Tests of other modes say so.
-                mode: Mode::Precopy,
-                records: source_records.path().into(),
-                timeouts: short(),
-                doubt: Some(Duration::from_secs(5)),
-                recover: Some(Duration::from_secs(8)),
-                deadline: Duration::from_secs(30),
-                ..SourceOptions::default()
-            },
-            destination_options: DestinationOptions {
-                records: destination_records.path().into(),
-                timeouts: short(),
-                wait_for_source: Some(Duration::from_secs(10)),
-                doubt: Some(Duration::from_secs(5)),
-                recover: Some(Duration::from_secs(8)),
-                ..DestinationOptions::default()
-            },
-            source_records,
-            destination_records,
-            sockets,
-        }
-    }
-
-    /// Runs both ends to their end; `to` is where the source connects, if not directly.
-    pub fn journey(&self, machine: &Arc<FakeMachine>, to: Option<&Endpoint>) -> (Sent, Received) {
-        std::thread::scope(|scope| {
-            let receiver = std::thread::Builder::new()
-                .name("fake-receive".into())
-                .spawn_scoped(scope, || {
-                    wherry_migration::destination::receive(
-                        &self.listener,
-                        &self.builder,
-                        self.destination_options.clone(),
-                        &self.destination_journey,
-                    )
-                })
-                .unwrap();
-            let to = to.unwrap_or(self.listener.local_endpoint());
-            let sent =
-                wherry_migration::source::send(machine.clone(), to, self.source_options.clone(), &self.source_journey);
-            if sent.is_err() {
-                // A destination that the source never reached would wait on.
-                let in_doubt = matches!(sent, Err(JourneyError::InDoubt(_)));
-                if !in_doubt {
-                    wait_or(
-                        Duration::from_secs(4),
-                        || receiver.is_finished(),
-                        || {
-                            self.destination_journey.cancel();
-                        },
-                    );
-                }
-            }
-            (sent, receiver.join().unwrap())
-        })
-    }
-
-    pub fn built(&self) -> Arc<FakeMachine> {
-        self.builder.built.lock().unwrap().clone().expect("the destination never built a machine")
-    }
 }
 
 pub fn wait_or(limit: Duration, done: impl Fn() -> bool, otherwise: impl FnOnce()) {
