@@ -222,8 +222,10 @@ fn what_precopy_brought_and_what_was_never_there_is_whole_before_the_switch() {
     assert_eq!(lab.touch(2).bytes(), (0, 0));
     assert!(lab.requests.try_recv().is_err());
     assert!(lab.service.take_troubles().is_empty(), "an ordinary hole was taken for a punched page");
-    // A page that was placed is no ordinary hole.
-    assert_eq!(lab.service.map_background(u64::MAX).unwrap().pages, 1);
+    // A page that was placed is no ordinary hole. Whoever waited for page 2 may run before the service has noted that it
+    // is placed; the mapper then finds it, too.
+    let mapped = lab.service.map_background(u64::MAX).unwrap().pages;
+    assert!(matches!(mapped, 1 | 2), "{mapped} pages, and page 9 was all that was left");
     lab.block.punch(9 * PAGE..10 * PAGE).unwrap();
     assert_eq!(lab.touch(9).bytes(), (0, 0));
     assert!(matches!(lab.trouble(), Trouble::Punched { page: 9, .. }));
