@@ -1,17 +1,23 @@
-//! `cargo run --release -p wherry-accel --example figures`: the figures of `wherry bench --accel`, without the rest of it.
+//! `cargo run --release -p wherry-accel --example figures [NAME [BYTES]]`: the figures of `wherry bench --accel`, without
+//! the rest of it; or only the operations whose name has that, at one size.
 
 use std::time::Duration;
 
 use wherry_accel::bench;
 
 fn main() -> Result<(), bench::BenchError> {
-    for one in bench::throughput(&[4 << 10, 64 << 10, 1 << 20], 5, bench::VOLUME)? {
-        let (device, direct) = (one.device / 1e6, one.direct / 1e6);
-        let percent = 100.0 * device / direct;
+    let only = std::env::args().nth(1);
+    let size: Option<usize> = std::env::args().nth(2).and_then(|bytes| bytes.parse().ok());
+    let sizes = size.map_or(vec![4 << 10, 64 << 10, 1 << 20], |size| vec![size]);
+    for one in bench::throughput(&sizes, 5, bench::TIME, only.as_deref())? {
+        let (device, direct, percent) = (one.device / 1e6, one.direct / 1e6, 100.0 * one.ratio);
         println!(
             "{:<15} {:>8} B  {device:>8.0} MB/s  directly {direct:>8.0} MB/s  {percent:.0} %",
             one.operation, one.bytes
         );
+    }
+    if only.is_some() {
+        return Ok(());
     }
     let (polled, woken) = bench::latency(5000)?;
     println!("empty request: polled {polled:?} ns, by interrupt {woken:?} ns");

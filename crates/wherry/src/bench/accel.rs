@@ -23,7 +23,7 @@ struct Operation {
     bytes: usize,
     device_bytes_per_s: f64,
     direct_bytes_per_s: f64,
-    /// Device by direct.
+    /// Device by direct: the median of the pairs.
     ratio: f64,
 }
 
@@ -49,7 +49,7 @@ pub(super) fn bench(options: &Bench) -> Result<u8> {
     };
     let runs = options.runs as usize;
     say("each operation, in turn with the crate called directly");
-    let measured = engine::throughput(&SIZES, runs, engine::VOLUME).context("measuring the engines")?;
+    let measured = engine::throughput(&SIZES, runs, engine::TIME, None).context("measuring the engines")?;
     say("empty requests, workers, fairness");
     let (polled, woken) = engine::latency(REQUESTS).context("measuring empty requests")?;
     let scaling = |workers| engine::scaling(workers, runs).context("measuring workers");
@@ -61,7 +61,7 @@ pub(super) fn bench(options: &Bench) -> Result<u8> {
                 bytes: one.bytes,
                 device_bytes_per_s: one.device,
                 direct_bytes_per_s: one.direct,
-                ratio: one.device / one.direct,
+                ratio: one.ratio,
             })
             .collect(),
         polled_p50_ns: polled.p50,

@@ -1,7 +1,12 @@
 //! Figures of the device in real time, beside the crates that do its work called directly. `wherry bench --accel` prints them.
 //!
-//! What is compared is measured in turn, so that a machine whose speed drifts is the same for both. The device reads and
-//! writes a client's memory; the direct call has its input and output in slices of its own.
+//! What is compared is measured in turn, and a ratio is the median of those of each pair, so that a machine whose speed
+//! drifts is the same for both. The device reads and writes a client's memory; the direct call has its input and output in
+//! slices of its own. Both keep from one call to the next what the crate lets them keep.
+//!
+//! - this file: the device and its client. [`operations`]: what is measured.
+
+mod operations;
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,20 +21,24 @@ use crate::keys::{FleetKey, KeyKind};
 use crate::memory::{AddressSpace, Arena, ArenaError, Fault};
 use crate::scheduler::FenceState;
 
+use operations::{Operation, operations};
+
 const BASE: u64 = 0x10_0000;
 /// Input, then output, then what belongs to the client itself.
 const HALF: u64 = 32 << 20;
 const OUTPUT: u64 = BASE + HALF;
 const OWN: u64 = OUTPUT + HALF;
-/// Bytes that one measurement goes through, about.
-pub const VOLUME: usize = 16 << 20;
+/// How long one measurement takes, about: long beside what it takes to see that it is over.
+pub const TIME: Duration = Duration::from_millis(25);
+/// Most operations of one measurement: their descriptors have to fit.
+const MOST: usize = 1 << 16;
 /// Bytes of input, and the largest size of one operation.
 const INPUT: usize = 4 << 20;
+/// Where parameters and records of the client's own are, then descriptors.
+const LIST: u64 = OWN + 4096;
 /// The longest wait for one piece of work.
 const LIMIT: Duration = Duration::from_secs(60);
 const KEY: [u8; 32] = [7; 32];
-const ORIGINALS: usize = 8;
-const RECOVERIES: usize = 2;
 
 /// A measurement cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +77,8 @@ pub struct Throughput {
     pub device: f64,
     /// Bytes per second of the crate called directly: the median.
     pub direct: f64,
+    /// Device by direct: the median of the pairs.
+    pub ratio: f64,
 }
 
 /// Time from the submission of an empty request to its completion, in nanoseconds.
@@ -104,6 +115,8 @@ impl Rig {
         memory.write(BASE, &input())?;
         memory.write(OUTPUT, &vec![1; HALF as usize])?;
         memory.write(OWN, &[0; 64])?;
+        memory.write(operations::BITMAP, &[0xfc, 0xff])?;
+        memory.write(operations::PROGRAM, operations::SUM.map(u64::to_le_bytes).as_flattened())?;
         device.set_space(0, memory.clone());
         let fleet = FleetKey::new([1; 32]);
         for (handle, kind) in [(1, KeyKind::Aes256Gcm), (2, KeyKind::ChaCha20Poly1305), (3, KeyKind::HmacSha256)] {
@@ -128,9 +141,9 @@ impl Rig {
     /// Time for a batch of one descriptor, so often.
     fn batch(&self, slot: u32, d: &Descriptor, count: usize, what: &'static str) -> Result<Duration, BenchError> {
         let list: Vec<u8> = (0..count).flat_map(|_| d.encode()).collect();
-        self.memory.write(OWN + 4096, &list)?;
+        self.memory.write(LIST, &list)?;
         let begin = Instant::now();
-        let submission = Descriptor::new(opcode::BATCH, OWN + 4096, 0, count as u32);
+        let submission = Descriptor::new(opcode::BATCH, LIST, 0, count as u32);
         let fence = self.device.submit(self.context, slot, &submission)?;
         self.wait(fence, what)?;
         Ok(begin.elapsed())
@@ -154,133 +167,59 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// An operation: its name, its class, its descriptor for a size, and the same by the crate.
-type Direct = Box<dyn FnMut(&[u8], &mut [u8]) -> Option<()>>;
-
-fn operations(size: usize) -> Vec<(&'static str, u16, Descriptor, Direct)> {
-    use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-    let d = |code| Descriptor::new(code, BASE, OUTPUT, size as u32);
-    let room = (2 * size + 4096).min(crate::abi::MAX_ONE_SHOT as usize) as u32;
-    let seal = |algorithm| -> Direct {
-        Box::new(move |input: &[u8], output: &mut [u8]| {
-            let key = LessSafeKey::new(UnboundKey::new(algorithm, &KEY).ok()?);
-            let text = &mut output[..input.len()];
-            text.copy_from_slice(input);
-            let nonce = Nonce::assume_unique_for_key([0; 12]);
-            let tag = key.seal_in_place_separate_tag(nonce, Aad::empty(), text).ok()?;
-            output[input.len()..input.len() + 16].copy_from_slice(tag.as_ref());
-            Some(())
-        })
-    };
-    let mut zstd = zstd::bulk::Compressor::new(3).ok();
-    let mut deflate = flate2::Compress::new(flate2::Compression::new(6), false);
-    let shard = size / ORIGINALS;
-    let code = Descriptor::new(opcode::RS_ENCODE, BASE, OUTPUT, shard as u32);
-    vec![
-        (
-            "move",
-            0,
-            d(opcode::MOVE),
-            Box::new(|input, output| {
-                output[..input.len()].copy_from_slice(input);
-                Some(())
-            }),
-        ),
-        (
-            "crc",
-            0,
-            Descriptor::new(opcode::CRC, BASE, 0, size as u32),
-            Box::new(|input, _| {
-                std::hint::black_box(crc32c::crc32c(input));
-                Some(())
-            }),
-        ),
-        (
-            "lz4-compress",
-            1,
-            d(opcode::LZ4_COMPRESS).with(room, 0, 0),
-            Box::new(|input, output| lz4_flex::block::compress_into(input, output).ok().map(|_| ())),
-        ),
-        (
-            "zstd-compress",
-            1,
-            d(opcode::ZSTD_COMPRESS).with(room, 0, 0),
-            Box::new(move |input, output| zstd.as_mut()?.compress_to_buffer(input, output).ok().map(|_| ())),
-        ),
-        (
-            "deflate",
-            1,
-            d(opcode::DEFLATE).with(room, 0, 0),
-            Box::new(move |input, output| {
-                deflate.reset();
-                deflate.compress(input, output, flate2::FlushCompress::Finish).ok().map(|_| ())
-            }),
-        ),
-        ("aes-seal", 2, d(opcode::AES_SEAL).with(1, OWN, 0), seal(&AES_256_GCM)),
-        ("chacha-seal", 2, d(opcode::CHACHA_SEAL).with(2, OWN, 0), seal(&CHACHA20_POLY1305)),
-        (
-            "sha256",
-            2,
-            d(opcode::SHA256),
-            Box::new(|input, output| {
-                output[..32].copy_from_slice(ring::digest::digest(&ring::digest::SHA256, input).as_ref());
-                Some(())
-            }),
-        ),
-        (
-            "blake3",
-            2,
-            d(opcode::BLAKE3),
-            Box::new(|input, output| {
-                output[..32].copy_from_slice(blake3::hash(input).as_bytes());
-                Some(())
-            }),
-        ),
-        (
-            "erasure-encode",
-            4,
-            code.with((ORIGINALS | RECOVERIES << 16) as u32, 0, 0),
-            Box::new(move |input, output| {
-                let mut encoder = reed_solomon_simd::ReedSolomonEncoder::new(ORIGINALS, RECOVERIES, shard).ok()?;
-                input.chunks_exact(shard).try_for_each(|original| encoder.add_original_shard(original)).ok()?;
-                let result = encoder.encode().ok()?;
-                output
-                    .chunks_exact_mut(shard)
-                    .zip(result.recovery_iter())
-                    .for_each(|(to, from)| to.copy_from_slice(from));
-                Some(())
-            }),
-        ),
-    ]
-}
-
-/// Throughput of one operation of each kind at each size (at most 4 MiB), `runs` times in turn with the crate called
-/// directly; each time so often that about `volume` bytes are gone through.
-pub fn throughput(sizes: &[usize], runs: usize, volume: usize) -> Result<Vec<Throughput>, BenchError> {
+/// Throughput of the operations at each size (64 bytes to 4 MiB), `runs` times in turn with the crate called directly, each
+/// time for about `time`. With `only`, of those whose name has that.
+pub fn throughput(
+    sizes: &[usize],
+    runs: usize,
+    time: Duration,
+    only: Option<&str>,
+) -> Result<Vec<Throughput>, BenchError> {
     let rig = Rig::new(1, Arc::new(NoInterrupts))?;
     let source = input();
     let mut target = vec![1; HALF as usize];
     let mut all = Vec::new();
     for &size in sizes {
-        for (operation, class, d, mut direct) in operations(size) {
-            let count = (volume / size).max(1);
-            let (mut theirs, mut ours) = (Vec::new(), Vec::new());
-            // The first of each makes what is kept between two, and is not counted.
-            for run in 0..=runs {
+        for operation in operations(size).into_iter().filter(|o| only.is_none_or(|only| o.name.contains(only))) {
+            let Operation { name, class, descriptor, prepare, mut direct, .. } = operation;
+            let prepared = match prepare {
+                Some(prepare) => Some(prepare(&source[..size]).ok_or(BenchError::Direct(name))?),
+                None => None,
+            };
+            let descriptor = match &prepared {
+                Some(prepared) => {
+                    rig.memory.write(BASE, &prepared.bytes)?;
+                    Descriptor { size: prepared.size, ..descriptor }
+                }
+                None => descriptor,
+            };
+            let input = prepared.as_ref().map_or(&source[..size], |prepared| &prepared.bytes[..]);
+            let mut call = |count: usize| {
                 let begin = Instant::now();
                 for _ in 0..count {
-                    let input = std::hint::black_box(&source[..size]);
-                    direct(input, &mut target).ok_or(BenchError::Direct(operation))?;
+                    direct(std::hint::black_box(input), &mut target).ok_or(BenchError::Direct(name))?;
                 }
-                let took = begin.elapsed();
-                let device = rig.batch(SLOT[usize::from(class)], &d, count, operation)?;
-                if run > 0 {
-                    let rate = |took: Duration| (size * count) as f64 / took.as_secs_f64();
-                    theirs.push(rate(took));
-                    ours.push(rate(device));
-                }
+                Ok::<_, BenchError>(begin.elapsed())
+            };
+            // The first makes what is kept between two; the second says how many are enough.
+            call(1)?;
+            let one = call(4)?.as_secs_f64() / 4.0;
+            let count = ((time.as_secs_f64() / one) as usize).clamp(1, MOST);
+            rig.batch(SLOT[usize::from(class)], &descriptor, 1, name)?;
+            let (mut theirs, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+            for _ in 0..runs {
+                let direct = call(count)?;
+                let device = rig.batch(SLOT[usize::from(class)], &descriptor, count, name)?;
+                let rate = |took: Duration| (size * count) as f64 / took.as_secs_f64();
+                theirs.push(rate(direct));
+                ours.push(rate(device));
+                ratios.push(direct.as_secs_f64() / device.as_secs_f64());
             }
-            all.push(Throughput { operation, bytes: size, device: median(ours), direct: median(theirs) });
+            if prepared.is_some() {
+                rig.memory.write(BASE, &source)?;
+            }
+            let (device, direct, ratio) = (median(ours), median(theirs), median(ratios));
+            all.push(Throughput { operation: name, bytes: size, device, direct, ratio });
         }
     }
     Ok(all)
@@ -307,7 +246,7 @@ impl Notify for Bell {
 pub fn latency(count: usize) -> Result<(Latency, Latency), BenchError> {
     let bell = Arc::new(Bell::default());
     let rig = Rig::new(1, bell.clone())?;
-    let record = OWN + 1024;
+    let record = OWN + 256;
     let nop = Descriptor::new(opcode::NOP, 0, 0, 0).completing_at(record);
     let status_of = || {
         let mut bytes = [0; 32];
@@ -350,8 +289,8 @@ pub fn scaling(workers: usize, runs: usize) -> Result<f64, BenchError> {
     const EACH: usize = 8;
     let d = Descriptor::new(opcode::SHA256, BASE, OUTPUT, SIZE as u32);
     let list: Vec<u8> = (0..EACH).flat_map(|_| d.encode()).collect();
-    rig.memory.write(OWN + 4096, &list)?;
-    let submission = Descriptor::new(opcode::BATCH, OWN + 4096, 0, EACH as u32);
+    rig.memory.write(LIST, &list)?;
+    let submission = Descriptor::new(opcode::BATCH, LIST, 0, EACH as u32);
     let mut rates = Vec::new();
     for _ in 0..runs {
         let begin = Instant::now();
@@ -394,8 +333,10 @@ mod tests {
 
     #[test]
     fn every_operation_that_is_measured_runs_both_ways() {
-        let all = throughput(&[4096], 1, 64 << 10).unwrap();
-        assert_eq!(all.len(), 10);
+        let all = throughput(&[4096], 1, Duration::from_millis(1), None).unwrap();
+        assert_eq!(all.len(), operations(4096).len());
+        // Each class has an engine that is measured.
+        assert!((0..5).all(|class| operations(4096).iter().any(|operation| operation.class == class)));
         assert!(all.iter().all(|one| one.device > 0.0 && one.direct > 0.0), "{all:?}");
         let (polled, woken) = latency(3).unwrap();
         assert!(polled.p50 > 0 && woken.p99 >= woken.p50);
