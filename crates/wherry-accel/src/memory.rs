@@ -240,11 +240,11 @@ impl Arena {
         region.memory.get_slice(offset, bytes).map_err(|_| fault)
     }
 
-    /// The pieces of a range, which may span regions that touch: (address, slice).
+    /// The pieces of a range, which may span regions that touch. Most lie in one, and are looked for there first.
     fn pieces(&self, at: u64, bytes: u64, access: Access) -> Result<Vec<VolatileSlice<'_>>, Fault> {
         let fault = Fault { at, bytes, access };
         let end = at.checked_add(bytes).ok_or(fault)?;
-        let mut pieces = Vec::with_capacity(1);
+        let mut pieces = Vec::new();
         let mut here = at;
         while here < end {
             let region = self.region(here).ok_or(fault)?;
@@ -263,17 +263,29 @@ impl Arena {
         if bytes == 0 {
             return;
         }
-        for page in at / PAGE..(at + bytes).div_ceil(PAGE) {
-            if let Some(region) = self.region(page * PAGE) {
-                let index = page - region.base / PAGE;
-                region.dirty[(index / 64) as usize].fetch_or(1 << (index % 64), Ordering::AcqRel);
-            }
+        let (mut page, end) = (at / PAGE, (at + bytes).div_ceil(PAGE));
+        while page < end {
+            let Some(region) = self.region(page * PAGE) else {
+                page += 1;
+                continue;
+            };
+            let (first, pages) = (region.base / PAGE, region.memory.size() as u64 / PAGE);
+            // As many as one word of the log has, in one atomic operation.
+            let index = page - first;
+            let count = (end - page).min(pages - index).min(64 - index % 64);
+            let bits = (u64::MAX >> (64 - count)) << (index % 64);
+            region.dirty[(index / 64) as usize].fetch_or(bits, Ordering::AcqRel);
+            page += count;
         }
     }
 }
 
 impl AddressSpace for Arena {
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
+        if let Ok(whole) = self.slice(at, to.len() as u64, Access::Read) {
+            whole.copy_to(to);
+            return Ok(());
+        }
         let mut rest = to;
         for piece in self.pieces(at, rest.len() as u64, Access::Read)? {
             let (now, later) = rest.split_at_mut(piece.len());
@@ -284,6 +296,11 @@ impl AddressSpace for Arena {
     }
 
     fn write(&self, at: u64, from: &[u8]) -> Result<(), Fault> {
+        if let Ok(whole) = self.slice(at, from.len() as u64, Access::Write) {
+            whole.copy_from(from);
+            self.mark(at, from.len() as u64);
+            return Ok(());
+        }
         let mut rest = from;
         for piece in self.pieces(at, from.len() as u64, Access::Write)? {
             let (now, later) = rest.split_at(piece.len());
@@ -299,14 +316,17 @@ impl AddressSpace for Arena {
         if bytes > MAX_MOVE {
             return Err(fault(Access::Read));
         }
-        let (sources, targets) = (self.pieces(from, bytes, Access::Read)?, self.pieces(to, bytes, Access::Write)?);
-        if let ([source], [target]) = (&sources[..], &targets[..])
-            && from.abs_diff(to) >= bytes
+        if from.abs_diff(to) >= bytes
+            && let Ok(source) = self.slice(from, bytes, Access::Read)
+            && let Ok(target) = self.slice(to, bytes, Access::Write)
         {
-            source.copy_to_volatile_slice(*target);
+            source.copy_to_volatile_slice(target);
             self.mark(to, bytes);
             return Ok(());
         }
+        // All of it is checked before a byte moves.
+        self.check(from, bytes, Access::Read)?;
+        self.check(to, bytes, Access::Write)?;
         let mut buffer = vec![0; usize::try_from(bytes).map_err(|_| fault(Access::Read))?];
         self.read(from, &mut buffer)?;
         self.write(to, &buffer)
@@ -352,7 +372,10 @@ impl AddressSpace for Arena {
     }
 
     fn check(&self, at: u64, bytes: u64, access: Access) -> Result<(), Fault> {
-        self.pieces(at, bytes, access).map(|_| ())
+        match self.slice(at, bytes, access) {
+            Ok(_) => Ok(()),
+            Err(_) => self.pieces(at, bytes, access).map(|_| ()),
+        }
     }
 }
 
@@ -390,6 +413,26 @@ mod tests {
             arena.copy(0x1000, at, 0).unwrap();
         }
         assert!(arena.take_dirty().is_empty());
+    }
+
+    #[test]
+    fn every_page_that_is_written_is_in_the_log_and_no_other() {
+        // Two regions that touch, over several words of the log, and one behind a hole.
+        let arena = Arena::new(&[(0x1000, 70 * PAGE), (0x1000 + 70 * PAGE, 130 * PAGE), (0x100_0000, PAGE)]).unwrap();
+        for (first, pages) in
+            [(0u64, 1u64), (0, 64), (0, 65), (63, 2), (5, 59), (64, 6), (69, 2), (0, 200), (134, 64), (199, 1)]
+        {
+            for (before, cut) in [(0, 0), (1, 1), (PAGE - 1, PAGE - 1)] {
+                if pages * PAGE <= cut + before {
+                    continue;
+                }
+                let bytes = pages * PAGE - cut - before;
+                let at = 0x1000 + first * PAGE + before;
+                arena.write(at, &vec![1; bytes as usize]).unwrap();
+                let expected: BTreeSet<u64> = (at / PAGE..(at + bytes).div_ceil(PAGE)).collect();
+                assert_eq!(arena.take_dirty(), expected, "{bytes} bytes at {at:#x}");
+            }
+        }
     }
 
     #[test]

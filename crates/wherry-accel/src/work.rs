@@ -76,10 +76,12 @@ impl Execution {
         }
     }
 
-    /// Runs until `budget` nanoseconds of virtual time are used, or until it ends or waits. Also tells what it cost.
+    /// Runs until `budget` nanoseconds of virtual time are used (or the worker's quantum of real time, if it has one), or until
+    /// it ends or waits. Also tells what it cost.
     pub(crate) fn run(&mut self, context: u32, env: &mut Env<'_>, notify: &dyn Notify, budget: u64) -> (End, u64) {
         let mut spent = 0;
-        while spent < budget {
+        let until = (env.scratch.quantum > 0).then(|| (env.now)().saturating_add(env.scratch.quantum));
+        while until.map_or(spent < budget, |until| (env.now)() < until) {
             let (d, mut progress) = match self.current.take() {
                 Some(current) => current,
                 None => match self.fetch(context, env.space) {
@@ -116,6 +118,9 @@ impl Execution {
                 }
                 Err(refused) => return (End::Failed(fail(&d, refused, env, notify)), spent),
             };
+            if d.flags & (flag::COMPLETION | flag::INTERRUPT) == 0 {
+                continue;
+            }
             let record = Completion { status: status::DONE, bytes, result, ..blank(&d, env) };
             if let Err(fault) = end(&d, &record, env.space, notify) {
                 return (End::Failed(fault.into()), spent);

@@ -49,9 +49,13 @@ impl Drop for Workers {
 /// Looks of a spinning operation in one step: some microseconds.
 const LOOKS: u32 = 256;
 
+/// How long a worker goes on with one piece of work, in nanoseconds: long beside what it takes to give it back and take the
+/// next (a few microseconds), short beside a slice.
+const QUANTUM: u64 = 100_000;
+
 fn work(device: &Device, worker: usize, stop: &AtomicBool) {
     let mut scratch = Scratch::default();
-    scratch.looks = LOOKS;
+    (scratch.looks, scratch.quantum) = (LOOKS, QUANTUM);
     let stopped = || stop.load(Ordering::SeqCst);
     while !stopped() {
         let event = device.poll();

@@ -12,6 +12,16 @@ use super::{Env, Step, fetch, one_shot, unused};
 /// Most shards in all.
 const MAX_SHARDS: usize = 256;
 
+/// Bytes of a shard that are encoded at once; a multiple of 64.
+const PIECE: usize = 4 << 10;
+
+/// Coders, with the memory they have taken.
+#[derive(Default)]
+pub(super) struct Coders {
+    encoder: Option<ReedSolomonEncoder>,
+    decoder: Option<ReedSolomonDecoder>,
+}
+
 pub(super) fn step(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<Step, Refused> {
     let shard = d.size as usize;
     let (originals, recoveries) = ((d.word & 0xffff) as usize, (d.word >> 16) as usize);
@@ -43,14 +53,29 @@ fn encode(
     unused(d, &[("first", d.first), ("second", d.second)])?;
     env.space.check(d.destination, (shard * recoveries) as u64, Access::Write)?;
     let bytes = shard * originals;
-    fetch(env.space, d.source, bytes, &mut env.scratch.input)?;
-    let mut encoder = ReedSolomonEncoder::new(originals, recoveries, shard).map_err(|e| failed(&e))?;
-    for original in env.scratch.input[..bytes].chunks_exact(shard) {
-        encoder.add_original_shard(original).map_err(|e| failed(&e))?;
-    }
-    let result = encoder.encode().map_err(|e| failed(&e))?;
-    for (index, recovery) in result.recovery_iter().enumerate() {
-        env.space.write(d.destination + (index * shard) as u64, recovery)?;
+    env.space.check(d.source, bytes as u64, Access::Read)?;
+    let mut done = 0;
+    while done < shard {
+        // Every 64 bytes of a shard are coded by themselves: pieces stay in a cache of the core from the copy to the result.
+        let piece = PIECE.min(shard - done);
+        let encoder = match env.scratch.coders.encoder.take() {
+            Some(mut encoder) => {
+                encoder.reset(originals, recoveries, piece).map_err(|e| failed(&e))?;
+                encoder
+            }
+            None => ReedSolomonEncoder::new(originals, recoveries, piece).map_err(|e| failed(&e))?,
+        };
+        let encoder = env.scratch.coders.encoder.insert(encoder);
+        for index in 0..originals {
+            let at = d.source + (index * shard + done) as u64;
+            let original = fetch(env.space, at, piece, &mut env.scratch.input)?;
+            encoder.add_original_shard(original).map_err(|e| failed(&e))?;
+        }
+        let result = encoder.encode().map_err(|e| failed(&e))?;
+        for (index, recovery) in result.recovery_iter().enumerate() {
+            env.space.write(d.destination + (index * shard + done) as u64, recovery)?;
+        }
+        done += piece;
     }
     Ok(Step::Done { bytes: bytes as u64, result: recoveries as u64 })
 }
@@ -74,11 +99,17 @@ fn recover(
     if present < originals {
         return refuse(Errno::BadMessage, format!("{present} shards are left; {originals} are needed"));
     }
-    let mut decoder = ReedSolomonDecoder::new(originals, recoveries, shard).map_err(|e| failed(&e))?;
+    let decoder = match env.scratch.coders.decoder.take() {
+        Some(mut decoder) => {
+            decoder.reset(originals, recoveries, shard).map_err(|e| failed(&e))?;
+            decoder
+        }
+        None => ReedSolomonDecoder::new(originals, recoveries, shard).map_err(|e| failed(&e))?,
+    };
+    let decoder = env.scratch.coders.decoder.insert(decoder);
     for index in (0..total).filter(|index| there(*index)) {
         let at = crate::memory::offset(d.source, (index * shard) as u64)?;
-        fetch(env.space, at, shard, &mut env.scratch.input)?;
-        let bytes = &env.scratch.input[..shard];
+        let bytes = fetch(env.space, at, shard, &mut env.scratch.input)?;
         match index.checked_sub(originals) {
             None => decoder.add_original_shard(index, bytes),
             Some(index) => decoder.add_recovery_shard(index, bytes),

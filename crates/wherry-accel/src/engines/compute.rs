@@ -39,8 +39,8 @@ fn load(d: &Descriptor, env: &mut Env<'_>) -> Result<Machine, Refused> {
     require(size.is_multiple_of(8) && (8..=MAX_PROGRAM_BYTES).contains(&size), || {
         format!("a program has 8 to {MAX_PROGRAM_BYTES} bytes in whole instructions, not {size}")
     })?;
-    fetch(env.space, d.source, size, &mut env.scratch.input)?;
-    let text = env.scratch.input[..size].as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
+    let text = fetch(env.space, d.source, size, &mut env.scratch.input)?;
+    let text = text.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
     Machine::load(text, [d.first, d.second, d.destination], d.word.into())
         .map_err(|flaw| Refused::new(Errno::Invalid, format!("the program is refused: {flaw}")))
 }

@@ -4,18 +4,47 @@ use crate::abi::{Descriptor, opcode};
 use crate::error::{Errno, Refused, refuse, require};
 use crate::memory::Access;
 
-use super::{Env, Progress, Step, fetch, one_shot, room, unused};
+use super::{Env, Progress, Step, fetch, one_shot, unused};
 
-/// Bytes of one piece of a move.
-const PIECE: u64 = 256 << 10;
-/// Bytes of one piece of an operation that looks at them: they stay in the cache of a core.
-const LOOK: u64 = 16 << 10;
-/// How many of those make a step.
-const LOOKS: u64 = 16;
+/// Bytes of a step.
+const STEP: u64 = 256 << 10;
+/// Bytes that a pattern is written in: they stay in the first cache.
+const PATTERN: usize = 16 << 10;
+
+/// Bytes of one piece of an operation: what it looks at stays in the cache of a core.
+fn piece_bytes(opcode: u8) -> u64 {
+    match opcode {
+        opcode::MOVE => STEP,
+        opcode::FILL => PATTERN as u64,
+        // The crate takes three streams of 8 KiB each at once, and is slower with less.
+        opcode::CRC | opcode::COPY_CRC => CRC_PIECE,
+        _ => 16 << 10,
+    }
+}
+const CRC_PIECE: u64 = 24 << 10;
+
 /// Bytes of an entry of a delta record: offset in words of eight, then the word.
 const DELTA_ENTRY: usize = 10;
 /// Most bytes that a delta record can speak of.
 const DELTA_SPAN: u64 = 8 << 16;
+
+/// The pattern that was last filled with, again and again.
+#[derive(Default)]
+pub(super) struct Pattern {
+    of: u64,
+    bytes: Vec<u8>,
+}
+
+impl Pattern {
+    fn of(&mut self, word: u64) -> &[u8] {
+        if self.of != word || self.bytes.is_empty() {
+            self.of = word;
+            self.bytes.resize(PATTERN, 0);
+            self.bytes.as_chunks_mut::<8>().0.fill(word.to_le_bytes());
+        }
+        &self.bytes
+    }
+}
 
 pub(super) fn step(
     d: &Descriptor,
@@ -36,10 +65,10 @@ pub(super) fn step(
             (0, if matches!(d.opcode, opcode::CRC | opcode::COPY_CRC) { d.word.into() } else { 0 })
         }
     };
-    let stop = size.min(done + if d.opcode == opcode::MOVE { PIECE } else { LOOK * LOOKS });
+    let (stop, most) = (size.min(done + STEP), piece_bytes(d.opcode));
     *cost += (stop - done) / 8;
     while done < stop {
-        let bytes = (stop - done).min(if d.opcode == opcode::MOVE { PIECE } else { LOOK });
+        let bytes = (stop - done).min(most);
         if let Some(at) = piece(d, env, done, bytes, &mut value)? {
             return Ok(Step::Done { bytes: done + at, result: done + at });
         }
@@ -62,7 +91,9 @@ fn begin(d: &Descriptor, env: &Env<'_>) -> Result<(), Refused> {
         opcode::MOVE => unused(d, &[("word", word), ("first", d.first), ("second", d.second)])?,
         opcode::FILL => unused(d, &[("source", d.source), ("word", word), ("second", d.second)])?,
         opcode::COMPARE => unused(d, &[("word", word), ("first", d.first), ("second", d.second)])?,
-        opcode::ZERO_SCAN => unused(d, &[("destination", d.destination), ("word", word), ("first", d.first)])?,
+        opcode::ZERO_SCAN => {
+            unused(d, &[("destination", d.destination), ("word", word), ("first", d.first), ("second", d.second)])?
+        }
         opcode::CRC => unused(d, &[("destination", d.destination), ("first", d.first), ("second", d.second)])?,
         opcode::COPY_CRC => unused(d, &[("first", d.first), ("second", d.second)])?,
         _ => {
@@ -94,31 +125,24 @@ fn piece(d: &Descriptor, env: &mut Env<'_>, done: u64, bytes: u64, value: &mut u
             space.copy(d.source.wrapping_add(from), d.destination.wrapping_add(from), bytes)?;
         }
         opcode::FILL => {
-            let output = room(&mut env.scratch.output, count);
-            for (index, byte) in output.iter_mut().enumerate() {
-                *byte = d.first.to_le_bytes()[index % 8];
-            }
-            space.write(at(d.destination), output)?;
+            space.write(at(d.destination), &env.scratch.pattern.of(d.first)[..count])?;
         }
         opcode::COMPARE => {
-            fetch(space, at(d.source), count, &mut env.scratch.input)?;
-            fetch(space, at(d.destination), count, &mut env.scratch.output)?;
-            let (a, b) = (&env.scratch.input[..count], &env.scratch.output[..count]);
+            let a = fetch(space, at(d.source), count, &mut env.scratch.input)?;
+            let b = fetch(space, at(d.destination), count, &mut env.scratch.output)?;
             if a != b {
-                return Ok(a.iter().zip(b).position(|(a, b)| a != b).map(|at| at as u64));
+                return Ok(a.iter().zip(b.iter()).position(|(a, b)| a != b).map(|at| at as u64));
             }
         }
         opcode::ZERO_SCAN => {
-            fetch(space, at(d.source), count, &mut env.scratch.input)?;
-            let input = &env.scratch.input[..count];
+            let input = fetch(space, at(d.source), count, &mut env.scratch.input)?;
             let (words, rest) = input.as_chunks::<16>();
             if words.iter().any(|word| u128::from_ne_bytes(*word) != 0) || rest.iter().any(|byte| *byte != 0) {
                 return Ok(input.iter().position(|byte| *byte != 0).map(|at| at as u64));
             }
         }
         _ => {
-            fetch(space, at(d.source), count, &mut env.scratch.input)?;
-            let input = &env.scratch.input[..count];
+            let input = fetch(space, at(d.source), count, &mut env.scratch.input)?;
             match d.opcode {
                 opcode::CRC => *value = crc32c::crc32c_append(*value as u32, input).into(),
                 opcode::COPY_CRC => {
@@ -144,9 +168,8 @@ fn delta_make(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<Step,
         format!("a delta is made of whole words of 8 bytes, {DELTA_SPAN} bytes at most, not of {bytes}")
     })?;
     *cost += bytes as u64 / 4;
-    fetch(env.space, d.source, bytes, &mut env.scratch.input)?;
-    fetch(env.space, d.first, bytes, &mut env.scratch.output)?;
-    let (old, new) = (env.scratch.input[..bytes].as_chunks::<8>().0, env.scratch.output[..bytes].as_chunks::<8>().0);
+    let old = fetch(env.space, d.source, bytes, &mut env.scratch.input)?.as_chunks::<8>().0;
+    let new = fetch(env.space, d.first, bytes, &mut env.scratch.output)?.as_chunks::<8>().0;
     let mut record = Vec::new();
     for (index, (old, new)) in old.iter().zip(new).enumerate().filter(|(_, (old, new))| old != new) {
         let _ = old;
@@ -167,9 +190,9 @@ fn delta_apply(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<Step
     require(bytes % DELTA_ENTRY == 0, || format!("a delta record of {bytes} bytes is not made of whole entries"))?;
     require(d.first <= DELTA_SPAN, || format!("a delta applies to {DELTA_SPAN} bytes at most, not {}", d.first))?;
     *cost += bytes as u64 / 4;
-    fetch(env.space, d.source, bytes, &mut env.scratch.input)?;
+    let record = fetch(env.space, d.source, bytes, &mut env.scratch.input)?;
     env.space.check(d.destination, d.first, Access::Write)?;
-    let entries = env.scratch.input[..bytes].as_chunks::<DELTA_ENTRY>().0;
+    let entries = record.as_chunks::<DELTA_ENTRY>().0;
     let offset = |e: &[u8; DELTA_ENTRY]| 8 * u64::from(u16::from_le_bytes([e[0], e[1]]));
     if let Some(beyond) = entries.iter().map(offset).find(|offset| offset + 8 > d.first) {
         return refuse(Errno::BadMessage, format!("a delta entry at {beyond} is beyond the {} bytes", d.first));

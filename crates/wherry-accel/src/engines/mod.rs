@@ -38,9 +38,14 @@ pub(crate) struct Env<'a> {
 /// Buffers and codec states that a worker keeps between operations.
 #[derive(Default)]
 pub struct Scratch {
-    input: Vec<u8>,
-    output: Vec<u8>,
+    input: Buffer,
+    output: Buffer,
     codecs: compress::Codecs,
+    coders: code::Coders,
+    pattern: copy::Pattern,
+    /// How long a worker goes on before it looks at the scheduler again, in nanoseconds of the device's time; 0: by the virtual
+    /// cost of what it does.
+    pub quantum: u64,
     /// How often a spinning operation looks at memory in one step, at least once. On virtual time nothing changes between two
     /// looks.
     pub looks: u32,
@@ -90,22 +95,35 @@ pub(crate) fn step(d: &Descriptor, progress: &mut Progress, env: &mut Env<'_>) -
     (result, cost)
 }
 
-/// Sets `buffer` to bytes of the client's memory.
-fn fetch(space: &dyn AddressSpace, at: u64, bytes: usize, buffer: &mut Vec<u8>) -> Result<(), Refused> {
-    // Never more than is there: the length comes from the client.
-    space.check(at, bytes as u64, crate::memory::Access::Read)?;
-    if buffer.len() < bytes {
-        buffer.resize(bytes, 0);
-    }
-    Ok(space.read(at, &mut buffer[..bytes])?)
+/// Bytes of a worker's own, on a page: copies between a client's pages and others are slower.
+#[derive(Default)]
+struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
 }
 
-/// Makes room for `bytes` of output.
-fn room(buffer: &mut Vec<u8>, bytes: usize) -> &mut [u8] {
-    if buffer.len() < bytes {
-        buffer.resize(bytes, 0);
+impl Buffer {
+    /// Room for so many, with anything in it.
+    fn room(&mut self, bytes: usize) -> &mut [u8] {
+        const PAGE: usize = crate::memory::PAGE as usize;
+        if self.bytes.len() < self.start + bytes {
+            self.bytes = vec![0; bytes + PAGE];
+            // Where the place of an allocation cannot be told, its first byte is as good.
+            self.start = Some(self.bytes.as_ptr().align_offset(PAGE)).filter(|start| *start < PAGE).unwrap_or(0);
+        }
+        &mut self.bytes[self.start..self.start + bytes]
     }
-    &mut buffer[..bytes]
+}
+
+/// Bytes of the client's memory, in a buffer.
+fn fetch<'a>(space: &dyn AddressSpace, at: u64, bytes: usize, buffer: &'a mut Buffer) -> Result<&'a mut [u8], Refused> {
+    if buffer.bytes.len() < bytes {
+        // Never more than is there: the length comes from the client.
+        space.check(at, bytes as u64, crate::memory::Access::Read)?;
+    }
+    let room = buffer.room(bytes);
+    space.read(at, room)?;
+    Ok(room)
 }
 
 /// Refuses words of a descriptor that an operation does not use and that are not zero.
