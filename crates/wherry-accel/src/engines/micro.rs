@@ -12,19 +12,23 @@ pub(super) fn step(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<
     let done = |bytes, result| Ok(Step::Done { bytes, result });
     let width = if d.flags & flag::WIDE != 0 { Width::Eight } else { Width::Four };
     let mask = if width == Width::Eight { u64::MAX } else { u32::MAX.into() };
+    let (size, word) = (u64::from(d.size), u64::from(d.word));
     match d.opcode {
-        opcode::NOP => done(0, 0),
-        opcode::END => Ok(Step::End),
+        opcode::NOP | opcode::END => {
+            unused(d, &[("source", d.source), ("destination", d.destination), ("size", size), ("word", word)])?;
+            unused(d, &[("first", d.first), ("second", d.second)])?;
+            if d.opcode == opcode::END { Ok(Step::End) } else { done(0, 0) }
+        }
         opcode::STORE => {
-            unused(d, &[("source", d.source), ("size", d.size.into()), ("word", d.word.into()), ("second", d.second)])?;
+            unused(d, &[("source", d.source), ("size", size), ("word", word), ("second", d.second)])?;
             done(width.bytes(), env.space.atomic(d.destination, width, Atomic::Exchange(d.first))?)
         }
         opcode::ADD => {
-            unused(d, &[("source", d.source), ("size", d.size.into()), ("word", d.word.into()), ("second", d.second)])?;
+            unused(d, &[("source", d.source), ("size", size), ("word", word), ("second", d.second)])?;
             done(width.bytes(), env.space.atomic(d.destination, width, Atomic::Add(d.first))?)
         }
         opcode::SPIN => {
-            unused(d, &[("destination", d.destination), ("size", d.size.into()), ("word", d.word.into())])?;
+            unused(d, &[("destination", d.destination), ("size", size), ("word", word)])?;
             unused(d, &[("second", d.second)])?;
             for _ in 0..env.scratch.looks.max(1) {
                 let value = env.space.atomic(d.source, width, Atomic::Load)?;
@@ -37,7 +41,7 @@ pub(super) fn step(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<
             Ok(Step::More)
         }
         opcode::WAIT => {
-            unused(d, &[("destination", d.destination), ("size", d.size.into())])?;
+            unused(d, &[("destination", d.destination), ("size", size)])?;
             let value = env.space.atomic(d.source, width, Atomic::Load)?;
             let (masked, wanted) = (value & d.second & mask, d.first & mask);
             let there = match d.word {
@@ -54,11 +58,14 @@ pub(super) fn step(d: &Descriptor, env: &mut Env<'_>, cost: &mut u64) -> Result<
             Ok(Step::Waiting)
         }
         opcode::TIMESTAMP => {
+            unused(d, &[("source", d.source), ("size", size), ("word", word)])?;
+            unused(d, &[("first", d.first), ("second", d.second)])?;
             let now = (env.now)();
             env.space.write(d.destination, &now.to_le_bytes())?;
             done(8, now)
         }
         opcode::JUMP => {
+            unused(d, &[("destination", d.destination), ("word", word), ("first", d.first), ("second", d.second)])?;
             require(d.size <= crate::abi::MAX_BATCH, || format!("a list of {} descriptors is too long", d.size))?;
             offset(d.source, 0)?;
             Ok(Step::Jump { at: d.source, count: d.size })
