@@ -9,6 +9,7 @@
 //! - [`data`]: what its data pages hold
 //! - [`disk`]: what it writes to a disk
 //! - [`ram`]: which RAM it uses
+//! - [`testdma`]: the test device for DMA, as its driver sees it
 //! - [`snapshot`]: the report pages decoded, for programs that do not map them
 
 pub mod data;
@@ -17,6 +18,7 @@ pub mod params;
 pub mod ram;
 pub mod report;
 pub mod snapshot;
+pub mod testdma;
 
 /// The probe kernel: a static x86-64 ELF with a PVH entry note, linked at 1 MiB.
 pub static PROBE_ELF: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/probe.elf"));

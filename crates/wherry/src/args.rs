@@ -1,11 +1,15 @@
 //! The command line as clap sees it: names, values and their checks. Nothing is done here.
 
+mod testdma;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use wherry_netlab::Shape;
 use wherry_vmm::config::ImageFormat;
+
+pub use self::testdma::DeviceTestdma;
 
 /// Runs virtual machines and moves them, running, from process to process and from host to host.
 #[derive(Debug, Parser)]
@@ -80,6 +84,8 @@ pub enum DeviceCommand {
     Blk(DeviceBlk),
     /// A network device, for `--device vhost-user=SOCKET,id=1,queues=2` or any other vhost-user front end
     Net(DeviceNet),
+    /// A PCI function for tests, that does DMA into guest RAM: for any vfio-user client
+    Testdma(DeviceTestdma),
 }
 
 /// Options of `device blk`.

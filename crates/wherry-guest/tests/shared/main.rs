@@ -8,3 +8,4 @@ mod params;
 mod ram;
 mod snapshot;
 mod sources;
+mod testdma;

@@ -35,7 +35,7 @@ pub use image::Image;
 use crate::capabilities::{Capabilities, Extensions, TwinSocket};
 use crate::error::VfioUserError;
 use crate::link::Link;
-use crate::message::{DEFAULT_TRANSFER, MOST_DESCRIPTORS};
+use crate::message::{Command, DEFAULT_TRANSFER, MOST_DESCRIPTORS};
 use crate::states::State;
 
 /// How long the parts of a message, the first message of a client and its replies may take.
@@ -81,6 +81,27 @@ impl Stop {
     }
 }
 
+/// When a [`Watcher`] is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The message has come.
+    Before,
+    /// It is done, and not answered yet.
+    After,
+}
+
+/// What a [`Watcher`] says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Go on.
+    GoOn,
+    /// Close the connection, without an answer.
+    HangUp,
+}
+
+/// Is asked about every command of a client, twice, on the thread that serves: for servers that fail on purpose.
+pub type Watcher = Box<dyn FnMut(Command, Moment) -> Verdict + Send>;
+
 /// A device and what of it outlives a client.
 pub struct Host {
     description: Description,
@@ -89,6 +110,7 @@ pub struct Host {
     limit: Duration,
     capabilities: Capabilities,
     stop: Stop,
+    watcher: Option<Watcher>,
 }
 
 impl Host {
@@ -105,7 +127,7 @@ impl Host {
             wherry: Some(Extensions { p2p: description.p2p, estimates: true }),
         };
         let (bus, stop) = (Bus::new(&description.irqs), Stop::new()?);
-        Ok(Self { description, bus, state: State::Running, limit: LIMIT, capabilities, stop })
+        Ok(Self { description, bus, state: State::Running, limit: LIMIT, capabilities, stop, watcher: None })
     }
 
     /// How long the parts of a message, the first message of a client and its replies may take; 5 s if nothing is said.
@@ -116,6 +138,11 @@ impl Host {
     /// Whether clients that can have a twin socket get one; they do if nothing is said.
     pub fn set_twin_socket(&mut self, offered: bool) {
         self.capabilities.twin_socket = offered.then_some(TwinSocket { supported: true, fd_index: None });
+    }
+
+    /// Has every command shown to a watcher.
+    pub fn set_watcher(&mut self, watcher: Watcher) {
+        self.watcher = Some(watcher);
     }
 
     /// Memory and interrupts of its clients.

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::bus::Way;
 use super::device::Device;
 use super::dma::Log;
-use super::{Host, State};
+use super::{Host, Moment, State, Verdict};
 use crate::capabilities::{Capabilities, Extensions, MAJOR, MINOR, TwinSocket, Version};
 use crate::error::VfioUserError;
 use crate::link::{Incoming, Link};
@@ -124,6 +124,7 @@ impl Session<'_> {
                     return Err(self.link.wrong("Version", error.to_string()));
                 }
             };
+            self.watch(Command::Version, Moment::Before)?;
             return self.agree(&header, version);
         }
     }
@@ -163,7 +164,18 @@ impl Session<'_> {
         // Before the reply: a client may be asked from then on.
         self.host.bus.connect(Some(way));
         let version = Version { major: MAJOR, minor: MINOR.min(proposed.minor), capabilities: agreed };
+        self.watch(Command::Version, Moment::After)?;
         answer(&self.link, header, Ok(Reply { payload: version.encode(), descriptors }))
+    }
+
+    /// Shows a command to whoever watches, who may want the connection closed.
+    fn watch(&mut self, command: Command, moment: Moment) -> Result<(), VfioUserError> {
+        match self.host.watcher.as_mut().map(|watcher| watcher(command, moment)) {
+            Some(Verdict::HangUp) => {
+                Err(VfioUserError::Closed { peer: self.link.peer().into(), what: format!("{command:?}, by a watcher") })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn serve(&mut self) -> Result<(), VfioUserError> {
@@ -176,10 +188,13 @@ impl Session<'_> {
                 }
                 Some(Incoming::Command(message)) => {
                     let header = message.header;
+                    let command = Command::try_from(header.command).ok();
+                    command.map_or(Ok(()), |command| self.watch(command, Moment::Before))?;
                     let reply = self.handle(message).map_err(|Refusal(errno, why)| {
                         tracing::debug!("{} is refused: {errno} {why}", header.name());
                         errno
                     });
+                    command.map_or(Ok(()), |command| self.watch(command, Moment::After))?;
                     answer(&self.link, &header, reply)?;
                 }
             }

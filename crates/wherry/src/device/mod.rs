@@ -1,8 +1,10 @@
 //! `wherry device`: processes that serve one device each for the VMs of other processes.
 //!
-//! [`served`] makes a device of `wherry-virtio` one that a vhost-user front end sets up.
+//! - [`served`] makes a device of `wherry-virtio` one that a vhost-user front end sets up.
+//! - [`testdma`] is a PCI function for tests, that a vfio-user client sets up.
 
 mod served;
+pub mod testdma;
 
 use std::path::Path;
 use std::process::exit;
@@ -22,6 +24,7 @@ pub fn device(options: &Device) -> Result<u8> {
     match &options.command {
         DeviceCommand::Blk(options) => blk(options),
         DeviceCommand::Net(options) => net(options),
+        DeviceCommand::Testdma(options) => testdma::serve(options),
     }
 }
 
@@ -38,7 +41,8 @@ fn net(options: &DeviceNet) -> Result<u8> {
 /// Serves front ends until SIGINT or SIGTERM.
 fn serve(socket: &Path, device: &Served) -> Result<u8> {
     let server = Arc::new(Server::bind(socket)?);
-    signals(server.clone())?;
+    let signalled = server.clone();
+    signals(move || signalled.stop())?;
     match server.run(device) {
         Ok(()) => Ok(HAPPENED),
         Err(error @ BackendError::Abandoned(_)) => {
@@ -51,7 +55,8 @@ fn serve(socket: &Path, device: &Served) -> Result<u8> {
     }
 }
 
-fn signals(server: Arc<Server>) -> Result<()> {
+/// Has SIGINT and SIGTERM end a server.
+fn signals(stop: impl FnOnce() + Send + 'static) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = crate::runtime()?;
     let (mut interrupt, mut terminate) = {
@@ -68,7 +73,7 @@ fn signals(server: Arc<Server>) -> Result<()> {
                 _ = terminate.recv() => {}
             }
         });
-        server.stop();
+        stop();
     };
     std::thread::Builder::new().name("signals".into()).spawn(work).context("starting the thread for signals")?;
     Ok(())
