@@ -4,6 +4,7 @@
 //! - [`Vector`] is one message-signalled interrupt, and [`Vectors`] all of one function: masks, pending bits, and the two
 //!   eventfds of which a device signals one or the other.
 //! - [`Intx`] is an interrupt pin: level-triggered, shared, asserted again for as long as the device wants service.
+//! - [`ForeignIntx`] is the pin of a device in another process, which only that process knows to be asserted.
 //! - [`saved`] is what of it is state.
 //!
 //! **An interrupt is never lost; one too many is harmless.** A vector that cannot be delivered (masked, switched off, no
@@ -15,12 +16,14 @@
 
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
+mod foreign;
 mod intx;
 mod router;
 pub mod saved;
 mod vector;
 mod vectors;
 
+pub use foreign::ForeignIntx;
 pub use intx::Intx;
 pub use router::{Input, InterruptError, Message, Router};
 pub use vector::{Setting, Signal, Vector};

@@ -137,6 +137,10 @@ impl Machine for Image {
         vec![]
     }
 
+    fn blockers(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     fn throttle(&self, _percent: u8) {
         // No vCPU runs.
     }

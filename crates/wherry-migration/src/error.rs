@@ -88,6 +88,9 @@ pub enum Cause {
     /// The destination cannot run the machine.
     #[error("the destination refused: {}", .0.join("; "))]
     Refused(Vec<String>),
+    /// The machine has something that cannot be moved.
+    #[error("the VM cannot be moved: {}", .0.join("; "))]
+    Blocked(Vec<String>),
     /// This side was cancelled.
     #[error("cancelled")]
     Cancelled,

@@ -108,6 +108,9 @@ pub trait Machine: Send + Sync {
     /// The threads of its vCPUs that have begun, so that faults can be told by vCPU.
     fn vcpu_threads(&self) -> Vec<VcpuThread>;
 
+    /// Why it cannot be moved, each with the device and what would lift it; empty if it can. Asked before anything begins.
+    fn blockers(&self) -> Vec<String>;
+
     /// Takes `percent` (0 to 99) of their time away from the vCPUs; 0 ends it.
     fn throttle(&self, percent: u8);
 

@@ -6,8 +6,11 @@ mod reg {
     pub const STATUS: usize = 0x06;
     pub const CACHE_LINE: usize = 0x0c;
     pub const LATENCY: usize = 0x0d;
+    pub const TYPE: usize = 0x0e;
     pub const BAR0: usize = 0x10;
+    pub const CARDBUS: usize = 0x28;
     pub const SUBSYSTEM: usize = 0x2c;
+    pub const ROM: usize = 0x30;
     pub const CAPABILITIES: usize = 0x34;
     pub const INTERRUPT_LINE: usize = 0x3c;
     pub const INTERRUPT_PIN: usize = 0x3d;
@@ -27,6 +30,8 @@ const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 const COMMAND_WRITABLE: u16 = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER | 1 << 6 | 1 << 8 | COMMAND_INTX_DISABLE;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const STATUS_INTX: u8 = 1 << 3;
+/// Capabilities that fit into the 256 bytes: a list with more goes in a circle.
+const MOST_CAPABILITIES: usize = (CONVENTIONAL - reg::HEADER_END) / 4;
 
 /// What a function says it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -143,6 +148,53 @@ impl ConfigSpace {
         config
     }
 
+    /// The header and the capabilities of a function that somebody else owns, from its own configuration space. BARs, ROM and
+    /// command are empty; extended capabilities are left out, and it is the only function of its device.
+    pub fn like(device: &[u8]) -> Self {
+        let mut config = Self::new(&Identity::default());
+        let len = device.len().min(CONVENTIONAL);
+        config.put(0, &device[..len]);
+        for (at, len) in [(reg::COMMAND, 4), (reg::BAR0, 24), (reg::CARDBUS, 4), (reg::ROM, 4)] {
+            config.bytes[at..at + len].fill(0);
+        }
+        config.bytes[reg::TYPE] = 0;
+        let listed = device.get(reg::STATUS).is_some_and(|status| status & STATUS_CAPABILITIES != 0);
+        if listed && config.capability_list().next().is_some() {
+            config.bytes[reg::STATUS] |= STATUS_CAPABILITIES;
+        }
+        config
+    }
+
+    /// The capabilities, each with its ID and where it is, in the order of the list.
+    pub fn capabilities(&self) -> Vec<(u8, u16)> {
+        let listed = self.bytes[reg::STATUS] & STATUS_CAPABILITIES != 0;
+        if listed { self.capability_list().collect() } else { Vec::new() }
+    }
+
+    fn capability_list(&self) -> impl Iterator<Item = (u8, u16)> + '_ {
+        let mut pointer = reg::CAPABILITIES;
+        let next = move || {
+            let at = usize::from(self.bytes[pointer] & !3);
+            pointer = at + 1;
+            (at >= reg::HEADER_END).then(|| (self.bytes[at], at as u16))
+        };
+        std::iter::from_fn(next).take(MOST_CAPABILITIES)
+    }
+
+    /// Takes capabilities that are not wanted out of the list.
+    pub fn retain_capabilities(&mut self, wanted: impl Fn(u8) -> bool) {
+        let kept: Vec<_> = self.capabilities().into_iter().filter(|(id, _)| wanted(*id)).collect();
+        let mut link = reg::CAPABILITIES;
+        for (_, at) in &kept {
+            self.bytes[link] = *at as u8;
+            link = usize::from(*at) + 1;
+        }
+        self.bytes[link] = 0;
+        if kept.is_empty() {
+            self.bytes[reg::STATUS] &= !STATUS_CAPABILITIES;
+        }
+    }
+
     fn put(&mut self, at: usize, bytes: &[u8]) {
         self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
     }
@@ -244,6 +296,24 @@ impl ConfigSpace {
     pub fn set_intx_status(&mut self, asserted: bool) {
         let status = &mut self.bytes[reg::STATUS];
         *status = *status & !STATUS_INTX | if asserted { STATUS_INTX } else { 0 };
+    }
+
+    /// Puts a capability where the function has one of that kind already, or appends it where it has none. Otherwise as
+    /// [`add_capability`](Self::add_capability).
+    pub fn replace_capability(&mut self, id: u8, body: &[u8], writable: &[u8]) -> Result<u16, ConfigError> {
+        let Some((_, at)) = self.capabilities().into_iter().find(|(there, _)| *there == id) else {
+            return self.add_capability(id, body, writable);
+        };
+        let body_at = usize::from(at) + 2;
+        if body.len() != writable.len() {
+            return Err(ConfigError::BadMask(id));
+        }
+        if body_at + body.len() > CONVENTIONAL {
+            return Err(ConfigError::NoRoom(id));
+        }
+        self.put(body_at, body);
+        self.mask(body_at, writable);
+        Ok(at)
     }
 
     /// Appends a capability: its body without ID and pointer, and which of its bits the guest may write. Returns the

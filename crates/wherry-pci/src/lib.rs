@@ -24,7 +24,7 @@ pub mod saved;
 
 pub use bar::{BarMap, BarTarget, BusBar};
 pub use config::{BarKind, ConfigError, ConfigSpace, Identity, Written};
-pub use doorbell::Doorbells;
+pub use doorbell::{Doorbell, Doorbells};
 pub use function::{FunctionAddress, PciFunction};
-pub use msi::Msi;
-pub use msix::{Msix, MsixPlace};
+pub use msi::{Msi, MsiError, MsiForm};
+pub use msix::{Msix, MsixError, MsixPlace};

@@ -13,16 +13,51 @@ const CAPABLE_SHIFT: u16 = 1;
 const USED_SHIFT: u16 = 4;
 const WIDE: u16 = 1 << 7;
 const MASKS: u16 = 1 << 8;
-/// Offsets in the capability, of the form with 64-bit addresses and masks.
+/// Offsets in the capability, in every form.
 const CONTROL: u16 = 2;
 const ADDRESS: u16 = 4;
-const DATA: u16 = 12;
-const MASK: u16 = 16;
-const PENDING: u16 = 20;
+
+/// Which form the capability has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsiForm {
+    /// Addresses of 64 bits.
+    pub wide: bool,
+    /// A mask and a pending bit for each vector.
+    pub masks: bool,
+}
+
+impl MsiForm {
+    /// With all that there is.
+    pub const WHOLE: Self = Self { wide: true, masks: true };
+
+    /// Vectors and form as a message control register tells them.
+    pub fn of_control(control: u16) -> (u16, Self) {
+        let count = 1 << (control >> CAPABLE_SHIFT & 7).min(5);
+        (count, Self { wide: control & WIDE != 0, masks: control & MASKS != 0 })
+    }
+
+    fn data(self) -> u16 {
+        if self.wide { 12 } else { 8 }
+    }
+
+    fn mask(self) -> u16 {
+        self.data() + 4
+    }
+
+    fn pending(self) -> u16 {
+        self.mask() + 4
+    }
+
+    /// Bytes of the capability.
+    pub fn bytes(self) -> u16 {
+        if self.masks { self.pending() + 4 } else { self.data() + 2 }
+    }
+}
 
 /// The capability and its vectors. All that the guest sets is in configuration space, and is saved with it.
 pub struct Msi {
     vectors: Vectors,
+    form: MsiForm,
     at: u16,
 }
 
@@ -41,21 +76,33 @@ pub enum MsiError {
 }
 
 impl Msi {
-    /// Adds the capability, with a 64-bit address and masks, switched off.
-    pub fn new(router: Arc<dyn Router>, count: u16, config: &mut ConfigSpace) -> Result<Self, MsiError> {
+    /// Adds the capability, or puts it in the place of the one that the function has already; switched off.
+    pub fn new(router: Arc<dyn Router>, count: u16, form: MsiForm, config: &mut ConfigSpace) -> Result<Self, MsiError> {
         if !count.is_power_of_two() || count > 32 {
             return Err(MsiError::Impossible(count));
         }
         let capable = count.ilog2() as u16;
-        let mut body = [0; 22];
-        body[0..2].copy_from_slice(&(capable << CAPABLE_SHIFT | WIDE | MASKS).to_le_bytes());
-        let mut writable = [0; 22];
-        writable[0..2].copy_from_slice(&(ENABLE | 7 << USED_SHIFT).to_le_bytes());
-        writable[2..10].copy_from_slice(&(!3u64).to_le_bytes());
-        writable[10..12].fill(0xff);
-        writable[14..18].copy_from_slice(&(((1u64 << count) - 1) as u32).to_le_bytes());
-        let at = config.add_capability(CAPABILITY, &body, &writable)?;
-        Ok(Self { vectors: Vectors::new(router, count)?, at })
+        let flags = if form.wide { WIDE } else { 0 } | if form.masks { MASKS } else { 0 };
+        let len = usize::from(form.bytes());
+        let (mut bytes, mut writable) = (vec![0; len], vec![0; len]);
+        let put = |into: &mut Vec<u8>, at: u16, value: &[u8]| {
+            into[usize::from(at)..][..value.len()].copy_from_slice(value);
+        };
+        put(&mut bytes, CONTROL, &(capable << CAPABLE_SHIFT | flags).to_le_bytes());
+        put(&mut writable, CONTROL, &(ENABLE | 7 << USED_SHIFT).to_le_bytes());
+        let address_bits = (!3u64).to_le_bytes();
+        put(&mut writable, ADDRESS, &address_bits[..if form.wide { 8 } else { 4 }]);
+        put(&mut writable, form.data(), &[0xff; 2]);
+        if form.masks {
+            put(&mut writable, form.mask(), &(((1u64 << count) - 1) as u32).to_le_bytes());
+        }
+        let at = config.replace_capability(CAPABILITY, &bytes[2..], &writable[2..])?;
+        Ok(Self { vectors: Vectors::new(router, count)?, form, at })
+    }
+
+    /// Where it is in configuration space: its first byte, and its length.
+    pub fn place(&self) -> (u16, u16) {
+        (self.at, self.form.bytes())
     }
 
     /// The vectors.
@@ -74,7 +121,8 @@ impl Msi {
         config.word(self.at + CONTROL) & ENABLE != 0
     }
 
-    fn used(&self, config: &ConfigSpace) -> u16 {
+    /// Vectors that the guest uses: a power of two.
+    pub fn used(&self, config: &ConfigSpace) -> u16 {
         let asked = 1 << (config.word(self.at + CONTROL) >> USED_SHIFT & 7).min(5);
         (self.vectors.len() as u16).min(asked)
     }
@@ -83,10 +131,11 @@ impl Msi {
     pub fn follow(&self, config: &ConfigSpace) {
         let enabled = self.enabled(config);
         let used = self.used(config);
-        let address = u64::from(config.dword(self.at + ADDRESS)) | u64::from(config.dword(self.at + ADDRESS + 4)) << 32;
+        let upper = if self.form.wide { u64::from(config.dword(self.at + ADDRESS + 4)) << 32 } else { 0 };
+        let address = u64::from(config.dword(self.at + ADDRESS)) | upper;
         // The low bits of the data tell the vector.
-        let data = u32::from(config.word(self.at + DATA) & !(used - 1));
-        let mask = config.dword(self.at + MASK);
+        let data = u32::from(config.word(self.at + self.form.data()) & !(used - 1));
+        let mask = if self.form.masks { config.dword(self.at + self.form.mask()) } else { 0 };
         let settings: Vec<_> = (0..self.vectors.len() as u16)
             .map(|index| Setting {
                 message: Message { address, data: data | u32::from(index) },
@@ -98,11 +147,21 @@ impl Msi {
         }
     }
 
+    /// Switches it off and clears it, as a reset of the function does.
+    pub fn reset(&self, config: &mut ConfigSpace) {
+        config.write(self.at + 2, &vec![0; usize::from(self.form.bytes()) - 2]);
+        self.follow(config);
+        self.vectors.forget_pending();
+    }
+
     /// To be called before configuration space is read or saved: brings the pending bits up to date.
     pub fn show_pending(&self, config: &mut ConfigSpace) {
+        if !self.form.masks {
+            return;
+        }
         let pending = (0..self.vectors.len()).filter(|i| self.vectors.get(*i).is_some_and(|vector| vector.pending()));
         let bits = pending.fold(0u32, |bits, index| bits | 1 << index);
-        let at = usize::from(self.at + PENDING);
+        let at = usize::from(self.at + self.form.pending());
         config.bytes_mut()[at..at + 4].copy_from_slice(&bits.to_le_bytes());
     }
 }

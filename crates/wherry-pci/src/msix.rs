@@ -23,11 +23,13 @@ const MOST: u16 = 2048;
 /// Where table and pending bits lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsixPlace {
-    /// The BAR of both.
+    /// The BAR of the table.
     pub bar: u8,
     /// Offset of the table in it, a multiple of 8.
     pub table: u32,
-    /// Offset of the pending bits, a multiple of 8.
+    /// The BAR of the pending bits.
+    pub pending_bar: u8,
+    /// Offset of the pending bits in it, a multiple of 8.
     pub pending: u32,
 }
 
@@ -48,7 +50,8 @@ pub struct Msix {
 }
 
 impl Msix {
-    /// Adds the capability to a function that has no other of its kind. All vectors are masked and it is switched off.
+    /// Adds the capability, or puts it in the place of the one that the function has already. All vectors are masked and it
+    /// is switched off.
     pub fn new(
         router: Arc<dyn Router>,
         count: u16,
@@ -57,6 +60,7 @@ impl Msix {
     ) -> Result<Self, MsixError> {
         if !(1..=MOST).contains(&count)
             || place.bar > 5
+            || place.pending_bar > 5
             || !place.table.is_multiple_of(8)
             || !place.pending.is_multiple_of(8)
         {
@@ -65,10 +69,10 @@ impl Msix {
         let mut body = [0; 10];
         body[0..2].copy_from_slice(&(count - 1).to_le_bytes());
         body[2..6].copy_from_slice(&(place.table | u32::from(place.bar)).to_le_bytes());
-        body[6..10].copy_from_slice(&(place.pending | u32::from(place.bar)).to_le_bytes());
+        body[6..10].copy_from_slice(&(place.pending | u32::from(place.pending_bar)).to_le_bytes());
         let mut writable = [0; 10];
         writable[0..2].copy_from_slice(&(ENABLE | FUNCTION_MASK).to_le_bytes());
-        let at = config.add_capability(CAPABILITY, &body, &writable)?;
+        let at = config.replace_capability(CAPABILITY, &body, &writable)?;
         let vectors = Vectors::new(router, count)?;
         let state = State { table: reset_table(count.into()), control: 0 };
         Ok(Self { vectors, place, at, state: Mutex::new(state) })
@@ -101,6 +105,11 @@ impl Msix {
             state.control = control;
             self.apply(&state);
         }
+    }
+
+    /// Where table and pending bits lie.
+    pub fn place(&self) -> MsixPlace {
+        self.place
     }
 
     /// The range of its BAR that the table takes.
@@ -174,8 +183,9 @@ impl Msix {
         }
     }
 
-    /// Masks and forgets everything, as a reset of the function does. Message control is reset with configuration space.
-    pub fn reset(&self) {
+    /// Switches it off, masks and forgets everything, as a reset of the function does.
+    pub fn reset(&self, config: &mut ConfigSpace) {
+        config.write(self.at + 2, &[0; 2]);
         let mut state = self.lock();
         *state = State { table: reset_table(self.vectors.len()), control: 0 };
         self.apply(&state);
@@ -222,7 +232,7 @@ fn reset_table(count: usize) -> Vec<u8> {
 #[derive(Debug, thiserror::Error)]
 pub enum MsixError {
     /// There is no such capability.
-    #[error("MSI-X cannot have {count} vectors at {place:?}: 1 to {MOST}, in BAR 0 to 5, at multiples of 8")]
+    #[error("MSI-X cannot have {count} vectors at {place:?}: 1 to {MOST}, in BARs 0 to 5, at multiples of 8")]
     Impossible {
         /// Vectors asked for.
         count: u16,

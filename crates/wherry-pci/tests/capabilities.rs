@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use wherry_interrupt::Message;
 use wherry_interrupt::fake::FakeRouter;
-use wherry_pci::{ConfigSpace, Identity, Msi, Msix, MsixPlace};
+use wherry_pci::{ConfigSpace, Identity, Msi, MsiForm, Msix, MsixPlace};
 
 struct Rig {
     router: Arc<FakeRouter>,
@@ -18,7 +18,7 @@ impl Rig {
     fn new(count: u16) -> Self {
         let router = Arc::new(FakeRouter::default());
         let mut config = ConfigSpace::new(&Identity::default());
-        let place = MsixPlace { bar: 2, table: 0x1000, pending: 0x1800 };
+        let place = MsixPlace { bar: 2, table: 0x1000, pending_bar: 2, pending: 0x1800 };
         let msix = Msix::new(router.clone(), count, place, &mut config).unwrap();
         Self { router, config, msix, control: 0x42 }
     }
@@ -69,7 +69,7 @@ fn a_vector_is_delivered_only_when_neither_it_nor_its_function_is_masked() {
     assert_eq!((rig.delivered(1), rig.pending()), (Some(1), 0));
     let input = rig.msix.vector(1).unwrap().input();
     assert_eq!(rig.router.told().routes[&input], Message { address: 0xfee0_1000, data: 0x52 });
-    rig.msix.reset();
+    rig.msix.reset(&mut rig.config);
     assert_eq!(rig.delivered(0), None);
 }
 
@@ -120,7 +120,7 @@ fn state_of_another_function_or_that_contradicts_itself_is_refused() {
 fn impossible_tables_are_refused() {
     for (count, bar, table) in [(0, 0, 0), (2049, 0, 0), (1, 6, 0), (1, 0, 4)] {
         let mut config = ConfigSpace::new(&Identity::default());
-        let place = MsixPlace { bar, table, pending: 0x800 };
+        let place = MsixPlace { bar, table, pending_bar: bar, pending: 0x800 };
         assert!(Msix::new(Arc::new(FakeRouter::default()), count, place, &mut config).is_err());
     }
 }
@@ -129,7 +129,7 @@ fn impossible_tables_are_refused() {
 fn msi_vectors_share_a_message_and_have_their_own_masks_and_pending_bits() {
     let router = Arc::new(FakeRouter::default());
     let mut config = ConfigSpace::new(&Identity::default());
-    let msi = Msi::new(router.clone(), 4, &mut config).unwrap();
+    let msi = Msi::new(router.clone(), 4, MsiForm::WHOLE, &mut config).unwrap();
     let delivered = |index| router.delivered(msi.vectors().get(index).unwrap().input());
     config.write(0x44, &0xfee0_2000u32.to_le_bytes());
     config.write(0x4c, &0x71u16.to_le_bytes());
@@ -152,5 +152,46 @@ fn msi_vectors_share_a_message_and_have_their_own_masks_and_pending_bits() {
     msi.follow(&config);
     msi.vector(3, &config).unwrap().raise();
     assert_eq!([0, 3].map(delivered), [Some(1), None]);
-    assert!(Msi::new(router.clone(), 3, &mut config).is_err());
+    assert!(Msi::new(router.clone(), 3, MsiForm::WHOLE, &mut config).is_err());
+}
+
+#[test]
+fn msi_of_every_form_takes_the_place_of_the_device_s_own() {
+    for (control, len) in [(0x0002u16, 10u16), (0x0082, 14), (0x0102, 20), (0x0182, 24)] {
+        let mut device = [0u8; 256];
+        (device[6], device[0x34]) = (0x10, 0x50);
+        device[0x50..0x54].copy_from_slice(&[5, 0x70, control as u8, (control >> 8) as u8]);
+        device[0x70..0x72].copy_from_slice(&[9, 0]);
+        device[usize::from(0x50 + len)] = 0xee;
+        let mut config = ConfigSpace::like(&device);
+        let (count, form) = MsiForm::of_control(control);
+        assert_eq!((count, form.bytes()), (2, len));
+        let router = Arc::new(FakeRouter::default());
+        let msi = Msi::new(router.clone(), count, form, &mut config).unwrap();
+        assert_eq!(msi.place(), (0x50, len));
+        assert_eq!(config.capabilities(), [(5, 0x50), (9, 0x70)]);
+        assert_eq!(config.dword(0x50 + len) as u8, 0xee, "what follows is not the capability's");
+        config.write(0x54, &0xfee0_1000u32.to_le_bytes());
+        config.write(0x50 + if form.wide { 12 } else { 8 }, &0x41u16.to_le_bytes());
+        config.write(0x52, &(1u16 | 1 << 4).to_le_bytes());
+        msi.follow(&config);
+        assert_eq!(msi.used(&config), 2);
+        let vector = msi.vector(1, &config).unwrap();
+        vector.raise();
+        assert_eq!(router.told().routes[&vector.input()], Message { address: 0xfee0_1000, data: 0x41 });
+        assert_eq!(router.delivered(vector.input()), Some(1), "control {control:#x}");
+    }
+}
+
+#[test]
+fn a_list_of_capabilities_that_goes_in_a_circle_ends() {
+    let mut device = [0u8; 256];
+    (device[6], device[0x34]) = (0x10, 0x40);
+    device[0x40..0x42].copy_from_slice(&[1, 0x50]);
+    device[0x50..0x52].copy_from_slice(&[9, 0x40]);
+    let mut config = ConfigSpace::like(&device);
+    assert!(config.capabilities().len() <= 48);
+    config.retain_capabilities(|id| id == 7);
+    assert_eq!(config.capabilities(), []);
+    assert_eq!(config.word(6) & 0x10, 0);
 }

@@ -29,13 +29,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         initrd: None,
         cmdline: "data=64M rate=50M".into(),
         serial: SerialTarget::Null,
-        virtio: Default::default(),
+        pci: Default::default(),
     })?;
     vm.resume()?;
     std::thread::sleep(Duration::from_millis(500));
-    let builder = VmBuilder::new(LocalConfig {
-        devices: DeviceConfig { serial: SerialTarget::Null, virtio: Default::default() },
-    });
+    let builder =
+        VmBuilder::new(LocalConfig { devices: DeviceConfig { serial: SerialTarget::Null, pci: Default::default() } });
     let (mut times, mut units) = (Times::default(), Times::default());
     let mut set = PageSet::new(vm.ram().blocks().iter().map(|b| b.pages()).max().unwrap_or(0));
     for _ in 0..rounds {

@@ -32,7 +32,7 @@ fn run() -> Result<ExitCode, Box<dyn std::error::Error>> {
         initrd: None,
         cmdline: String::new(),
         serial: SerialTarget::Stdio,
-        virtio: Default::default(),
+        pci: Default::default(),
     };
     let mut resets = 0;
     let mut args = std::env::args().skip(1);

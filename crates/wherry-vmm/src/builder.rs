@@ -70,7 +70,7 @@ impl VmBuilder {
         if let Some(specs) = &specs {
             reasons.extend(lacking_huge_pages(specs));
         }
-        let backing = match Backing::open(&self.local.devices.serial, &self.local.devices.virtio) {
+        let backing = match Backing::open(&self.local.devices.serial, &self.local.devices.pci) {
             Ok(backing) => {
                 reasons.extend(backing.lacking(&vmm.devices));
                 backing

@@ -42,21 +42,23 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Where the first serial port leads.
     pub serial: SerialTarget,
-    /// Its virtio devices.
-    pub virtio: VirtioConfig,
+    /// Its devices on the PCI bus.
+    pub pci: PciConfig,
 }
 
-/// The virtio devices of a machine, and what they are connected to on this host.
+/// The devices of a machine on the PCI bus, and what they are connected to on this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct VirtioConfig {
+pub struct PciConfig {
     /// Disks, in the order in which the guest sees them.
     pub disks: Vec<DiskConfig>,
     /// Network devices, in the order in which the guest sees them.
     pub nets: Vec<NetConfig>,
     /// What its console is connected to, if it has one.
     pub console: Option<ConsoleTarget>,
-    /// Devices that other processes serve.
+    /// Virtio devices whose rings other processes serve.
     pub vhost_user: Vec<VhostSpec>,
+    /// Functions that other processes own: the sockets at which they are found.
+    pub vfio_user: Vec<PathBuf>,
     /// A source of random numbers. A destination has one if the machine does, whatever this says.
     pub rng: bool,
     /// A balloon. A destination has one if the machine does, whatever this says.
@@ -215,7 +217,7 @@ mod tests {
             initrd: None,
             cmdline: String::new(),
             serial: SerialTarget::Null,
-            virtio: VirtioConfig::default(),
+            pci: PciConfig::default(),
         }
     }
 

@@ -45,7 +45,7 @@ pub struct VmDescription {
 /// A device. One that an older reader does not know has a state unit that it does not know either.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct DeviceDescription {
-    /// What it is: `disk`, `net`, `console`, `rng`, `balloon`, `vhost-user`.
+    /// What it is: `disk`, `net`, `console`, `rng`, `balloon`, `vhost-user`, `vfio-user`.
     #[prost(string, tag = "1")]
     pub kind: String,
     /// What it is connected to at the writer's, for people.
@@ -66,7 +66,7 @@ pub struct DeviceDescription {
     /// What it offers to its driver.
     #[prost(fixed64, tag = "7")]
     pub features: u64,
-    /// Its configuration.
+    /// Its configuration; of a function that another process owns, what it is (`FunctionIdentity`).
     #[prost(bytes = "vec", tag = "8")]
     pub config: Vec<u8>,
     /// Of a network device: its address, 6 bytes.

@@ -8,6 +8,9 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
+use wherry_interrupt::saved::SavedVector;
+use wherry_passthrough::saved::{SavedGathering, SavedPassthrough};
+use wherry_pci::saved::SavedMsix;
 use wherry_state::{SavedState, Section};
 use wherry_virtio::saved::{
     self, SavedBalloon, SavedBlk, SavedConsole, SavedNet, SavedPages, SavedRng, SavedVhostUser,
@@ -37,6 +40,8 @@ const UNITS: &[(&str, u32)] = &[
     ("virtio-balloon", SavedBalloon::SCHEMA),
     ("virtio-rng", SavedRng::SCHEMA),
     ("vhost-user", SavedVhostUser::SCHEMA),
+    ("vfio-user", SavedPassthrough::SCHEMA),
+    ("passthrough", SavedGathering::SCHEMA),
 ];
 
 fn directory() -> PathBuf {
@@ -78,7 +83,8 @@ fn no_saved_type_is_without_an_entry() {
         std::fs::read_dir(dir).unwrap().map(|entry| of(entry.unwrap().path())).sum()
     }
     let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let implemented = count(&crates.join("wherry-vmm/src")) + count(&crates.join("wherry-virtio/src"));
+    let all = ["wherry-vmm/src", "wherry-virtio/src", "wherry-passthrough/src"];
+    let implemented: usize = all.iter().map(|dir| count(&crates.join(dir))).sum();
     assert_eq!(implemented, UNITS.len(), "types that implement SavedState, and entries of UNITS");
 }
 
@@ -339,4 +345,21 @@ fn vhost_user() {
     check("vhost-user", 1, &state);
     state.back_end = (100..200).collect();
     check("vhost-user", 2, &state);
+}
+
+#[test]
+fn vfio_user() {
+    let vector = |n: u32| SavedVector { address: 0xfee0_0000, data: 0x30 + n, open: n == 0, pending: n == 1 };
+    let state = SavedPassthrough {
+        config: (0..=255).collect(),
+        msix: Some(SavedMsix { table: (0..32).collect(), vectors: vec![vector(0), vector(1)] }),
+        msi: vec![vector(2)],
+        device: (50..150).collect(),
+    };
+    check("vfio-user", 1, &state);
+}
+
+#[test]
+fn passthrough() {
+    check("passthrough", 1, &SavedGathering { functions: 3 });
 }

@@ -20,9 +20,8 @@ fn description() -> MachineDescription {
 fn refusal(change: impl FnOnce(&mut MachineDescription)) -> String {
     let mut description = description();
     change(&mut description);
-    let builder = VmBuilder::new(LocalConfig {
-        devices: DeviceConfig { serial: SerialTarget::Null, virtio: Default::default() },
-    });
+    let builder =
+        VmBuilder::new(LocalConfig { devices: DeviceConfig { serial: SerialTarget::Null, pci: Default::default() } });
     match builder.build_vm(&description, Default::default()) {
         Ok(_) => panic!("it was built"),
         Err(refusal) => {
@@ -67,9 +66,8 @@ fn everything_that_is_lacking_is_named_at_once() {
 fn a_guest_from_another_host_comes_only_where_its_tsc_can_be_moved() {
     let mut there = description();
     vmm(&mut there, |v| v.boot_id = "another host".into());
-    let builder = VmBuilder::new(LocalConfig {
-        devices: DeviceConfig { serial: SerialTarget::Null, virtio: Default::default() },
-    });
+    let builder =
+        VmBuilder::new(LocalConfig { devices: DeviceConfig { serial: SerialTarget::Null, pci: Default::default() } });
     match builder.build_vm(&there, Default::default()) {
         // KVM here moves it: the machine is built, and says that it is here now.
         Ok(vm) => assert_ne!(VmDescription::decode(vm.description().vmm.as_slice()).unwrap().boot_id, "another host"),

@@ -26,7 +26,7 @@ fn a_machine_that_has_ended_leaves_no_thread_no_descriptor_and_no_mapping() {
     let before = (open_descriptors(), threads(), ram_maps());
     for _ in 0..3 {
         let mut with_device = config("data=1M", 64 << 20, 2);
-        with_device.virtio.rng = true;
+        with_device.pci.rng = true;
         let vm = Vm::boot(with_device).unwrap();
         vm.resume().unwrap();
         until("a heartbeat", Duration::from_secs(30), || heartbeat(vm.ram(), 0) > 100);

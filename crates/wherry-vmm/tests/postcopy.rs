@@ -41,7 +41,7 @@ fn the_faults_of_a_machine_are_told_by_vcpu_and_its_guest_feels_them() {
                 wait_for_source: Some(Duration::from_secs(20)),
                 ..DestinationOptions::default()
             };
-            let devices = DeviceConfig { serial: SerialTarget::Null, virtio: Default::default() };
+            let devices = DeviceConfig { serial: SerialTarget::Null, pci: Default::default() };
             let built = Arc::new(Mutex::new(None));
             let builder = Keeping { builder: VmBuilder::new(LocalConfig { devices }), built: built.clone() };
             let (_, job) = wherry_migration::destination::receive(&listener, &builder, options, &journey).unwrap();

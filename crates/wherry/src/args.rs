@@ -237,10 +237,10 @@ pub struct Process {
     #[arg(long, value_name = "TARGET", value_parser = console)]
     pub console: Option<wherry_vmm::config::ConsoleTarget>,
     /// A device that another process serves, once for each: vhost-user-blk=SOCKET, or vhost-user=SOCKET,id=N for a virtio
-    /// device of another type; with `,queues=N` it has so many rings. A receiver needs back ends for the same devices in the
-    /// same order
+    /// device of another type; with `,queues=N` it has so many rings. vfio-user=SOCKET is a whole PCI function. A receiver needs
+    /// processes for the same devices in the same order
     #[arg(long, value_name = "KIND=SOCKET", value_parser = device)]
-    pub device: Vec<wherry_vmm::config::VhostSpec>,
+    pub device: Vec<DeviceSpec>,
     /// Where the serial port leads: stdio, file:PATH, socket:PATH or null
     #[arg(long, value_name = "TARGET", default_value = "stdio", value_parser = serial)]
     pub serial: wherry_vmm::config::SerialTarget,
@@ -253,16 +253,17 @@ pub struct Process {
 }
 
 impl Process {
-    /// What the virtio devices of its VM are connected to, without those that need nothing of this host.
-    pub fn virtio(&self) -> wherry_vmm::config::VirtioConfig {
-        let (disks, nets, vhost_user) = (self.disk.clone(), self.net.clone(), self.device.clone());
-        wherry_vmm::config::VirtioConfig {
-            disks,
-            nets,
-            console: self.console.clone(),
-            vhost_user,
-            ..Default::default()
+    /// What the devices of its VM on the PCI bus are connected to, without those that need nothing of this host.
+    pub fn pci(&self) -> wherry_vmm::config::PciConfig {
+        let (mut vhost_user, mut vfio_user) = (Vec::new(), Vec::new());
+        for device in &self.device {
+            match device {
+                DeviceSpec::Vhost(spec) => vhost_user.push(spec.clone()),
+                DeviceSpec::VfioUser(socket) => vfio_user.push(socket.clone()),
+            }
         }
+        let (disks, nets, console) = (self.disk.clone(), self.net.clone(), self.console.clone());
+        wherry_vmm::config::PciConfig { disks, nets, console, vhost_user, vfio_user, ..Default::default() }
     }
 }
 
@@ -580,13 +581,24 @@ fn mac(text: &str) -> Result<[u8; 6], String> {
     }
 }
 
+/// A device of another process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceSpec {
+    /// It serves the rings of a virtio device.
+    Vhost(wherry_vmm::config::VhostSpec),
+    /// It owns a PCI function, and is found at this socket.
+    VfioUser(std::path::PathBuf),
+}
+
 /// Reads a device of another process.
-fn device(text: &str) -> Result<wherry_vmm::config::VhostSpec, String> {
+fn device(text: &str) -> Result<DeviceSpec, String> {
     let (kind, rest) = text.split_once('=').ok_or("use KIND=SOCKET, such as vhost-user-blk=/run/disk.sock")?;
     let mut id = match kind {
+        "vfio-user" if rest.is_empty() => return Err("give the socket of a device process".into()),
+        "vfio-user" => return Ok(DeviceSpec::VfioUser(rest.into())),
         "vhost-user-blk" => Some(2),
         "vhost-user" => None,
-        other => return Err(format!("unknown kind of device {other:?}: use vhost-user-blk or vhost-user")),
+        other => return Err(format!("unknown kind of device {other:?}: use vhost-user-blk, vhost-user or vfio-user")),
     };
     let mut parts = rest.split(',');
     let socket = parts.next().filter(|path| !path.is_empty()).ok_or("give the socket of a back end")?;
@@ -603,7 +615,7 @@ fn device(text: &str) -> Result<wherry_vmm::config::VhostSpec, String> {
         }
     }
     let id = id.ok_or("vhost-user=SOCKET needs the number of its virtio device type: ,id=N")?;
-    Ok(wherry_vmm::config::VhostSpec { socket: socket.into(), id, queues })
+    Ok(DeviceSpec::Vhost(wherry_vmm::config::VhostSpec { socket: socket.into(), id, queues }))
 }
 
 fn serial(text: &str) -> Result<wherry_vmm::config::SerialTarget, String> {

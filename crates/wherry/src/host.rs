@@ -12,7 +12,7 @@ use wherry_migration::ownership::VmId;
 use wherry_vmm::api::server::Server;
 use wherry_vmm::api::socket::ApiSocket;
 use wherry_vmm::api::types::VmState;
-use wherry_vmm::config::{Kernel, MachineConfig, VirtioConfig};
+use wherry_vmm::config::{Kernel, MachineConfig, PciConfig};
 use wherry_vmm::serial::restore_terminal;
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
@@ -40,7 +40,7 @@ pub fn run(options: Run) -> Result<u8> {
         initrd,
         cmdline,
         serial: process.serial.clone(),
-        virtio: VirtioConfig { rng, balloon, ..process.virtio() },
+        pci: PciConfig { rng, balloon, ..process.pci() },
     };
     if let Err(error) = config.check() {
         eprintln!("error: {error}");
@@ -76,7 +76,7 @@ pub fn receive(options: Receive) -> Result<u8> {
     check_kvm()?;
     records::open_and_sweep()?;
     let host = Host::open(&process, Policy { reboot: None, linger: process.linger })?;
-    let devices = DeviceConfig { serial: process.serial.clone(), virtio: process.virtio() };
+    let devices = DeviceConfig { serial: process.serial.clone(), pci: process.pci() };
     let arrival = kvm::Arrival::listen(&listen, devices)
         .map_err(|e| anyhow::anyhow!("{e}"))
         .with_context(|| format!("listening at {listen}"))?;

@@ -30,6 +30,10 @@ impl Source {
     pub(super) fn setup(&mut self) -> Result<Phase, Cause> {
         let begun = Instant::now();
         let channels = self.check_options()?;
+        let blockers = self.machine.blockers();
+        if !blockers.is_empty() {
+            return Err(Cause::Blocked(blockers));
+        }
         let attempt = random_id()?;
         self.journey.update(|job| {
             job.attempt = hex(&attempt);

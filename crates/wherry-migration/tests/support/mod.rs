@@ -283,6 +283,7 @@ pub struct FakeMachine {
     pub cpu: Arc<Cpu>,
     pub script: Arc<Script>,
     pub locked: AtomicBool,
+    pub blockers: Mutex<Vec<String>>,
     guest: Mutex<Option<JoinHandle<()>>>,
     thread: u32,
 }
@@ -338,6 +339,7 @@ impl FakeMachine {
             cpu,
             script,
             locked: AtomicBool::new(false),
+            blockers: Mutex::default(),
             guest: Mutex::new(Some(guest)),
             thread: told.recv().unwrap(),
         })
@@ -449,6 +451,10 @@ impl Machine for FakeMachine {
     fn vcpu_threads(&self) -> Vec<VcpuThread> {
         vec![VcpuThread { index: 0, thread: self.thread }]
     }
+    fn blockers(&self) -> Vec<String> {
+        self.blockers.lock().unwrap().clone()
+    }
+
     fn throttle(&self, percent: u8) {
         assert!(percent <= 99);
         self.cpu.throttle.store(percent, Ordering::SeqCst);

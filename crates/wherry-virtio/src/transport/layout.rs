@@ -14,7 +14,7 @@ pub(super) const DEVICE: Range<u64> = 0x2000..0x3000;
 /// Four bytes for each ring.
 pub(super) const NOTIFY: Range<u64> = 0x3000..0x4000;
 pub(super) const NOTIFY_STEP: u64 = 4;
-pub(super) const MSIX: MsixPlace = MsixPlace { bar: 0, table: 0x4000, pending: 0x6000 };
+pub(super) const MSIX: MsixPlace = MsixPlace { bar: 0, table: 0x4000, pending_bar: 0, pending: 0x6000 };
 /// Most rings of a device: each has an address to be rung at, and a vector.
 pub(super) const MOST_RINGS: usize = 256;
 

@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_interrupt::{Input, InterruptError, Intx, Router};
 use wherry_memory::GuestMemory;
 use wherry_pci::bus::{Bus, BusDevice, BusError};
-use wherry_pci::{BarMap, BarTarget, ConfigError, ConfigSpace, Doorbells, Identity, Msix, PciFunction};
+use wherry_pci::{BarMap, BarTarget, ConfigError, ConfigSpace, Doorbell, Doorbells, Identity, Msix, PciFunction};
 
 use self::common::{Asked, Common, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET, NO_VECTOR, Shown};
 use self::interrupts::Shared;
@@ -412,7 +412,7 @@ impl BarTarget for Bar {
             bus.insert(address, size, self.window.clone())?;
         }
         for (at, kick) in self.bells(address) {
-            if let Err(error) = self.doorbells.attach(at, kick) {
+            if let Err(error) = self.doorbells.attach(Doorbell::at(at), kick) {
                 // The registers answer for it, more slowly.
                 tracing::debug!(%error, at, "no doorbell");
             }
@@ -422,7 +422,7 @@ impl BarTarget for Bar {
 
     fn unmap(&self, address: u64) {
         for (at, kick) in self.bells(address) {
-            if let Err(error) = self.doorbells.detach(at, kick) {
+            if let Err(error) = self.doorbells.detach(Doorbell::at(at), kick) {
                 tracing::debug!(%error, at, "there was no doorbell");
             }
         }

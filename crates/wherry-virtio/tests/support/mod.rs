@@ -2,16 +2,16 @@
 #![allow(dead_code, clippy::unwrap_used, reason = "each test uses its part; a test that cannot go on fails")]
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::EventFd;
 use wherry_interrupt::Input;
 use wherry_interrupt::fake::FakeRouter;
 use wherry_memory::{BlockId, BlockSpec, GuestMemory, PageSize, Ram};
 use wherry_pci::bus::Bus;
-use wherry_pci::{Doorbells, PciFunction};
+use wherry_pci::{Doorbell, Doorbells, PciFunction};
 use wherry_virtio::{Device, PciParts, TransportError, VirtioPci};
 
 /// Where its BAR is.
@@ -35,10 +35,10 @@ pub const INDIRECT: u16 = 4;
 struct NoDoorbells;
 
 impl Doorbells for NoDoorbells {
-    fn attach(&self, _: u64, _: &EventFd) -> io::Result<()> {
+    fn attach(&self, _: Doorbell, _: &dyn AsRawFd) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
-    fn detach(&self, _: u64, _: &EventFd) -> io::Result<()> {
+    fn detach(&self, _: Doorbell, _: &dyn AsRawFd) -> io::Result<()> {
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! The devices every machine has, their buses and interrupt lines.
 //!
 //! Most are the same in every machine, so the description does not list them; their state units' names and schemas are
-//! compared in the handshake. Virtio devices are as the description says.
+//! compared in the handshake. Those on the PCI bus are as the description says.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,16 +9,19 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_guest::report;
+use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, GuestMemory};
+use wherry_passthrough::{Crew, PassthroughParts};
 use wherry_state::StateUnit;
 use wherry_virtio::PciParts;
 use wherry_virtio::balloon::Balloon;
 
 use super::router::KvmRouter;
-use super::virtio::{Backing, Shown, VirtioDevices};
+use super::slot::DeviceSlots;
+use super::virtio::{Backing, PciDevices, Shown};
 use super::{ExitNotice, ExitReason, VmError};
 use crate::acpi::{self, AcpiConfig};
-use crate::config::{SerialTarget, VirtioConfig};
+use crate::config::{PciConfig, SerialTarget};
 use crate::description::DeviceDescription;
 use crate::layout;
 use crate::line::InterruptLine;
@@ -38,8 +41,8 @@ const PCI_PORTS: std::ops::Range<u64> = 0x1000..0x1_0000;
 pub struct DeviceConfig {
     /// Where the first serial port leads.
     pub serial: SerialTarget,
-    /// What its virtio devices are connected to.
-    pub virtio: VirtioConfig,
+    /// What its devices on the PCI bus are connected to.
+    pub pci: PciConfig,
 }
 
 /// The devices of a machine.
@@ -49,7 +52,7 @@ pub struct Devices {
     serial: Arc<Serial>,
     pci: Arc<PciRoot>,
     acpi: Arc<AcpiPm>,
-    virtio: VirtioDevices,
+    pci_devices: PciDevices,
     backing: Backing,
 }
 
@@ -108,11 +111,22 @@ impl Devices {
             pin_input,
             memory: ram.memory().clone(),
         };
-        let virtio = VirtioDevices::make(described, &backing, &pci, shown, parts)?;
+        let passed = PassthroughParts {
+            memory_bus: mmio.clone(),
+            io_bus: pio.clone(),
+            doorbells: router.clone(),
+            maps: DeviceSlots::new(vm.clone()),
+            router: router.clone(),
+            // Of a place that no device has.
+            pin_input: Input(PciRoot::interrupt_input(0, 1)),
+            ram: ram.clone(),
+            crew: Crew::new(),
+        };
+        let pci_devices = PciDevices::make(described, &backing, &pci, shown, parts, &passed)?;
 
         let mut units: Vec<Arc<dyn StateUnit>> = vec![serial.clone(), pci.clone(), acpi.clone(), rtc];
-        units.extend(virtio.units());
-        Ok(Self { buses: Buses { pio, mmio }, units, serial, pci, acpi, virtio, backing })
+        units.extend(pci_devices.units());
+        Ok(Self { buses: Buses { pio, mmio }, units, serial, pci, acpi, pci_devices, backing })
     }
 
     pub(super) fn buses(&self) -> &Buses {
@@ -125,12 +139,17 @@ impl Devices {
 
     /// What devices in other processes write.
     pub(super) fn logs(&self) -> &[Arc<dyn DirtySource>] {
-        self.virtio.logs()
+        self.pci_devices.logs()
+    }
+
+    /// Why the machine cannot be moved, if so.
+    pub(super) fn blockers(&self) -> Vec<String> {
+        self.pci_devices.blockers()
     }
 
     /// The balloon, if there is one.
     pub(crate) fn balloon(&self) -> Option<&Arc<Balloon>> {
-        self.virtio.balloon()
+        self.pci_devices.balloon()
     }
 
     /// Writes the tables that tell the guest of its hardware; where they begin.
@@ -151,7 +170,7 @@ impl Devices {
 
     /// Brings devices that work on their own to rest for good; false if one does not come to rest in time.
     pub(super) fn end(&self, limit: Duration) -> bool {
-        self.virtio.end(limit)
+        self.pci_devices.end(limit)
     }
 
     /// Bytes of serial output that were dropped because nobody took them.

@@ -1,17 +1,23 @@
-//! KVM system calls that `kvm-ioctls` does not have. Everything else goes through that crate.
+//! KVM system calls that `kvm-ioctls` does not have, or not in every form. Everything else goes through that crate.
 #![expect(unsafe_code, reason = "ioctls")]
+
+use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
-    kvm_device_attr, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_sregs2,
+    kvm_device_attr, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch,
+    kvm_ioeventfd_flag_nr_deassign, kvm_sregs2,
 };
+
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::errno::{Error, Result};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
+use wherry_pci::Doorbell;
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+ioctl_iow_nr!(KVM_IOEVENTFD, KVMIO, 0x79, kvm_ioeventfd);
 ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
@@ -48,6 +54,22 @@ pub(crate) fn clear_dirty_log(vm: &VmFd, slot: u32, first: u64, pages: u32, word
     };
     // SAFETY: a VM descriptor, and a bitmap of ceil(pages / 64) words, which KVM only reads.
     check(unsafe { ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG(), &log) })
+}
+
+/// Has writes to a doorbell signal an eventfd, or ends that.
+pub(crate) fn ioeventfd(vm: &VmFd, bell: Doorbell, event: &dyn AsRawFd, attach: bool) -> Result<()> {
+    let matched = if bell.data.is_some() { 1 << kvm_ioeventfd_flag_nr_datamatch } else { 0 };
+    let ending = if attach { 0 } else { 1 << kvm_ioeventfd_flag_nr_deassign };
+    let ioeventfd = kvm_ioeventfd {
+        datamatch: bell.data.unwrap_or(0),
+        addr: bell.address,
+        len: bell.len,
+        fd: event.as_raw_fd(),
+        flags: matched | ending,
+        ..Default::default()
+    };
+    // SAFETY: a VM descriptor and the structure that this call reads; KVM checks the descriptor in it.
+    check(unsafe { ioctl_with_ref(vm, KVM_IOEVENTFD(), &ioeventfd) })
 }
 
 /// Special registers with the PDPTRs.

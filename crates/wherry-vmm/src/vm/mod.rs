@@ -15,6 +15,7 @@ mod error;
 mod exit;
 mod host;
 pub(crate) mod ioctl;
+mod passthrough;
 mod router;
 mod slot;
 mod virtio;
@@ -117,7 +118,7 @@ impl Vm {
                 free_huge_pages()
             )]));
         }
-        let backing = Backing::open(&config.serial, &config.virtio).map_err(|e| VmError::Device(e.into()))?;
+        let backing = Backing::open(&config.serial, &config.pci).map_err(|e| VmError::Device(e.into()))?;
         backing.lock().map_err(|e| VmError::Device(e.into()))?;
         let cpuid = cpu_model::table(&host, config.cpu, host.tsc_khz)?;
         let address_bits = cpu_model::address_bits(&cpuid);
@@ -139,7 +140,7 @@ impl Vm {
             cpuid,
             tsc_khz: host.tsc_khz,
             boot_id: host.boot_id.clone(),
-            devices: backing.describe(&config.virtio, &config.vm),
+            devices: backing.describe(&config.pci, &config.vm),
         };
         let ram = Arc::new(Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?);
         let faults = Err("it was started here, and has all of its memory".into());
@@ -382,6 +383,10 @@ impl Machine for Vm {
     fn vcpu_threads(&self) -> Vec<VcpuThread> {
         let begun = self.vcpus.iter().filter_map(|vcpu| Some((vcpu.index(), vcpu.thread()?)));
         begun.map(|(index, thread)| VcpuThread { index, thread }).collect()
+    }
+
+    fn blockers(&self) -> Vec<String> {
+        self.devices.blockers()
     }
 
     fn throttle(&self, percent: u8) {

@@ -6,16 +6,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
-use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
 use wherry_interrupt::{Input, Message, Router};
-use wherry_pci::Doorbells;
+use wherry_pci::{Doorbell, Doorbells};
+
+use super::ioctl;
 
 /// Inputs of the I/O APIC.
 const PINS: u32 = 24;
@@ -146,11 +149,11 @@ impl Router for KvmRouter {
 }
 
 impl Doorbells for KvmRouter {
-    fn attach(&self, address: u64, event: &EventFd) -> io::Result<()> {
-        Ok(self.vm.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
+    fn attach(&self, bell: Doorbell, event: &dyn AsRawFd) -> io::Result<()> {
+        Ok(ioctl::ioeventfd(&self.vm, bell, event, true)?)
     }
 
-    fn detach(&self, address: u64, event: &EventFd) -> io::Result<()> {
-        Ok(self.vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)?)
+    fn detach(&self, bell: Doorbell, event: &dyn AsRawFd) -> io::Result<()> {
+        Ok(ioctl::ioeventfd(&self.vm, bell, event, false)?)
     }
 }

@@ -60,7 +60,7 @@ fn config(kernel: &Path, cpus: u32) -> MachineConfig {
         initrd: None,
         cmdline: String::new(),
         serial: SerialTarget::Null,
-        virtio: Default::default(),
+        pci: Default::default(),
     }
 }
 

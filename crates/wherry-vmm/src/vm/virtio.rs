@@ -1,4 +1,5 @@
-//! The virtio devices of a machine: made from its description and from what this host has for them.
+//! The devices of a machine on the PCI bus: made from its description and from what this host has for them. Virtio devices
+//! here, those that other processes own in `passthrough`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 use wherry_fault::FaultService;
 use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, PageSize, Ram};
+use wherry_passthrough::{OwnerError, PassthroughParts};
 use wherry_state::StateUnit;
 use wherry_virtio::balloon::Balloon;
 use wherry_virtio::blk::{Blk, Image, ImageError};
@@ -17,7 +19,8 @@ use wherry_virtio::vhost::{self, Backend, VhostError, VhostSpec, VhostUser};
 use wherry_virtio::{Device, PciParts, TransportError, VirtioPci};
 
 use super::VmError;
-use crate::config::{DiskConfig, SerialTarget, VirtioConfig};
+use super::passthrough::{Functions, Owners, VFIO_USER};
+use crate::config::{DiskConfig, PciConfig, SerialTarget};
 use crate::description::DeviceDescription;
 use crate::pci::{PciError, PciRoot};
 
@@ -44,6 +47,9 @@ pub(crate) enum BackingError {
     /// A back end.
     #[error(transparent)]
     Vhost(#[from] VhostError),
+    /// A device process.
+    #[error(transparent)]
+    Owner(#[from] OwnerError),
 }
 
 /// What this host has for the devices of one machine. Nothing is locked.
@@ -54,28 +60,31 @@ pub(crate) struct Backing {
     taps: Vec<Arc<Tap>>,
     console: Option<Arc<Outside>>,
     backends: Vec<Backend>,
+    owners: Owners,
 }
 
 impl Backing {
     /// Opens what the configuration names.
-    pub(crate) fn open(serial: &SerialTarget, config: &VirtioConfig) -> Result<Self, BackingError> {
+    pub(crate) fn open(serial: &SerialTarget, config: &PciConfig) -> Result<Self, BackingError> {
         let serial = serial.clone();
         let open = |disk: &DiskConfig| Image::open_as(&disk.path, disk.read_only, disk.format).map(Arc::new);
         let disks = config.disks.iter().map(open).collect::<Result<_, _>>()?;
         let taps = config.nets.iter().map(|net| Tap::open(&net.tap).map(Arc::new)).collect::<Result<_, _>>()?;
         let console = config.console.as_ref().map(Outside::open).transpose()?.map(Arc::new);
         let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
-        Ok(Self { serial, disks, taps, console, backends })
+        let owners = Owners::connect(&config.vfio_user)?;
+        Ok(Self { serial, disks, taps, console, backends, owners })
     }
 
-    /// Without any virtio device.
+    /// Without any device on the PCI bus.
     pub(crate) fn bare(serial: &SerialTarget) -> Self {
         let serial = serial.clone();
-        Self { serial, disks: Vec::new(), taps: Vec::new(), console: None, backends: Vec::new() }
+        let (disks, taps, backends) = (Vec::new(), Vec::new(), Vec::new());
+        Self { serial, disks, taps, console: None, backends, owners: Owners::default() }
     }
 
     /// Describes the devices of a machine that is made of this.
-    pub(crate) fn describe(&self, config: &VirtioConfig, vm: &[u8; 16]) -> Vec<DeviceDescription> {
+    pub(crate) fn describe(&self, config: &PciConfig, vm: &[u8; 16]) -> Vec<DeviceDescription> {
         let disks = self.disks.iter().map(|image| DeviceDescription {
             kind: DISK.into(),
             label: image.path().display().to_string(),
@@ -105,7 +114,14 @@ impl Backing {
         });
         let rng = config.rng.then(|| DeviceDescription { kind: RNG.into(), ..Default::default() });
         let balloon = config.balloon.then(|| DeviceDescription { kind: BALLOON.into(), ..Default::default() });
-        disks.chain(nets).chain(console).chain(backends).chain(rng).chain(balloon).collect()
+        disks
+            .chain(nets)
+            .chain(console)
+            .chain(backends)
+            .chain(rng)
+            .chain(balloon)
+            .chain(self.owners.describe())
+            .collect()
     }
 
     /// What a described machine needs and this is not.
@@ -188,7 +204,8 @@ impl Backing {
                 backend.spec().socket.display()
             ));
         }
-        let known = [DISK, NET, CONSOLE, RNG, BALLOON, VHOST_USER];
+        reasons.extend(self.owners.lacking(described));
+        let known = [DISK, NET, CONSOLE, RNG, BALLOON, VHOST_USER, VFIO_USER];
         for device in described.iter().filter(|device| !known.contains(&device.kind.as_str())) {
             reasons.push(format!("a device {:?}", device.kind.chars().take(40).collect::<String>()));
         }
@@ -201,15 +218,20 @@ impl Backing {
             let socket = backend.spec().socket.display();
             return Some(format!("the process behind {socket} maps it, and may have pinned what it maps"));
         }
+        if let Some(reason) = self.owners.pinned() {
+            return Some(reason);
+        }
         let huge = ram.blocks().iter().any(|block| block.spec().page_size != PageSize::Base);
         huge.then(|| "it consists of huge pages, and a balloon takes pages of 4 KiB".into())
     }
 
     /// Why memory cannot follow a machine with these devices, if so.
     pub(crate) fn cannot_follow(&self) -> Option<String> {
-        let backend = self.backends.iter().find(|backend| !backend.can_fault())?;
-        let socket = backend.spec().socket.display();
-        Some(format!("the vhost-user back end at {socket} does not take part in postcopy (no PAGEFAULT)"))
+        let backend = self.backends.iter().find(|backend| !backend.can_fault()).map(|backend| {
+            let socket = backend.spec().socket.display();
+            format!("the vhost-user back end at {socket} does not take part in postcopy (no PAGEFAULT)")
+        });
+        backend.or_else(|| self.owners.cannot_follow())
     }
 
     /// Locks all images for the owner of the VM, or none.
@@ -259,10 +281,10 @@ fn lacking_backend(n: usize, backend: &Backend, described: &DeviceDescription) -
     reasons
 }
 
-/// The virtio devices of a machine.
-#[derive(Default)]
-pub(super) struct VirtioDevices {
-    functions: Vec<Arc<VirtioPci>>,
+/// The devices of a machine on the PCI bus.
+pub(super) struct PciDevices {
+    virtio: Vec<Arc<VirtioPci>>,
+    passthrough: Functions,
     balloon: Option<Arc<Balloon>>,
     logs: Vec<Arc<dyn DirtySource>>,
 }
@@ -274,7 +296,7 @@ pub(super) struct Shown<'a> {
     pub(super) faults: Option<Arc<FaultService>>,
 }
 
-impl VirtioDevices {
+impl PciDevices {
     /// Makes the devices of a description, each at the next free place of the bus. `parts` is for the pin of a device
     /// number.
     pub(super) fn make(
@@ -283,15 +305,22 @@ impl VirtioDevices {
         pci: &PciRoot,
         shown: &Shown<'_>,
         parts: impl Fn(Input) -> PciParts,
+        passed: &PassthroughParts,
     ) -> Result<Self, VmError> {
         let failed = |e: std::io::Error| VmError::Device(e.into());
-        let mut functions = Vec::new();
+        let (mut virtio, mut passthrough) = (Vec::new(), Functions::new(passed.crew.clone()));
         let (mut images, mut backends) = (backing.disks.iter(), backing.backends.iter());
         let (mut taps, mut consoles) = (backing.taps.iter(), backing.console.iter());
         let (mut disks, mut nets, mut rngs) = (0, 0, 0);
         let mut balloon = None;
         let (mut logs, mut others) = (Vec::<Arc<dyn DirtySource>>::new(), BTreeMap::<&str, u32>::new());
         for described in described {
+            if described.kind == VFIO_USER {
+                let pin_input = |device| Input(PciRoot::interrupt_input(device, 1));
+                let parts = |device| PassthroughParts { pin_input: pin_input(device), ..passed.clone() };
+                passthrough.add(&backing.owners, pci, parts)?;
+                continue;
+            }
             let (device, instance): (Arc<dyn Device>, u32) = match described.kind.as_str() {
                 DISK => {
                     let image = images.next().ok_or_else(|| VmError::Lacks(vec![format!("disk {disks}")]))?;
@@ -336,9 +365,10 @@ impl VirtioDevices {
             });
             let function = made.map_err(|e| VmError::Device(e.into()))?;
             pci.add(address, function.clone()).map_err(|e| VmError::Device(e.into()))?;
-            functions.push(function);
+            virtio.push(function);
         }
-        Ok(Self { functions, balloon, logs })
+        logs.extend(passthrough.logs());
+        Ok(Self { virtio, passthrough, balloon, logs })
     }
 
     /// The balloon, if there is one.
@@ -352,14 +382,20 @@ impl VirtioDevices {
     }
 
     pub(super) fn units(&self) -> impl Iterator<Item = Arc<dyn StateUnit>> + '_ {
-        self.functions.iter().map(|function| function.clone() as Arc<dyn StateUnit>)
+        let virtio = self.virtio.iter().map(|function| function.clone() as Arc<dyn StateUnit>);
+        virtio.chain(self.passthrough.units())
+    }
+
+    /// Why the machine cannot be moved, if so.
+    pub(super) fn blockers(&self) -> Vec<String> {
+        self.passthrough.blockers()
     }
 
     /// Brings the devices to rest for good; false if one does not come to rest in time.
     pub(super) fn end(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
-        self.functions.iter().for_each(|function| function.device().serving().quiesce());
-        self.functions.iter().all(|function| function.device().serving().stop(deadline).is_ok())
+        self.virtio.iter().for_each(|function| function.device().serving().quiesce());
+        self.virtio.iter().all(|function| function.device().serving().stop(deadline).is_ok())
     }
 }
 

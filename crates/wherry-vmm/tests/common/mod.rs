@@ -27,7 +27,7 @@ pub fn config(cmdline: &str, memory: u64, cpus: u32) -> MachineConfig {
         initrd: None,
         cmdline: cmdline.into(),
         serial: SerialTarget::Null,
-        virtio: Default::default(),
+        pci: Default::default(),
     }
 }
 
@@ -109,7 +109,7 @@ pub fn reset_gaps(vm: &Vm, cpus: usize) {
 
 /// Builds the machine that a description asks for.
 pub fn arrive(description: &MachineDescription) -> Arc<Vm> {
-    let devices = DeviceConfig { serial: SerialTarget::Null, virtio: Default::default() };
+    let devices = DeviceConfig { serial: SerialTarget::Null, pci: Default::default() };
     VmBuilder::new(LocalConfig { devices }).build_vm(description, Default::default()).unwrap()
 }
 

@@ -270,7 +270,7 @@ impl StateUnit for VcpuUnit {
     }
 
     fn depends_on(&self) -> &[&str] {
-        &["clock", "irqchip", "pit", "serial", "rtc", "pci-host", "acpi"]
+        &["clock", "irqchip", "pit", "serial", "rtc", "pci-host", "acpi", "vfio-user"]
     }
 
     fn schema(&self) -> u32 {

@@ -1,0 +1,42 @@
+//! PCI functions that somebody else owns: a process that speaks vfio-user now, the kernel's VFIO later.
+//!
+//! - [`Owner`] is what is asked of whoever owns a function; [`VfioUser`] asks it of another process.
+//! - [`Function`] is the function on the bus of a machine. Its configuration space is partly ours (BARs, interrupts, the
+//!   command register) and partly the device's; its BARs are mapped into the guest where that is possible and answered by
+//!   messages where it is not; its interrupts go from the device's eventfd to the hypervisor.
+//! - [`DmaLog`] is what the device writes, as a dirty source.
+//! - `unit` and `worker` are its migration: the states of `enum vfio_device_mig_state`, on a thread for each device, so that
+//!   several devices stop, save and load side by side. [`Gathering`] is where loading is waited for.
+//!
+//! Contract: the owner is hostile. What it says is checked before it is used; what it does not answer in time is an error with
+//! its name; when it goes the guest reads ones, and the machine lives on.
+//!
+//! Locks: `Function::registers` is held while a guest's access to configuration space is answered, which asks the owner.
+//! Accesses to BARs do not take it. The worker takes it only at rest.
+//!
+//! Nothing here knows KVM.
+
+mod bars;
+mod config;
+mod function;
+mod identity;
+mod interrupts;
+mod log;
+mod owner;
+pub mod saved;
+mod unit;
+mod vfio_user;
+mod worker;
+
+pub use bars::GuestMaps;
+pub use function::{Function, PassthroughError, PassthroughParts};
+pub use identity::FunctionIdentity;
+pub use log::DmaLog;
+pub use owner::{Bell, Facts, Irq, MigrationFacts, Owner, OwnerError, RegionFacts};
+pub use unit::Gathering;
+pub use vfio_user::VfioUser;
+pub use wherry_vfio_user::State;
+pub use worker::Crew;
+
+/// Name of the state unit of a function.
+pub const UNIT: &str = "vfio-user";

@@ -1,0 +1,220 @@
+//! The state units: one for each function, and one where the loading of all of them is waited for.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use wherry_state::{Saved, SavedState, Section, StateError, StateUnit, UnitError, UnitId};
+
+use crate::UNIT;
+use crate::function::Function;
+use crate::saved::{SavedGathering, SavedPassthrough};
+use crate::worker::{Crew, Late, Step};
+
+/// How long a device may take to load its state, and to run.
+const LOAD_LIMIT: Duration = Duration::from_secs(30);
+const RUN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Refuses a second restore, and one after the start. Keeps what the owner gave at the stop.
+#[derive(Debug, Default)]
+pub(crate) struct Once {
+    step: AtomicU8,
+    given: Mutex<Option<Vec<u8>>>,
+}
+
+impl Once {
+    const NEW: u8 = 0;
+    const RESTORED: u8 = 1;
+    const STARTED: u8 = 2;
+
+    fn restoring(&self) -> Result<(), UnitError> {
+        match self.step.compare_exchange(Self::NEW, Self::RESTORED, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => Ok(()),
+            Err(Self::RESTORED) => Err(UnitError::failed("its state was restored before")),
+            Err(_) => Err(UnitError::failed("it runs already; its state can only be restored before the first start")),
+        }
+    }
+
+    fn keep(&self, given: Option<Vec<u8>>) {
+        *self.given.lock().unwrap_or_else(PoisonError::into_inner) = given;
+    }
+
+    fn take(&self) -> Option<Vec<u8>> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl Function {
+    fn bad(&self, reason: impl Into<String>) -> UnitError {
+        StateError::Decode { unit: self.id(), reason: reason.into() }.into()
+    }
+
+    fn late(&self, what: &str, late: Late) -> UnitError {
+        match late {
+            Late::Deadline => UnitError::Deadline(format!("{} did not {what}", self.owner().name())),
+            Late::Failed(reason) => UnitError::failed(reason),
+        }
+    }
+}
+
+impl StateUnit for Function {
+    fn id(&self) -> UnitId {
+        UnitId::new(UNIT, self.instance)
+    }
+
+    fn depends_on(&self) -> &[&str] {
+        &["irqchip", "pci-host"]
+    }
+
+    fn schema(&self) -> u32 {
+        SavedPassthrough::SCHEMA
+    }
+
+    fn drain(&self, _deadline: Instant) -> Result<(), UnitError> {
+        match self.blocker() {
+            Some(reason) => Err(UnitError::failed(reason)),
+            None => Ok(()),
+        }
+    }
+
+    fn undrain(&self) -> Result<(), UnitError> {
+        Ok(())
+    }
+
+    /// vCPUs may still use it.
+    fn begin_stop(&self) -> Result<(), UnitError> {
+        Ok(())
+    }
+
+    /// vCPUs are at rest. When the device is, too, eventfds can be detached, before local APICs are saved.
+    fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.crew.hand(&self.member, &Step::Rest(deadline));
+        let stopped = self.member.wait(deadline).map_err(|late| self.late("stop and give its state", late));
+        let stopped = stopped.map(|outcome| self.once.keep(Some(outcome.state)));
+        stopped.and(self.interrupts.rest().map_err(UnitError::failed))
+    }
+
+    fn save(&self) -> Result<Saved, UnitError> {
+        let device = self.once.take().ok_or_else(|| UnitError::failed("it was not stopped"))?;
+        let mut config = self.registers().config.save();
+        config.truncate(config.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
+        let saved = SavedPassthrough {
+            config,
+            msix: self.interrupts.msix.as_ref().map(|msix| msix.save()),
+            msi: self.interrupts.msi.as_ref().map(|msi| msi.vectors().save()).unwrap_or_default(),
+            device,
+        };
+        Ok(Saved::Section(saved.to_section(&self.id())))
+    }
+
+    /// Loading goes on when this returns, beside that of other functions: see [`Gathering`].
+    fn restore(&self, section: &Section) -> Result<(), UnitError> {
+        self.once.restoring()?;
+        let SavedPassthrough { mut config, msix, msi, device } = SavedPassthrough::from_section(section)?;
+        if config.len() > 4096 {
+            return Err(self.bad(format!("configuration space of {} bytes", config.len())));
+        }
+        config.resize(4096, 0);
+        let mut registers = self.registers();
+        registers.config.restore(&config).map_err(|e| self.bad(e.to_string()))?;
+        match (&self.interrupts.msix, &msix) {
+            (Some(ours), Some(saved)) => {
+                ours.restore(saved, &registers.config).map_err(|e| self.bad(e.to_string()))?;
+            }
+            (None, None) => {}
+            _ => return Err(self.bad("only one side has MSI-X")),
+        }
+        let vectors = self.interrupts.msi.as_ref().map(|msi| msi.vectors());
+        if msi.len() != vectors.map_or(0, |vectors| vectors.len()) {
+            return Err(self.bad(format!("{} vectors of MSI", msi.len())));
+        }
+        if let Some(vectors) = vectors {
+            vectors.restore(&msi).map_err(UnitError::failed)?;
+        }
+        self.interrupts.rest().map_err(UnitError::failed)?;
+        let registers = &mut *registers;
+        registers.bars.follow(&registers.config);
+        self.member.hand(Step::Load(device));
+        Ok(())
+    }
+
+    /// Local APICs and the I/O APIC have been restored: vectors first, then the device, which may use them at once.
+    fn start(&self) -> Result<(), UnitError> {
+        self.once.step.store(Once::STARTED, Ordering::Release);
+        self.once.keep(None);
+        self.interrupts.resume().map_err(UnitError::failed)?;
+        self.crew.hand(&self.member, &Step::Run);
+        self.member.wait(Instant::now() + RUN_LIMIT).map(|_| ()).map_err(|late| self.late("run again", late))
+    }
+}
+
+/// Where the loading of all functions is waited for: they load side by side, and what fails has to be told before the machine
+/// is ready.
+pub struct Gathering {
+    crew: Arc<Crew>,
+}
+
+impl Gathering {
+    /// Of these functions.
+    pub fn new(crew: Arc<Crew>) -> Self {
+        Self { crew }
+    }
+}
+
+impl StateUnit for Gathering {
+    fn id(&self) -> UnitId {
+        UnitId::new("passthrough", 0)
+    }
+
+    fn depends_on(&self) -> &[&str] {
+        &[UNIT]
+    }
+
+    fn schema(&self) -> u32 {
+        SavedGathering::SCHEMA
+    }
+
+    fn drain(&self, _deadline: Instant) -> Result<(), UnitError> {
+        Ok(())
+    }
+
+    fn undrain(&self) -> Result<(), UnitError> {
+        Ok(())
+    }
+
+    fn begin_stop(&self) -> Result<(), UnitError> {
+        Ok(())
+    }
+
+    fn finish_stop(&self, _deadline: Instant) -> Result<(), UnitError> {
+        Ok(())
+    }
+
+    fn save(&self) -> Result<Saved, UnitError> {
+        let saved = SavedGathering { functions: self.crew.members().len() as u32 };
+        Ok(Saved::Section(saved.to_section(&self.id())))
+    }
+
+    fn restore(&self, section: &Section) -> Result<(), UnitError> {
+        let saved = SavedGathering::from_section(section)?;
+        let members = self.crew.members();
+        if saved.functions as usize != members.len() {
+            let reason = format!("{} functions of other processes, and there are {}", saved.functions, members.len());
+            return Err(StateError::Decode { unit: self.id(), reason }.into());
+        }
+        let deadline = Instant::now() + LOAD_LIMIT;
+        let failures: Vec<_> = members
+            .iter()
+            .filter_map(|member| match member.wait(deadline) {
+                Ok(_) => None,
+                Err(Late::Failed(reason)) => Some(reason),
+                Err(Late::Deadline) => Some(format!("a device did not take its state within {LOAD_LIMIT:?}")),
+            })
+            .collect();
+        if failures.is_empty() { Ok(()) } else { Err(UnitError::failed(failures.join("; "))) }
+    }
+
+    fn start(&self) -> Result<(), UnitError> {
+        Ok(())
+    }
+}
