@@ -30,9 +30,11 @@ pub struct Need {
 }
 
 /// What the nested lab runs on.
-pub const LAB: [Need; 2] = [
+pub const LAB: [Need; 3] = [
     Need { program: "qemu-system-x86_64", major: 10, package: "qemu-system-x86", suite: Some(BACKPORTS) },
     Need { program: "xz", major: 0, package: "xz-utils", suite: None },
+    // Makes the disk of the guest in Wherry.
+    Need { program: "mke2fs", major: 0, package: "e2fsprogs", suite: None },
 ];
 
 /// What only the workspace's own tests use.

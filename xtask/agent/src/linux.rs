@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::checks::Checks;
 use crate::kernel_log;
 use crate::serial::Serial;
-use crate::wherry::{self, Vmm, path};
+use crate::wherry::{self, Vmm};
 
 /// The guest is emulated in an emulated machine: seconds become tens of seconds.
 const BOOT: Duration = Duration::from_secs(120);
@@ -163,24 +163,18 @@ fn migrate(guest: Guest, round: u32) -> Result<Guest> {
         format!("tcp:127.0.0.1:{}", 7000 + round)
     };
     let target = Vmm::start(&name, &["receive", "--listen", &address])?;
-    let Guest { vmm: mut source, serial: old_serial, .. } = guest;
+    let Guest { vmm: source, serial: old_serial, .. } = guest;
     let start = Instant::now();
-    let mut arguments = vec!["migrate", "--api", path(&source.api), "--to", &address, "--json"];
-    match round % 3 {
+    let how: &[&str] = match round % 3 {
         // Checked by hash as well.
-        2 => arguments.push("--verify"),
+        2 => &["--verify"],
         // The guest works on while its memory follows.
-        0 => arguments.extend(["--mode", "postcopy"]),
-        _ => {}
-    }
-    let report =
-        wherry::run(&arguments, MIGRATION).with_context(|| format!("the target says {:?}", target.status()))?;
-    let report: serde_json::Value = serde_json::from_str(&report).with_context(|| format!("no report: {report}"))?;
-    let blackout = report["blackout"]["total_us"].as_u64().context("the report has no blackout.total_us")?;
+        0 => &["--mode", "postcopy"],
+        _ => &[],
+    };
+    let blackout = wherry::migrate(source, &target, &address, how, MIGRATION)?;
     println!("lab: migration {round} took {:.1} s, blackout {blackout} us", start.elapsed().as_secs_f64());
     drop(old_serial);
-    let status = source.wait(COMMAND).context("the source of a finished migration must go away")?;
-    ensure!(status.success(), "the source ended with {status} after its guest had moved");
     let serial = Serial::connect(&target.serial, COMMAND)?;
     Ok(Guest { vmm: target, serial, ..guest })
 }

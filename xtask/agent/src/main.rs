@@ -3,9 +3,13 @@
 //! Says what it found on the serial port, in lines that `xtask/src/lab/report.rs` reads.
 
 mod checks;
+mod devices;
+mod echo;
 mod kernel_log;
 mod kvm;
 mod linux;
+mod network;
+mod ping;
 mod serial;
 mod wherry;
 
@@ -38,12 +42,19 @@ enum Command {
         #[arg(long, default_value = "")]
         label: String,
     },
+    /// Run a Linux guest in Wherry with its root on a disk and a network device, and migrate it.
+    Devices {
+        /// More moves.
+        #[arg(long)]
+        full: bool,
+    },
 }
 
 fn main() -> ExitCode {
     let good = match Arguments::parse().command {
         Command::Kvm => Checks::plan("", &["kvm".to_owned()]).check("kvm", kvm::probe).is_ok(),
         Command::Linux { full, kernel, label } => linux::run(full, &kernel, &label),
+        Command::Devices { full } => devices::run(full),
     };
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

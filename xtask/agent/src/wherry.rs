@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use wherry_netlab::Namespace;
 
 /// A Wherry process that owns, or waits for, a VM.
 #[derive(Debug)]
@@ -20,10 +21,18 @@ pub struct Vmm {
 impl Vmm {
     /// Starts `wherry ARGUMENTS --api … --serial …` and waits until its API answers.
     pub fn start(name: &str, arguments: &[&str]) -> Result<Self> {
+        Self::start_in(None, name, arguments)
+    }
+
+    /// The same, in a network namespace.
+    pub fn start_in(namespace: Option<&Namespace>, name: &str, arguments: &[&str]) -> Result<Self> {
         let api = PathBuf::from(format!("/tmp/{name}.api"));
         let serial = PathBuf::from(format!("/tmp/{name}.serial"));
         let mut command = Command::new("wherry");
         command.args(arguments).arg("--api").arg(&api).arg(format!("--serial=socket:{}", serial.display()));
+        if let Some(namespace) = namespace {
+            namespace.hold(&mut command)?;
+        }
         let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("cannot start {command:?}"))?;
         let mut vmm = Self { child, name: name.to_owned(), api, serial };
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -57,6 +66,19 @@ impl Drop for Vmm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Moves the guest of `source` to `target`, which waits at `address`; `how` is what else `wherry migrate` is told. The
+/// source has ended when this returns. Gives the blackout in microseconds.
+pub fn migrate(mut source: Vmm, target: &Vmm, address: &str, how: &[&str], limit: Duration) -> Result<u64> {
+    let mut arguments = vec!["migrate", "--api", path(&source.api), "--to", address, "--json"];
+    arguments.extend(how);
+    let report = run(&arguments, limit).with_context(|| format!("the target says {:?}", target.status()))?;
+    let report: serde_json::Value = serde_json::from_str(&report).with_context(|| format!("no report: {report}"))?;
+    let blackout = report["blackout"]["total_us"].as_u64().context("the report has no blackout.total_us")?;
+    let status = source.wait(limit).context("the source of a finished migration must go away")?;
+    ensure!(status.success(), "the source ended with {status} after its guest had moved");
+    Ok(blackout)
 }
 
 /// Runs a `wherry` command to its end and returns what it printed; it must succeed.

@@ -2,6 +2,7 @@
 //!
 //! *outer* is the machine that QEMU emulates; Wherry runs in it. *inner* is the guest that Wherry runs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use super::initramfs::Initramfs;
 use super::packages::{Kernel, Packages};
+use super::root::RootTree;
 use crate::debian;
 use crate::process::{Next, command, stream};
 
@@ -23,6 +25,12 @@ const KVM_MODULES: [&str; 1] = ["kvm-amd"];
 
 const OUTER_INIT: &str = include_str!("outer-init.sh");
 const INNER_INIT: &str = include_str!("inner-init.sh");
+const ROOT_INIT: &str = include_str!("root-init.sh");
+
+/// Modules of the inner kernel for a guest with devices.
+const INNER_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "ext4"];
+/// Modules of the outer kernel for the network that such a guest is in.
+const NETWORK_MODULES: [&str; 3] = ["tun", "veth", "bridge"];
 
 /// The directory where the lab keeps everything.
 pub fn home() -> PathBuf {
@@ -58,13 +66,38 @@ impl Images {
         archive.copy("bin/busybox", 0o755, &self.busybox)?;
         archive.symlink("bin/sh", "busybox");
         archive.file("init", 0o755, INNER_INIT.as_bytes());
-        let stress = "usr/bin/stress-ng";
-        archive.copy(stress, 0o755, &self.packages.tree("stress-ng", None)?.join(stress))?;
-        for (name, file) in self.packages.libraries("stress-ng", stress)? {
-            let place = if name.starts_with("ld-linux") { "lib64" } else { "usr/lib/x86_64-linux-gnu" };
-            archive.copy(&format!("{place}/{name}"), 0o755, &file)?;
+        for (place, file) in self.program("stress-ng", "usr/bin/stress-ng")? {
+            archive.copy(&place, 0o755, &file)?;
         }
         write(&home().join("inner.cpio"), archive)
+    }
+
+    /// Writes the initial RAM file system of an inner guest whose root is on its disk: it loads drivers and goes there.
+    fn inner_root_initramfs(&self) -> Result<PathBuf> {
+        let mut archive = Initramfs::new();
+        archive.copy("bin/busybox", 0o755, &self.busybox)?;
+        archive.symlink("bin/sh", "busybox");
+        archive.file("init", 0o755, ROOT_INIT.as_bytes());
+        archive.modules(&self.inner.modules, &INNER_MODULES)?;
+        write(&home().join("inner-root.cpio"), archive)
+    }
+
+    /// Writes the image of that disk: busybox, a shell that takes commands on the serial port.
+    fn inner_root(&self) -> Result<PathBuf> {
+        let mut tree = RootTree::new(&home())?;
+        tree.copy("bin/busybox", &self.busybox)?;
+        tree.script("init", INNER_INIT)?;
+        tree.image(&home().join("root.img"))
+    }
+
+    /// A program of a package and the libraries it needs: where each is to be, and where it is now.
+    fn program(&self, package: &str, program: &str) -> Result<Vec<(String, PathBuf)>> {
+        let mut files = vec![(program.to_owned(), self.packages.tree(package, None)?.join(program))];
+        for (name, file) in self.packages.libraries(package, program)? {
+            let place = if name.starts_with("ld-linux") { "lib64" } else { "usr/lib/x86_64-linux-gnu" };
+            files.push((format!("{place}/{name}"), file));
+        }
+        Ok(files)
     }
 
     /// Writes an outer initial RAM file system: busybox, KVM's modules, the inner guest, and the `content`.
@@ -73,7 +106,12 @@ impl Images {
         archive.copy("bin/busybox", 0o755, &self.busybox)?;
         archive.symlink("bin/sh", "busybox");
         archive.file("init", 0o755, OUTER_INIT.as_bytes());
-        let modules: Vec<&str> = KVM_MODULES.into_iter().chain(content.modules.iter().map(String::as_str)).collect();
+        let mut modules: Vec<&str> =
+            KVM_MODULES.into_iter().chain(content.modules.iter().map(String::as_str)).collect();
+        if content.devices {
+            modules.extend(NETWORK_MODULES);
+            self.add_devices(&mut archive)?;
+        }
         archive.modules(&self.outer.modules, &modules)?;
         for binary in binaries(&content.binaries)? {
             archive.copy(&format!("lab/bin/{}", file_name(&binary)), 0o755, &binary)?;
@@ -86,6 +124,26 @@ impl Images {
         }
         archive.file("lab/script", 0o755, content.script.as_bytes());
         write(&home().join(format!("{name}.cpio")), archive)
+    }
+
+    /// Adds what a guest with a disk and a network needs around it: the disk, `ip` for the network, `e2fsck`.
+    fn add_devices(&self, archive: &mut Initramfs) -> Result<()> {
+        archive.copy("lab/root.img", 0o644, &self.inner_root()?)?;
+        archive.copy("lab/inner-root.cpio", 0o644, &self.inner_root_initramfs()?)?;
+        // Once each: both programs have libraries in common.
+        let mut files = BTreeMap::new();
+        for (package, program, place) in
+            [("iproute2", "bin/ip", "lab/bin/ip"), ("e2fsprogs", "sbin/e2fsck", "lab/bin/e2fsck")]
+        {
+            for (at, file) in self.program(package, program)? {
+                // Where PATH has it before what busybox calls so.
+                files.insert(if at == program { place.to_owned() } else { at }, file);
+            }
+        }
+        for (place, file) in files {
+            archive.copy(&place, 0o755, &file)?;
+        }
+        Ok(())
     }
 }
 
@@ -100,6 +158,8 @@ pub struct Content {
     pub modules: Vec<String>,
     /// Files to be put in `/lab/files`.
     pub files: Vec<PathBuf>,
+    /// The inner guest's disk and what its network is made with.
+    pub devices: bool,
 }
 
 fn file_name(path: &Path) -> &str {

@@ -20,5 +20,8 @@ while read -r token command; do
     eval "$command"
     echo "=$token $?"
 done
+# Where the root is on a disk, everything has to be on it.
+sync
+mount -o remount,ro / 2>/dev/null
 echo "INNER BYE"
 poweroff -f

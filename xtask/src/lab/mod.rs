@@ -2,16 +2,18 @@
 //!
 //! QEMU emulates a machine with SVM (*outer*), Wherry runs in that, and an ordinary guest (*inner*) runs in Wherry.
 //! See `docs/lab.md`. [`packages`] fetches stock kernels and programs, [`initramfs`] and [`images`] pack them,
-//! [`qemu`] runs the machine, [`report`] reads what it says.
+//! [`root`] makes the guest's disk, [`qemu`] runs the machine, [`report`] reads what it says.
 //!
 //! A new lab is a module like [`linux`]: a script for the outer machine, what the machine must have, a deadline.
 
+mod devices;
 mod images;
 mod initramfs;
 mod linux;
 mod packages;
 mod qemu;
 mod report;
+mod root;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -40,6 +42,12 @@ pub enum Lab {
         #[arg(long)]
         full: bool,
     },
+    /// A stock Linux guest with its root on a disk of Wherry's and a network device, moved while files, ping and TCP run.
+    Devices {
+        /// More moves.
+        #[arg(long)]
+        full: bool,
+    },
     /// Boot the outer machine with the present Wherry and run a shell script of yours in it.
     Run {
         /// The script; /lab/bin/wherry, /lab/vmlinuz and /lab/inner.cpio are there for it.
@@ -54,6 +62,9 @@ pub enum Lab {
         /// Devices for the machine, in the words of QEMU's -device.
         #[arg(long)]
         device: Vec<String>,
+        /// Put the inner guest's disk there too (/lab/root.img, /lab/inner-root.cpio), `ip` and e2fsck.
+        #[arg(long)]
+        devices: bool,
         /// Give the machine an Intel IOMMU.
         #[arg(long)]
         iommu: bool,
@@ -75,16 +86,18 @@ pub fn run(lab: Lab) -> Result<Tally> {
     std::fs::create_dir_all(home()).with_context(|| format!("cannot create {}", home().display()))?;
     match lab {
         Lab::Linux { full } => linux::run(full),
+        Lab::Devices { full } => devices::run(full),
         Lab::Direct => direct(),
         Lab::Kvm => {
             let content =
                 Content { script: "lab-agent kvm".to_owned(), binaries: vec!["lab-agent"], ..Content::default() };
             Outer::prepare("kvm", &content)?.run(Duration::from_secs(120))
         }
-        Lab::Run { script, file, module, device, iommu, memory, timeout } => {
+        Lab::Run { script, file, module, device, devices, iommu, memory, timeout } => {
             let text = std::fs::read_to_string(&script).with_context(|| format!("cannot read {}", script.display()))?;
             let binaries = vec!["lab-agent", "wherry"];
-            let mut lab = Outer::prepare("run", &Content { script: text, binaries, modules: module, files: file })?;
+            let content = Content { script: text, binaries, modules: module, files: file, devices };
+            let mut lab = Outer::prepare("run", &content)?;
             lab.machine.devices = device;
             lab.machine.iommu = iommu;
             lab.machine.memory = memory;

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The first process of the emulated machine: make it usable, run /lab/script, power off.
 /bin/busybox --install -s /bin
-export PATH=/bin:/lab/bin HOME=/tmp RUST_BACKTRACE=1
+export PATH=/lab/bin:/bin HOME=/tmp RUST_BACKTRACE=1
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

@@ -3,7 +3,7 @@
 //! A package is fetched with `apt-get download` and unpacked with `dpkg -x` into the lab's cache, where it stays:
 //! a tree is renamed into place when it is complete, so that what exists is whole. Nothing outside the cache changes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -76,7 +76,12 @@ impl Packages {
     /// Packages are fetched only while a library is missing, so that what is merely recommended or loaded at run
     /// time (graphics drivers, for one) stays out.
     pub fn libraries(&self, package: &str, program: &str) -> Result<Vec<(String, PathBuf)>> {
-        let mut known = vec![package.to_owned()];
+        // Remembered beside the trees: to find them again takes minutes.
+        let list = self.root.join(format!("{package}-{}.libraries", program.replace('/', "-")));
+        if let Some(found) = self.remembered(&list) {
+            return Ok(found);
+        }
+        let mut known = Known { packages: vec![package.to_owned()], ..Known::default() };
         let mut found = Vec::new();
         let mut seen = BTreeSet::new();
         let mut open = vec![self.tree(package, None)?.join(program)];
@@ -91,37 +96,77 @@ impl Packages {
                 }
             }
         }
+        let lines: String = found
+            .iter()
+            .filter_map(|(name, path)| Some(format!("{name} {}\n", path.strip_prefix(&self.root).ok()?.display())))
+            .collect();
+        let partial = list.with_extension("partial");
+        std::fs::write(&partial, lines).with_context(|| format!("cannot write {}", partial.display()))?;
+        std::fs::rename(&partial, &list).with_context(|| format!("cannot rename it to {}", list.display()))?;
         Ok(found)
     }
 
+    /// What a list says, if it is there and all of its files are.
+    fn remembered(&self, list: &Path) -> Option<Vec<(String, PathBuf)>> {
+        let text = std::fs::read_to_string(list).ok()?;
+        let found = text.lines().map(|line| {
+            let (name, path) = line.split_once(' ')?;
+            let path = self.root.join(path);
+            path.is_file().then(|| (name.to_owned(), path))
+        });
+        found.collect()
+    }
+
     /// Looks for a library in the `known` packages and then in what they depend on; what is fetched becomes known.
-    fn find_library(&self, known: &mut Vec<String>, library: &str) -> Result<PathBuf> {
+    fn find_library(&self, known: &mut Known, library: &str) -> Result<PathBuf> {
         let mut looked = 0;
-        let mut expanded = 0;
         loop {
-            while looked < known.len() {
-                let tree = self.tree(&known[looked], None)?;
-                for dir in ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib", "lib"] {
-                    let path = tree.join(dir).join(library);
-                    if path.is_file() {
-                        return Ok(path);
-                    }
+            while looked < known.packages.len() {
+                if let Some(path) = library_in(&self.tree(&known.packages[looked], None)?, library) {
+                    return Ok(path);
                 }
                 looked += 1;
             }
             // One package at a time: most libraries are found before everything has been fetched.
             let next = loop {
-                let Some(package) = known.get(expanded) else {
-                    bail!("none of {} packages has it", known.len());
-                };
-                match depends(package)?.into_iter().find(|name| !known.contains(name)) {
-                    Some(next) => break next,
-                    None => expanded += 1,
+                if let Some(next) = known.open.pop_front() {
+                    if known.packages.contains(&next) {
+                        continue;
+                    }
+                    break next;
                 }
+                if known.expanded == known.packages.len() {
+                    bail!("none of {} packages has it", known.packages.len());
+                }
+                // All at once: each question has apt read all of its lists.
+                let depends = depends(&known.packages[known.expanded..])?;
+                known.expanded = known.packages.len();
+                // What has a library is named so (Debian policy 8.1): interpreters and helpers have none of these.
+                known.open.extend(depends.into_iter().filter(|name| name.contains("lib")));
             };
-            known.push(next);
+            known.packages.push(next);
         }
     }
+}
+
+/// Packages in which libraries are looked for, as far as they have had to be.
+#[derive(Debug, Default)]
+struct Known {
+    packages: Vec<String>,
+    /// What the first of them depend on is in `open`, or known.
+    expanded: usize,
+    open: VecDeque<String>,
+}
+
+/// A library in the tree of a package: where the loader looks, or in a directory of the package's own.
+fn library_in(tree: &Path, library: &str) -> Option<PathBuf> {
+    let own = std::fs::read_dir(tree.join("usr/lib/x86_64-linux-gnu")).into_iter().flatten().flatten();
+    ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib", "lib"]
+        .map(|dir| tree.join(dir))
+        .into_iter()
+        .chain(own.map(|entry| entry.path()))
+        .map(|dir| dir.join(library))
+        .find(|path| path.is_file())
 }
 
 /// Downloads one package into `partial` and unpacks it into `partial/tree`.
@@ -162,9 +207,16 @@ fn download(package: &str, suite: Option<&str>, dir: &Path) -> Result<PathBuf> {
     bail!("apt-get download {wanted} left no file")
 }
 
-/// The packages that `package` depends on: the first of each group of alternatives.
-fn depends(package: &str) -> Result<Vec<String>> {
-    Ok(names(&field(package, None, "Depends")?).collect())
+/// The packages that any of these depends on: the first of each group of alternatives.
+fn depends(packages: &[String]) -> Result<Vec<String>> {
+    let shown = text(Command::new("apt-cache").args(["show", "--no-all-versions"]).args(packages))?;
+    Ok(dependencies(&shown))
+}
+
+/// The same, from what `apt-cache show` says.
+fn dependencies(shown: &str) -> Vec<String> {
+    let fields = shown.lines().filter_map(|line| line.strip_prefix("Depends: ").or(line.strip_prefix("Pre-Depends: ")));
+    fields.flat_map(names).collect()
 }
 
 /// A field of the candidate version of a package.
@@ -204,6 +256,8 @@ mod tests {
             names("libc6 (>= 2.36), libegl1:any, a | b (= 2), linux-image-6.12.95+deb12-amd64 (= 1)").collect();
         assert_eq!(read, ["libc6", "libegl1", "a", "linux-image-6.12.95+deb12-amd64"]);
         assert_eq!(names("").count(), 0);
+        let shown = "Package: a\nPre-Depends: b (>= 1)\nDepends: c, d\nSuggests: x\n\nPackage: e\nDepends: f\n";
+        assert_eq!(dependencies(shown), ["b", "c", "d", "f"]);
     }
 
     #[test]
@@ -213,6 +267,33 @@ mod tests {
         std::fs::create_dir(&tree).unwrap();
         let packages = Packages::new(root.path().to_owned());
         assert_eq!(packages.tree("wherry-no-such-package", None).unwrap(), tree);
+    }
+
+    #[test]
+    fn a_library_is_found_where_the_loader_looks_and_in_a_directory_of_its_packages_own() {
+        let tree = tempfile::tempdir().unwrap();
+        let own = tree.path().join("usr/lib/x86_64-linux-gnu/ceph");
+        std::fs::create_dir_all(&own).unwrap();
+        std::fs::write(own.join("liba.so.2"), "").unwrap();
+        assert_eq!(library_in(tree.path(), "liba.so.2"), Some(own.join("liba.so.2")));
+        let usual = tree.path().join("lib/x86_64-linux-gnu");
+        std::fs::create_dir_all(&usual).unwrap();
+        std::fs::write(usual.join("liba.so.2"), "").unwrap();
+        assert_eq!(library_in(tree.path(), "liba.so.2"), Some(usual.join("liba.so.2")));
+        assert_eq!(library_in(tree.path(), "libb.so.1"), None);
+    }
+
+    #[test]
+    fn libraries_are_remembered_as_long_as_all_of_them_are_there() {
+        let root = tempfile::tempdir().unwrap();
+        let packages = Packages::new(root.path().to_owned());
+        std::fs::create_dir(root.path().join("liba")).unwrap();
+        std::fs::write(root.path().join("liba/liba.so"), "").unwrap();
+        std::fs::write(root.path().join("p-bin-p.libraries"), "liba.so liba/liba.so\n").unwrap();
+        let found = packages.libraries("p", "bin/p").unwrap();
+        assert_eq!(found, [("liba.so".to_owned(), root.path().join("liba/liba.so"))]);
+        std::fs::remove_file(root.path().join("liba/liba.so")).unwrap();
+        assert!(packages.remembered(&root.path().join("p-bin-p.libraries")).is_none());
     }
 
     #[test]
