@@ -1,20 +1,16 @@
 //! What can go wrong between a back end and its front end.
 
 use std::io;
-use std::path::PathBuf;
+
+use wherry_socket::SocketError;
 
 /// A back end cannot serve, or not any more.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BackendError {
     /// The socket cannot be listened on.
-    #[error("listening on {}: {source}", path.display())]
-    Listen {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Listen(#[from] SocketError),
     /// A system call failed.
     #[error("{what}: {source}")]
     Os {

@@ -1,12 +1,12 @@
 //! The socket of a back end: one front end is served after the other, by the same device.
 
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_socket::{SocketError, SocketFile};
 
 use crate::session::Session;
 use crate::wire::{Connection, borrow};
@@ -15,23 +15,23 @@ use crate::{BackendError, Device};
 /// Listens for front ends. The socket goes with it.
 pub struct Server {
     listener: UnixListener,
-    path: PathBuf,
+    file: SocketFile,
     quit: EventFd,
 }
 
 impl Server {
     /// Listens at a path. A socket that nobody listens on any more is replaced.
     pub fn bind(path: &Path) -> Result<Self, BackendError> {
-        let failed = |source| BackendError::Listen { path: path.into(), source };
-        let dead = std::fs::symlink_metadata(path).is_ok_and(|there| there.file_type().is_socket())
-            && UnixStream::connect(path).is_err_and(|e| e.kind() == std::io::ErrorKind::ConnectionRefused);
-        if dead {
-            std::fs::remove_file(path).map_err(failed)?;
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        let this = Self { listener, path: path.into(), quit: EventFd::new(EFD_NONBLOCK).map_err(failed)? };
+        let (listener, file) = SocketFile::bind(path)?;
+        let failed = |source| BackendError::Listen(SocketError::Os { what: "making", path: path.into(), source });
+        let this = Self { listener, file, quit: EventFd::new(EFD_NONBLOCK).map_err(failed)? };
         this.listener.set_nonblocking(true).map_err(failed)?;
         Ok(this)
+    }
+
+    /// Removes the socket: for a process that ends without dropping this.
+    pub fn remove(&self) {
+        self.file.remove();
     }
 
     /// Has [`run`](Self::run) return. It works from a signal handler, too: it writes to an eventfd.
@@ -79,10 +79,4 @@ impl Server {
 /// Serves the front end at the other end of a socket, until it goes or `quit` is readable.
 pub fn serve(stream: UnixStream, device: &dyn Device, quit: &EventFd) -> Result<(), BackendError> {
     Session::new(Connection::new(stream, quit)?, device).run()
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
 }

@@ -3,14 +3,12 @@
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixDatagram, UnixListener};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::net::SocketAddrAny;
+use wherry_socket::{SocketError, SocketFile};
 
 use crate::endpoint::poll;
 use crate::socket::Socket;
@@ -23,22 +21,6 @@ pub struct Listener {
     local: Endpoint,
     file: Option<Arc<SocketFile>>,
     tls: Option<Tls>,
-}
-
-/// The file of a UNIX socket, removed on drop if it still is the one that was made.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if std::fs::symlink_metadata(&self.path).is_ok_and(|m| (m.dev(), m.ino()) == self.identity) {
-            // Somebody else may have removed it meanwhile.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }
 
 /// Readable when somebody has connected.
@@ -73,44 +55,27 @@ impl Listener {
                 (listener.into(), local, None)
             }
             Endpoint::Unix(path) => {
-                Self::clear_stale(path).map_err(|(reason, e)| failed(reason, e))?;
-                let listener = UnixListener::bind(path).map_err(|e| match e.kind() {
-                    io::ErrorKind::AddrInUse => failed("somebody else made the socket meanwhile".into(), Some(e)),
-                    io::ErrorKind::NotFound => failed("its directory does not exist".into(), Some(e)),
-                    _ => explain(e),
+                let (listener, file) = SocketFile::bind(path).map_err(|error| {
+                    let reason = match &error {
+                        SocketError::InUse(_) => {
+                            "another process listens on that socket; choose another path".to_owned()
+                        }
+                        SocketError::NotASocket(_) => {
+                            "the path exists and is not a socket; remove it or choose another".to_owned()
+                        }
+                        SocketError::Os { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                            "its directory does not exist".to_owned()
+                        }
+                        SocketError::Os { what, source, .. } => format!("{what} it: {source}"),
+                    };
+                    failed(reason, Some(error.into()))
                 })?;
-                let metadata = std::fs::symlink_metadata(path).map_err(explain)?;
-                let file = SocketFile { path: path.clone(), identity: (metadata.dev(), metadata.ino()) };
                 listener.set_nonblocking(true).map_err(explain)?;
                 (listener.into(), endpoint.clone(), Some(Arc::new(file)))
             }
         };
         let tcp = file.is_none();
         Ok(Self { socket: Arc::new(Socket::new(fd, tcp)), local, file, tls: None })
-    }
-
-    /// Removes a socket file that nobody listens on.
-    fn clear_stale(path: &Path) -> Result<(), (String, Option<io::Error>)> {
-        let metadata = match std::fs::symlink_metadata(path) {
-            Ok(metadata) => metadata,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err((format!("cannot look at the path: {e}"), Some(e))),
-        };
-        if !metadata.file_type().is_socket() {
-            return Err(("the path exists and is not a socket; remove it or choose another".into(), None));
-        }
-        // A datagram socket cannot be connected to a stream listener, which says whether one is there without making a
-        // connection that it would have to deal with.
-        match UnixDatagram::unbound().and_then(|probe| probe.connect(path)) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)
-                .or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(e) })
-                .map_err(|e| (format!("cannot remove the socket of a listener that is gone: {e}"), Some(e))),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(e) if e.raw_os_error() != Some(libc::EPROTOTYPE) => {
-                Err((format!("cannot tell whether the socket is in use: {e}"), Some(e)))
-            }
-            _ => Err(("another process listens on that socket; choose another path".into(), None)),
-        }
     }
 
     /// Requires TLS of everybody who connects from now on. See [`Connection::require_tls`].

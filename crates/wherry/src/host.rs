@@ -4,7 +4,6 @@
 //! service says: the guest has powered off, the user has stopped it, it has moved away. SIGINT, SIGTERM and SIGHUP are a `stop`.
 //! A second one ends the process at once.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
@@ -102,7 +101,7 @@ impl Host {
         let service = Service::new(Arc::new(KvmEngine), policy);
         let listener = socket.listener().context("using the API socket")?;
         let server = Server::start(listener, service.clone()).context("starting the API thread")?;
-        signals(service.clone(), process.api.clone())?;
+        signals(service.clone())?;
         Ok(Self { service, server, socket })
     }
 
@@ -111,6 +110,8 @@ impl Host {
         let ending = self.service.wait_for_end();
         self.server.stop();
         drop(self.socket);
+        // The machine ends with the process, without being dropped.
+        wherry_socket::remove_all();
         restore_terminal();
         let info = self.service.info();
         if info.state == VmState::Stopped
@@ -128,7 +129,7 @@ impl Host {
 }
 
 /// Takes SIGINT, SIGTERM and SIGHUP (the terminal is gone) as a request to stop.
-fn signals(service: Arc<Service>, api: PathBuf) -> Result<()> {
+fn signals(service: Arc<Service>) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let runtime = crate::runtime()?;
     let (mut interrupt, mut terminate, mut hangup) = {
@@ -151,7 +152,7 @@ fn signals(service: Arc<Service>, api: PathBuf) -> Result<()> {
                 if asked {
                     let in_doubt = service.info().state == VmState::InDoubt;
                     eprintln!("error: ended by a second signal while the VM was {}", service.info().state);
-                    let _ = std::fs::remove_file(&api);
+                    wherry_socket::remove_all();
                     restore_terminal();
                     std::process::exit(if in_doubt { IN_DOUBT } else { DID_NOT }.into());
                 }

@@ -25,7 +25,7 @@ fn a_destination_without_the_right_console_is_refused_by_name_and_the_vm_runs_on
     let _here = run(&place, &here);
     let wrong: [(&[&str], &str); 3] = [
         (&[], "a --console for it"),
-        (&["--console", &here], "another process listens there"),
+        (&["--console", &here], "another process listens on the socket"),
         (&["--console", "file:/nonexistent/log"], "/nonexistent/log"),
     ];
     for (n, (console, word)) in wrong.into_iter().enumerate() {

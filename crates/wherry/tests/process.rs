@@ -96,6 +96,31 @@ fn a_socket_in_use_is_refused_and_a_left_over_one_replaced() {
 }
 
 #[test]
+fn sockets_of_the_guests_ports_go_with_the_process_and_those_of_a_killed_one_are_replaced() {
+    if !kvm("sockets_of_the_guests_ports_go_with_the_process_and_those_of_a_killed_one_are_replaced") {
+        return;
+    }
+    let place = Place::new();
+    let ports = ["serial", "console"].map(|name| place.path(name));
+    let (serial, console) = (format!("socket:{}", ports[0].display()), format!("unix:{}", ports[1].display()));
+    let more = ["--serial", &serial, "--console", &console];
+    for end in ["stop", "kill", "signal"] {
+        let mut vm = place.run_with("vm", &more, &[]);
+        assert!(ports.iter().all(|path| path.exists()));
+        match end {
+            "kill" => vm.kill(),
+            "stop" => assert_eq!(place.control("vm", &["stop"]).status.code(), Some(0)),
+            _ => vm.signal(Signal::TERM),
+        }
+        if end != "kill" {
+            assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
+        }
+        let left: Vec<_> = ports.iter().filter(|path| path.exists()).collect();
+        assert_eq!(left.len(), if end == "kill" { 2 } else { 0 }, "after {end}: {left:?}");
+    }
+}
+
+#[test]
 fn missing_and_foreign_sockets_are_told_apart() {
     let place = Place::new();
     let output = place.control("nowhere", &["status"]);

@@ -20,13 +20,14 @@ mod session;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
+use wherry_socket::SocketFile;
 
 pub use bus::{Bus, DmaError};
 pub use device::{Description, Device, Irq, Migration, Region, Shared};
@@ -188,31 +189,21 @@ impl Host {
 pub struct Server {
     listener: UnixListener,
     /// Removed with the server.
-    path: Option<PathBuf>,
+    _file: Option<SocketFile>,
 }
 
 impl Server {
     /// At a path. A socket that was left there by a process that is gone is replaced.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                match UnixStream::connect(path) {
-                    Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {}
-                    _ => return Err(error),
-                }
-                std::fs::remove_file(path)?;
-                UnixListener::bind(path)?
-            }
-            other => other?,
-        };
+        let (listener, file) = SocketFile::bind(path)?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, path: Some(path.into()) })
+        Ok(Self { listener, _file: Some(file) })
     }
 
     /// At a socket that listens already.
     pub fn on(listener: UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, path: None })
+        Ok(Self { listener, _file: None })
     }
 
     /// Serves clients, one after the other, until it is stopped.
@@ -236,13 +227,5 @@ impl Server {
             }
         }
         Ok(())
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            let _ = std::fs::remove_file(path);
-        }
     }
 }

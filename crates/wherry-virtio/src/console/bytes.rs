@@ -60,7 +60,7 @@ pub(super) struct Bytes {
 impl Bytes {
     pub(super) fn new(outside: Arc<Outside>, shared: Arc<Shared>) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        if let End::Socket(listener) = &outside.end {
+        if let End::Socket(listener, _) = &outside.end {
             epoll::add(&epoll, listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
         }
         let sends = matches!(outside.end, End::Pty { .. });
@@ -82,7 +82,7 @@ impl Bytes {
     /// What bytes go to and come from, if there is something.
     fn stream(&self) -> Option<BorrowedFd<'_>> {
         match &self.outside.end {
-            End::Socket(_) => self.client.as_ref().map(AsFd::as_fd),
+            End::Socket(..) => self.client.as_ref().map(AsFd::as_fd),
             End::Pty { master, .. } => Some(master.as_fd()),
             End::File(file) => (!self.gone).then(|| file.as_fd()),
         }
@@ -111,7 +111,7 @@ impl Bytes {
     }
 
     fn accept(&mut self) {
-        let End::Socket(listener) = &self.outside.end else { return };
+        let End::Socket(listener, _) = &self.outside.end else { return };
         if let Ok((stream, _)) = listener.accept()
             && stream.set_nonblocking(true).is_ok()
         {
@@ -164,7 +164,7 @@ impl Bytes {
     fn lost(&mut self, error: Errno) {
         match &self.outside.end {
             // What it has sent before is read when its end is seen.
-            End::Socket(_) => {}
+            End::Socket(..) => {}
             End::Pty { .. } => tracing::warn!(%error, "console at {}: writing", self.outside.path().display()),
             End::File(_) => {
                 tracing::error!(%error, "console at {}: its output is lost from here on", self.outside.path().display());

@@ -3,12 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::pty::OpenptFlags;
+use wherry_socket::{SocketError, SocketFile};
 
 /// What a console is to be connected to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,8 +25,11 @@ pub enum ConsoleTarget {
 /// The other end of a console cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum OutsideError {
-    /// Somebody else has it.
-    #[error("console at {}: another process listens there; it may be that of a VM that runs", .0.display())]
+    /// The socket cannot be listened on.
+    #[error("console: {0}; it may be that of a VM that runs")]
+    Socket(#[from] SocketError),
+    /// Somebody else has the pseudo-terminal.
+    #[error("console at {}: another process has it; it may be that of a VM that runs", .0.display())]
     InUse(PathBuf),
     /// There is something else where the link would be.
     #[error("console at {}: there is something already that is no symbolic link; it is not replaced", .0.display())]
@@ -52,7 +56,7 @@ pub struct Outside {
 
 #[derive(Debug)]
 pub(super) enum End {
-    Socket(UnixListener),
+    Socket(UnixListener, SocketFile),
     /// The master. The terminal itself is held open, or the master would report its end whenever nobody has it open.
     Pty {
         master: OwnedFd,
@@ -66,7 +70,11 @@ impl Outside {
     /// Makes it, or opens it.
     pub fn open(target: &ConsoleTarget) -> Result<Self, OutsideError> {
         let (end, path) = match target {
-            ConsoleTarget::Socket(path) => (End::Socket(listen(path)?), path),
+            ConsoleTarget::Socket(path) => {
+                let (listener, file) = SocketFile::bind(path)?;
+                listener.set_nonblocking(true).map_err(failed(path, "listening"))?;
+                (End::Socket(listener, file), path)
+            }
             ConsoleTarget::Pty(path) => (pty(path)?, path),
             ConsoleTarget::File(path) => {
                 // What another VM, or this one elsewhere, has written before stays. A pipe that nobody reads is refused by
@@ -88,7 +96,7 @@ impl Outside {
     /// Removes what was made at the path, so that nobody new comes. Done at the end at the latest.
     pub fn remove(&self) {
         let ours = match &self.end {
-            End::Socket(_) => true,
+            End::Socket(_, file) => return file.remove(),
             End::Pty { name, .. } => std::fs::read_link(&self.path).is_ok_and(|to| to == *name),
             End::File(_) => false,
         };
@@ -107,22 +115,6 @@ impl Drop for Outside {
 
 fn failed<E: Into<io::Error>>(path: &Path, what: &'static str) -> impl FnOnce(E) -> OutsideError {
     move |source| OutsideError::Io { path: path.into(), what, source: source.into() }
-}
-
-/// Listens on a path, over a socket that a dead process left behind.
-fn listen(path: &Path) -> Result<UnixListener, OutsideError> {
-    if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(failed(path, "removing the socket that a dead process left"))?;
-            }
-            // It answers, or at least somebody holds it.
-            _ => return Err(OutsideError::InUse(path.into())),
-        }
-    }
-    let listener = UnixListener::bind(path).map_err(failed(path, "listening"))?;
-    listener.set_nonblocking(true).map_err(failed(path, "listening"))?;
-    Ok(listener)
 }
 
 /// Makes a pseudo-terminal in raw mode, and a link to it over one that leads nowhere any more.

@@ -376,7 +376,7 @@ fn a_socket_of_a_process_that_lives_is_left_alone_and_ours_is_removed() {
     let lab = Lab::new();
     let outside = Outside::open(&lab.target("s")).unwrap();
     let error = Outside::open(&lab.target("s")).unwrap_err();
-    assert!(matches!(error, OutsideError::InUse(_)) && error.to_string().contains("/s:"), "{error}");
+    assert!(matches!(error, OutsideError::Socket(_)) && error.to_string().contains("/s;"), "{error}");
     drop(outside);
     assert!(!lab.path("s").exists());
     // What a dead process leaves behind.

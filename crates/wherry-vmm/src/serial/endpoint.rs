@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+
+use wherry_socket::SocketFile;
 
 use super::terminal::{EscapeFilter, RawMode, is_ours};
 use super::{EscapeHandler, SerialError};
@@ -28,8 +28,8 @@ pub(super) enum Endpoint {
     Socket {
         /// The socket.
         listener: UnixListener,
-        /// Where it was bound, to be removed.
-        path: PathBuf,
+        /// Its file, which goes with it.
+        _file: SocketFile,
         /// The client.
         client: Option<Client>,
     },
@@ -54,8 +54,9 @@ impl Endpoint {
                 Ok(Self::streams(None, Some(File::create(path).map_err(wrap)?.into()), None)?)
             }
             SerialTarget::Socket(path) => {
-                let listener = listen(path)?;
-                Ok(Endpoint::Socket { listener, path: path.clone(), client: None })
+                let (listener, file) = SocketFile::bind(path)?;
+                listener.set_nonblocking(true).map_err(SerialError::os("listening"))?;
+                Ok(Endpoint::Socket { listener, _file: file, client: None })
             }
             SerialTarget::Stdio => {
                 // Duplicates: closing them leaves the process's own open.
@@ -80,30 +81,4 @@ impl Endpoint {
         let filter = raw.is_some().then(|| EscapeFilter::new(escape));
         Ok(Endpoint::Streams { input, output, filter, _raw: raw })
     }
-}
-
-impl Drop for Endpoint {
-    fn drop(&mut self) {
-        if let Endpoint::Socket { path, .. } = self {
-            // If it is gone already, somebody else tidied up.
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// Listens on a path, over a socket that a dead process left behind.
-fn listen(path: &Path) -> Result<UnixListener, SerialError> {
-    let wrap = |what| move |source| SerialError::Path { what, path: path.to_path_buf(), source };
-    if std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket()) {
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(wrap("removing the stale socket"))?;
-            }
-            // It answers, or at least somebody holds it.
-            _ => return Err(SerialError::InUse(path.to_path_buf())),
-        }
-    }
-    let listener = UnixListener::bind(path).map_err(wrap("listening on"))?;
-    listener.set_nonblocking(true).map_err(wrap("listening on"))?;
-    Ok(listener)
 }

@@ -30,6 +30,7 @@ use std::time::Instant;
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Chip, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_socket::SocketError;
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
 use crate::config::SerialTarget;
@@ -62,9 +63,9 @@ pub enum SerialError {
         /// Why it failed.
         source: io::Error,
     },
-    /// Another process listens on the socket.
-    #[error("serial port: another process listens on {}; choose another path", .0.display())]
-    InUse(PathBuf),
+    /// The socket cannot be listened on.
+    #[error("serial port: {0}; choose another path")]
+    Socket(#[from] SocketError),
     /// Standard input or output, an eventfd or the thread.
     #[error("serial port, {what}: {source}")]
     Os {

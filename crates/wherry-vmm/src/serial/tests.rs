@@ -167,7 +167,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_respected() {
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let (_serial, _) = port(SerialTarget::Socket(path.clone()));
     let error = Serial::new(event(), &SerialTarget::Socket(path.clone()), None).err().unwrap();
-    assert!(matches!(&error, SerialError::InUse(p) if *p == path), "{error}");
+    assert!(matches!(&error, SerialError::Socket(SocketError::InUse(p)) if *p == path), "{error}");
     let file = dir.path().join("file");
     std::fs::write(&file, "precious").unwrap();
     assert!(Serial::new(event(), &SerialTarget::Socket(file.clone()), None).is_err());

@@ -47,7 +47,7 @@ fn serve(socket: &Path, device: &Served) -> Result<u8> {
         Ok(()) => Ok(HAPPENED),
         Err(error @ BackendError::Abandoned(_)) => {
             eprintln!("error: {error}");
-            let _ = std::fs::remove_file(socket);
+            server.remove();
             // The device's thread cannot be waited for.
             exit(DID_NOT.into())
         }

@@ -132,8 +132,11 @@ impl Place {
     fn start_command(&self, api: &str, mut command: Command) -> Vm {
         let path = self.path(api);
         let log = self.path(&format!("{api}.log"));
+        if !command.get_args().any(|argument| argument == "--serial") {
+            command.args(["--serial", "null"]);
+        }
         let child = command
-            .args(["--serial", "null", "--api"])
+            .arg("--api")
             .arg(&path)
             .args(["--die-with", &std::process::id().to_string()])
             .stdout(Stdio::null())
