@@ -199,6 +199,10 @@ pub trait Device: Send + Sync {
     /// Serves on.
     fn start(&self);
 
+    /// The driver has given a ring another vector while it is served: what signals [`Driver::ring_vector`] itself has to ask
+    /// for it again.
+    fn vector_changed(&self, ring: u16);
+
     /// Newest schema of its state.
     fn schema(&self) -> u32;
 

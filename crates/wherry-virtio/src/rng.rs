@@ -128,6 +128,9 @@ impl Device for Rng {
         self.worker.start();
     }
 
+    /// Interrupts go through the transport, which looks each time.
+    fn vector_changed(&self, _ring: u16) {}
+
     fn schema(&self) -> u32 {
         SavedRng::SCHEMA
     }

@@ -82,7 +82,7 @@ pub struct Device {
 pub enum DeviceCommand {
     /// A disk, for `--device vhost-user-blk=SOCKET` or any other vhost-user front end
     Blk(DeviceBlk),
-    /// A network device, for `--device vhost-user=SOCKET,id=1,queues=2` or any other vhost-user front end
+    /// A network device, for `--device vhost-user-net=SOCKET` or any other vhost-user front end
     Net(DeviceNet),
     /// A PCI function for tests, that does DMA into guest RAM: for any vfio-user client
     Testdma(DeviceTestdma),
@@ -236,9 +236,9 @@ pub struct Process {
     /// symbolic link to it) or file:PATH (output is appended). A receiver needs one if the VM has one
     #[arg(long, value_name = "TARGET", value_parser = console)]
     pub console: Option<wherry_vmm::config::ConsoleTarget>,
-    /// A device that another process serves, once for each: vhost-user-blk=SOCKET, or vhost-user=SOCKET,id=N for a virtio
-    /// device of another type; with `,queues=N` it has so many rings. vfio-user=SOCKET is a whole PCI function. A receiver needs
-    /// processes for the same devices in the same order
+    /// A device that another process serves, once for each: vhost-user-blk=SOCKET, vhost-user-net=SOCKET, or vhost-user=SOCKET,id=N
+    /// for a virtio device of another type; with `,queues=N` it has so many rings. vfio-user=SOCKET is a whole PCI function. A
+    /// receiver needs processes for the same devices in the same order
     #[arg(long, value_name = "KIND=SOCKET", value_parser = device)]
     pub device: Vec<DeviceSpec>,
     /// Where the serial port leads: stdio, file:PATH, socket:PATH or null
@@ -597,12 +597,17 @@ fn device(text: &str) -> Result<DeviceSpec, String> {
         "vfio-user" if rest.is_empty() => return Err("give the socket of a device process".into()),
         "vfio-user" => return Ok(DeviceSpec::VfioUser(rest.into())),
         "vhost-user-blk" => Some(2),
+        "vhost-user-net" => Some(1),
         "vhost-user" => None,
-        other => return Err(format!("unknown kind of device {other:?}: use vhost-user-blk, vhost-user or vfio-user")),
+        other => {
+            let kinds = "vhost-user-blk, vhost-user-net, vhost-user or vfio-user";
+            return Err(format!("unknown kind of device {other:?}: use {kinds}"));
+        }
     };
     let mut parts = rest.split(',');
     let socket = parts.next().filter(|path| !path.is_empty()).ok_or("give the socket of a back end")?;
-    let mut queues = 1;
+    // A network device has one ring each way.
+    let mut queues = if kind == "vhost-user-net" { 2 } else { 1 };
     for option in parts {
         let number = |text: &str, most: u16| match text.parse() {
             Ok(number) if (1..=most).contains(&number) => Ok(number),
@@ -610,8 +615,14 @@ fn device(text: &str) -> Result<DeviceSpec, String> {
         };
         match option.split_once('=') {
             Some(("id", value)) if kind == "vhost-user" => id = Some(number(value, 63)?),
-            Some(("queues", value)) => queues = number(value, wherry_vmm::config::MOST_QUEUES)?,
-            _ => return Err(format!("unknown option {option:?} of {kind}: use id=N (of vhost-user) or queues=N")),
+            Some(("queues", value)) if kind != "vhost-user-net" => {
+                queues = number(value, wherry_vmm::config::MOST_QUEUES)?
+            }
+            _ => {
+                return Err(format!(
+                    "unknown option {option:?} of {kind}: id=N belongs to vhost-user, queues=N to vhost-user and vhost-user-blk"
+                ));
+            }
         }
     }
     let id = id.ok_or("vhost-user=SOCKET needs the number of its virtio device type: ,id=N")?;

@@ -141,6 +141,9 @@ impl Device for Net {
         self.worker.start();
     }
 
+    /// Interrupts go through the transport, which looks each time.
+    fn vector_changed(&self, _ring: u16) {}
+
     fn schema(&self) -> u32 {
         SavedNet::SCHEMA
     }

@@ -237,6 +237,9 @@ impl VirtioPci {
             Asked::RingVector(ring, wanted) => {
                 if let Some(slot) = self.shared.ring_vectors.get(usize::from(ring)) {
                     slot.store(vector(wanted), Ordering::Release);
+                    if self.active.load(Ordering::Acquire) {
+                        self.device.vector_changed(ring);
+                    }
                 }
             }
             Asked::Status(wanted) => {

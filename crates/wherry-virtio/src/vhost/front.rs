@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use wherry_memory::Ram;
 
-use super::wire::{Connection, Request, VhostError};
+use super::wire::{Answer, Connection, Posted, Request, VhostError};
 
 /// The protocol has features of its own.
 const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -20,6 +20,7 @@ pub(super) const LOG_ALL: u64 = 1 << 26;
 pub(super) mod protocol {
     pub(in super::super) const MQ: u64 = 1 << 0;
     pub(in super::super) const LOG_SHMFD: u64 = 1 << 1;
+    pub(in super::super) const RARP: u64 = 1 << 2;
     pub(in super::super) const REPLY_ACK: u64 = 1 << 3;
     pub(in super::super) const PAGEFAULT: u64 = 1 << 8;
     pub(in super::super) const CONFIG: u64 = 1 << 9;
@@ -28,7 +29,7 @@ pub(super) mod protocol {
     /// What is used here. Memory slots are not: the blocks of a machine do not change, and with them a table cannot be
     /// sent in postcopy to back ends that follow the document.
     pub(in super::super) const WANTED: u64 =
-        MQ | LOG_SHMFD | REPLY_ACK | PAGEFAULT | CONFIG | INFLIGHT_SHMFD | DEVICE_STATE;
+        MQ | LOG_SHMFD | RARP | REPLY_ACK | PAGEFAULT | CONFIG | INFLIGHT_SHMFD | DEVICE_STATE;
 }
 
 /// How long each message may take.
@@ -53,6 +54,9 @@ const IN_FLIGHT: usize = 20;
 /// Directions of a state.
 const SAVE: u32 = 0;
 const LOAD: u32 = 1;
+/// Bytes that every pipe takes without a reader (pipe(7)), less than which are in it.
+const PIPE: usize = 4096;
+const NOT_TAKEN: &str = "it does not take the state of the device";
 /// Most bytes of the state of a device.
 const MOST_STATE: usize = 4 << 20;
 
@@ -60,6 +64,18 @@ const MOST_STATE: usize = 4 << 20;
 pub(super) struct InFlight {
     fd: OwnedFd,
     described: Vec<u8>,
+}
+
+/// What a ring needs to be served.
+pub(super) struct RingStart<'a> {
+    pub(super) index: u16,
+    pub(super) size: u16,
+    /// Next entry of the available ring to take.
+    pub(super) next: u16,
+    pub(super) at: RingAddresses,
+    /// What the back end signals, if anything.
+    pub(super) call: Option<BorrowedFd<'a>>,
+    pub(super) kick: BorrowedFd<'a>,
 }
 
 /// A back end, as it presents itself.
@@ -156,6 +172,15 @@ impl Front {
     /// Writes part of the device's configuration, as a driver does.
     pub(super) fn set_config(&self, offset: u32, content: &[u8]) -> Result<(), VhostError> {
         self.set(Request::SetConfig, &config_payload(offset, content), &[])
+    }
+
+    /// Has a network device tell the network that the guest with this address is here now, if it can.
+    pub(super) fn announce(&self, address: [u8; 6]) -> Result<(), VhostError> {
+        let [a, b, c, d, e, f] = address;
+        match self.has(protocol::RARP) {
+            true => self.set(Request::SendRarp, &[a, b, c, d, e, f, 0, 0], &[]),
+            false => Ok(()),
+        }
     }
 
     /// What the driver has taken; with `log` the back end logs what it writes.
@@ -284,14 +309,28 @@ impl Front {
     /// Gives it the state of such a device, before any ring is started.
     pub(super) fn load(&self, state: &[u8]) -> Result<(), VhostError> {
         let (reader, writer) = self.pipe()?;
-        self.state(LOAD, reader.as_fd())?;
-        drop(reader);
-        write_all(&writer, state, self.limit()).map_err(|e| {
-            let reason = format!("writing the state of its device: {e}");
-            self.connection.wrong(Request::SetDeviceStateFd, reason)
-        })?;
+        let failed = |e: std::io::Error| {
+            self.connection.wrong(Request::SetDeviceStateFd, format!("writing the state of its device: {e}"))
+        };
+        if state.len() > PIPE {
+            self.state(LOAD, reader.as_fd())?;
+            drop(reader);
+            write_all(&writer, state, self.limit()).map_err(failed)?;
+            drop(writer);
+            return self.check_state(NOT_TAKEN);
+        }
+        // It fits in the pipe: the back end finds all of it there, and we wait for it once instead of twice.
+        write_all(&writer, state, self.limit()).map_err(failed)?;
         drop(writer);
-        self.check_state("it does not take the state of the device")
+        let check = Posted { what: Request::CheckDeviceState, payload: Vec::new(), fd: None };
+        let answers = self.connection.ask_all(&[state_message(LOAD, reader.as_fd()), check])?;
+        match &answers[..] {
+            [ours, checked] => {
+                self.uses_our_pipe(ours)?;
+                self.checked(self.connection.number(Request::CheckDeviceState, checked)?, NOT_TAKEN)
+            }
+            _ => Err(self.connection.wrong(Request::CheckDeviceState, "an answer is missing")),
+        }
     }
 
     fn pipe(&self) -> Result<(OwnedFd, OwnedFd), VhostError> {
@@ -301,13 +340,13 @@ impl Front {
     }
 
     fn state(&self, direction: u32, fd: BorrowedFd<'_>) -> Result<(), VhostError> {
+        let message = state_message(direction, fd);
+        self.uses_our_pipe(&self.connection.ask(message.what, &message.payload, &[fd])?)
+    }
+
+    fn uses_our_pipe(&self, answer: &Answer) -> Result<(), VhostError> {
         let what = Request::SetDeviceStateFd;
-        let mut payload = direction.to_ne_bytes().to_vec();
-        // The only phase there is: stopped.
-        payload.extend(0u32.to_ne_bytes());
-        let answer = self.connection.ask(what, &payload, &[fd])?;
-        match (self.connection.number(what, &answer)?, answer.descriptors.len()) {
-            // It uses our pipe.
+        match (self.connection.number(what, answer)?, answer.descriptors.len()) {
             (number, 0) if number & 0x1ff == 0x100 => Ok(()),
             (number, 0) if number & 0xff != 0 => {
                 Err(self.connection.wrong(what, format!("it refused, with {number:#x}")))
@@ -319,26 +358,45 @@ impl Front {
     }
 
     fn check_state(&self, otherwise: &str) -> Result<(), VhostError> {
-        match self.read(Request::CheckDeviceState)? {
+        self.checked(self.read(Request::CheckDeviceState)?, otherwise)
+    }
+
+    fn checked(&self, code: u64, otherwise: &str) -> Result<(), VhostError> {
+        match code {
             0 => Ok(()),
             code => Err(self.connection.wrong(Request::CheckDeviceState, format!("{otherwise}: {code:#x}"))),
         }
     }
 
-    pub(super) fn set_size(&self, ring: u16, size: u16) -> Result<(), VhostError> {
-        self.set(Request::SetVringNum, &pair(ring, size.into()), &[])
-    }
-
-    pub(super) fn set_base(&self, ring: u16, available: u16) -> Result<(), VhostError> {
-        self.set(Request::SetVringBase, &pair(ring, available.into()), &[])
+    /// Has it serve rings: what they are, what is signalled, and last of each the doorbell, since from then on requests end.
+    pub(super) fn start(&self, rings: &[RingStart<'_>], log: bool) -> Result<(), VhostError> {
+        let mut messages = Vec::with_capacity(6 * rings.len());
+        let mut post = |what, payload: Vec<u8>, fd| messages.push(Posted { what, payload, fd });
+        for ring in rings {
+            let number = u64::from(ring.index).to_ne_bytes().to_vec();
+            post(Request::SetVringNum, pair(ring.index, ring.size.into()).to_vec(), None);
+            post(Request::SetVringBase, pair(ring.index, ring.next.into()).to_vec(), None);
+            post(Request::SetVringAddr, addresses_payload(ring.index, &ring.at, log), None);
+            if ring.call.is_some() {
+                post(Request::SetVringCall, number.clone(), ring.call);
+            }
+            post(Request::SetVringKick, number, Some(ring.kick));
+            // Without features of the protocol, rings are enabled as they start.
+            if self.features & PROTOCOL_FEATURES != 0 {
+                post(Request::SetVringEnable, pair(ring.index, 1).to_vec(), None);
+            }
+        }
+        match self.has(protocol::REPLY_ACK) {
+            true => self.connection.order_all(&messages),
+            false => messages.iter().try_for_each(|message| {
+                let fds: Vec<BorrowedFd<'_>> = message.fd.into_iter().collect();
+                self.connection.tell(message.what, &message.payload, &fds)
+            }),
+        }
     }
 
     pub(super) fn set_addresses(&self, ring: u16, at: &RingAddresses, log: bool) -> Result<(), VhostError> {
-        let mut payload = pair(ring, log.into()).to_vec();
-        for address in [at.descriptors, at.used, at.available, at.used_guest] {
-            payload.extend(address.to_ne_bytes());
-        }
-        self.set(Request::SetVringAddr, &payload, &[])
+        self.set(Request::SetVringAddr, &addresses_payload(ring, at, log), &[])
     }
 
     pub(super) fn set_kick(&self, ring: u16, event: BorrowedFd<'_>) -> Result<(), VhostError> {
@@ -357,12 +415,18 @@ impl Front {
         }
     }
 
-    /// Stops a ring: the next entry of its available ring that would have been taken.
-    pub(super) fn stop(&self, ring: u16) -> Result<u16, VhostError> {
+    /// Stops rings: of each the next entry of its available ring that would have been taken.
+    pub(super) fn stop(&self, rings: &[u16]) -> Result<Vec<u16>, VhostError> {
         let what = Request::GetVringBase;
-        let answer = self.connection.number(what, &self.connection.ask(what, &pair(ring, 0), &[])?)?;
+        let post = |ring: &u16| Posted { what, payload: pair(*ring, 0).to_vec(), fd: None };
+        let answers = self.connection.ask_all(&rings.iter().map(post).collect::<Vec<_>>())?;
+        rings.iter().zip(&answers).map(|(ring, answer)| self.base(*ring, answer)).collect()
+    }
+
+    fn base(&self, ring: u16, answer: &Answer) -> Result<u16, VhostError> {
+        let what = Request::GetVringBase;
         // The pair (ring, base); both halves in the order of this host.
-        let bytes = answer.to_ne_bytes();
+        let bytes = self.connection.number(what, answer)?.to_ne_bytes();
         let half = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         match (half(0) == u32::from(ring), u16::try_from(half(4))) {
             (true, Ok(base)) => Ok(base),
@@ -384,16 +448,15 @@ pub(super) fn ask_everything(connection: Connection, ram: &Ram, log: BorrowedFd<
     front.set_features(1 << 32, true)?;
     front.set_memory(ram)?;
     front.set_log(log, 4096)?;
-    front.set_size(0, 64)?;
-    front.set_base(0, 7)?;
     let ours = ram.blocks().first().map_or(0, |block| block.guest_map() as u64);
     let at = RingAddresses { descriptors: ours, used: ours, available: ours, used_guest: 0 };
+    front.start(&[RingStart { index: 0, size: 64, next: 7, at, call: Some(log), kick: log }], true)?;
     front.set_addresses(0, &at, true)?;
-    front.set_call(0, log)?;
     front.set_kick(0, log)?;
     front.enable(0, true)?;
     front.set_config(32, &[1])?;
-    front.stop(0)?;
+    front.announce([2; 6])?;
+    front.stop(&[0])?;
     let kept = front.make_in_flight(1, 64)?;
     front.set_in_flight(&kept)?;
     front.load(&[1])?;
@@ -446,6 +509,21 @@ fn ready(pipe: &OwnedFd, event: PollFlags, deadline: Instant) -> std::io::Result
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(error) => Err(error.into()),
     }
+}
+
+/// The request for a state, in the only phase there is: stopped.
+fn state_message(direction: u32, fd: BorrowedFd<'_>) -> Posted<'_> {
+    let mut payload = direction.to_ne_bytes().to_vec();
+    payload.extend(0u32.to_ne_bytes());
+    Posted { what: Request::SetDeviceStateFd, payload, fd: Some(fd) }
+}
+
+fn addresses_payload(ring: u16, at: &RingAddresses, log: bool) -> Vec<u8> {
+    let mut payload = pair(ring, log.into()).to_vec();
+    for address in [at.descriptors, at.used, at.available, at.used_guest] {
+        payload.extend(address.to_ne_bytes());
+    }
+    payload
 }
 
 fn pair(ring: u16, value: u32) -> [u8; 8] {

@@ -19,6 +19,8 @@ mod log;
 mod orders;
 mod postcopy;
 #[cfg(test)]
+mod served_tests;
+#[cfg(test)]
 mod tests;
 mod wire;
 mod worker;
@@ -26,6 +28,7 @@ mod worker;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -44,6 +47,14 @@ use crate::saved::{SavedTransport, SavedVhostUser};
 
 /// Number of the block device (virtio 1.3, section 5.2).
 pub const BLK: u16 = 2;
+/// Number of the network device (section 5.1).
+pub const NET: u16 = 1;
+/// Features of a network device that need its ring of commands, which nobody serves here, or the rings that are switched on by
+/// it: guest offloads, commands, modes of receiving, VLANs, announcements, pairs of rings, addresses, hashes.
+const NET_COMMANDS: u64 = 1 << 2 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 21 | 1 << 22 | 1 << 23 | 1 << 57 | 1 << 60;
+/// Features of a network device that are told in its configuration: largest packet, address, state of the link, its speed.
+const NET_TOLD: u64 = 1 << 3 | NET_ADDRESS | 1 << 16 | 1 << 63;
+const NET_ADDRESS: u64 = 1 << 5;
 /// Bytes of a block device's configuration, and where it says how many rings it has.
 const BLK_CONFIG: u32 = 60;
 const BLK_QUEUES: usize = 34;
@@ -99,6 +110,12 @@ impl Backend {
             (false, BLK) => return Err(front.connection().lacks("it does not tell its configuration (CONFIG)")),
             (false, _) => Vec::new(),
         };
+        if spec.id == NET {
+            features &= !NET_COMMANDS;
+            if config.is_empty() {
+                features &= !NET_TOLD;
+            }
+        }
         if spec.id == BLK {
             if spec.queues == 1 {
                 features &= !(1 << VIRTIO_BLK_F_MQ);
@@ -135,6 +152,7 @@ impl Backend {
 fn kind(id: u16) -> Kind {
     match id {
         BLK => Kind { id, name: "vhost-user-blk", class: [1, 0x80, 0] },
+        NET => Kind { id, name: "vhost-user-net", class: [2, 0, 0] },
         _ => Kind { id, name: "vhost-user", class: [0xff, 0, 0] },
     }
 }
@@ -163,6 +181,8 @@ pub struct VhostUser {
     features: u64,
     sizes: Vec<u16>,
     config: Mutex<Vec<u8>>,
+    /// The guest has come from elsewhere, and has not been started yet.
+    arrived: AtomicBool,
     log: Arc<VhostLog>,
 }
 
@@ -200,6 +220,7 @@ impl VhostUser {
             features: backend.features,
             sizes: vec![RING; spec.queues.into()],
             config: Mutex::new(backend.config.clone()),
+            arrived: AtomicBool::new(false),
             log: Arc::new(log),
         })
     }
@@ -264,6 +285,17 @@ impl Device for VhostUser {
 
     fn start(&self) {
         self.worker.orders.start();
+        if self.arrived.swap(false, Ordering::AcqRel)
+            && self.features & NET_ADDRESS != 0
+            && let (NET, Some(address)) = (self.id, self.config().first_chunk())
+        {
+            // It cannot do so itself: that takes a command. So the back end has the network learn where it is.
+            self.worker.orders.announce(*address);
+        }
+    }
+
+    fn vector_changed(&self, ring: u16) {
+        self.worker.orders.vector(ring);
     }
 
     fn schema(&self) -> u32 {
@@ -297,6 +329,7 @@ impl Device for VhostUser {
         if !saved.back_end.is_empty() {
             self.worker.orders.load(saved.back_end).map_err(UnitError::failed)?;
         }
+        self.arrived.store(true, Ordering::Release);
         saved.transport.ok_or_else(|| UnitError::failed("there is no state of its transport"))
     }
 }

@@ -24,6 +24,8 @@ pub(super) enum Order {
     Start,
     Log(Option<Arc<Log>>, Done<String>),
     Config(u32, Vec<u8>),
+    Vector(u16),
+    Announce([u8; 6]),
     Load(Vec<u8>, Done<String>),
     Quit,
 }
@@ -84,6 +86,14 @@ impl Orders {
 
     pub(super) fn config(&self, offset: u32, content: Vec<u8>) {
         self.send(Order::Config(offset, content));
+    }
+
+    pub(super) fn announce(&self, address: [u8; 6]) {
+        self.send(Order::Announce(address));
+    }
+
+    pub(super) fn vector(&self, ring: u16) {
+        self.send(Order::Vector(ring));
     }
 
     /// What the back end keeps itself. At rest.

@@ -21,18 +21,18 @@ const LIMIT: Duration = Duration::from_millis(300);
 /// What a back end that is asked answers: its message, or nothing more if there is none.
 type Script = Box<dyn FnMut(u32, &[u8], &UnixStream) -> Option<Vec<u8>> + Send>;
 
-fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn message(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes: Vec<u8> = [request, flags, payload.len() as u32].into_iter().flat_map(u32::to_ne_bytes).collect();
     bytes.extend(payload);
     bytes
 }
 
-fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
     message(request, 5, payload)
 }
 
 /// What an honest back end answers to a request; empty if that has no answer.
-fn honest(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn honest(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let number = |value: u64| reply(request, &value.to_ne_bytes());
     match request {
         1 => number(1 << 30 | LOG_ALL | 1 << 32),
@@ -74,7 +74,7 @@ fn back_end(odd: u32, mut script: Script) -> (tempfile::TempDir, PathBuf, JoinHa
     (directory, path, thread)
 }
 
-fn ram() -> Ram {
+pub(super) fn ram() -> Ram {
     let spec = BlockSpec { id: BlockId(0), guest_base: 0, size: 1 << 20, page_size: PageSize::Base };
     Ram::create(&[spec]).unwrap()
 }
@@ -107,6 +107,7 @@ fn a_back_end_that_does_not_answer_one_of_the_requests_is_given_up_at_the_deadli
         (12, "SetVringKick"),
         (18, "SetVringEnable"),
         (25, "SetConfig"),
+        (19, "SendRarp"),
         (11, "GetVringBase"),
         (28, "PostcopyAdvise"),
         (31, "GetInflightFd"),
@@ -115,7 +116,10 @@ fn a_back_end_that_does_not_answer_one_of_the_requests_is_given_up_at_the_deadli
         (43, "CheckDeviceState"),
     ] {
         let error = said(request, Box::new(|_, _, _| Some(Vec::new())));
-        assert!(error.contains(&format!("no answer to {name} within 300ms")), "{error}");
+        // Of those that are sent together the answer to the next one comes in its place.
+        let late = format!("no answer to {name} within 300ms");
+        let passed_over = [8, 9, 10, 12, 13, 42].contains(&request) && error.contains(&format!("{name}: it answers"));
+        assert!(error.contains(&late) || passed_over, "{error}");
     }
 }
 
@@ -157,7 +161,7 @@ fn answers_of_a_wrong_form_are_refused_with_what_was_wrong() {
 }
 
 /// Sends an answer with so many descriptors.
-fn with_descriptors(stream: &UnixStream, bytes: &[u8], count: usize) {
+pub(super) fn with_descriptors(stream: &UnixStream, bytes: &[u8], count: usize) {
     let file = std::fs::File::open("/dev/null").unwrap();
     let fds = vec![file.as_fd(); count];
     let mut space = vec![std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
@@ -237,7 +241,7 @@ fn a_socket_at_which_nobody_makes_room_is_given_up() {
 }
 
 /// Reads a message with the first descriptor that came with it.
-fn with_descriptor(stream: &UnixStream) -> Option<(u32, u32, Vec<u8>, Option<OwnedFd>)> {
+pub(super) fn with_descriptor(stream: &UnixStream) -> Option<(u32, u32, Vec<u8>, Option<OwnedFd>)> {
     let mut bytes = vec![0; 12];
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

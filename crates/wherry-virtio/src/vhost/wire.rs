@@ -31,6 +31,9 @@ const NEED_REPLY: u32 = 1 << 3;
 const RETRY: Duration = Duration::from_millis(10);
 /// Bytes of a header.
 const HEADER: usize = 12;
+/// Most messages whose answers are outstanding: both ways have to fit in what a socket takes, or each side would wait for the
+/// other to read.
+const MOST_POSTED: usize = 16;
 
 /// What a front end asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +54,7 @@ pub(super) enum Request {
     SetProtocolFeatures = 16,
     GetQueueNum = 17,
     SetVringEnable = 18,
+    SendRarp = 19,
     GetConfig = 24,
     SetConfig = 25,
     PostcopyAdvise = 28,
@@ -128,6 +132,13 @@ pub(super) struct Answer {
     pub(super) descriptors: Vec<OwnedFd>,
 }
 
+/// A message that is sent together with others, before their answers are taken.
+pub(super) struct Posted<'a> {
+    pub(super) what: Request,
+    pub(super) payload: Vec<u8>,
+    pub(super) fd: Option<BorrowedFd<'a>>,
+}
+
 /// A connection to a back end.
 pub(super) struct Connection {
     stream: UnixStream,
@@ -186,14 +197,43 @@ impl Connection {
         self.answer(what, deadline)
     }
 
+    /// Sends messages and takes their answers, in the same order: the back end is woken once for many, and so are we.
+    pub(super) fn ask_all(&self, messages: &[Posted<'_>]) -> Result<Vec<Answer>, VhostError> {
+        self.post(messages, VERSION)
+    }
+
+    /// The same with messages whose answers say whether they were done.
+    pub(super) fn order_all(&self, messages: &[Posted<'_>]) -> Result<(), VhostError> {
+        let answers = self.post(messages, VERSION | NEED_REPLY)?;
+        messages.iter().zip(&answers).try_for_each(|(message, answer)| self.done(message.what, answer))
+    }
+
+    fn post(&self, messages: &[Posted<'_>], flags: u32) -> Result<Vec<Answer>, VhostError> {
+        let mut answers = Vec::with_capacity(messages.len());
+        for some in messages.chunks(MOST_POSTED) {
+            for message in some {
+                let fds: Vec<BorrowedFd<'_>> = message.fd.into_iter().collect();
+                self.send(message.what, flags, &message.payload, &fds, Instant::now() + self.limit)?;
+            }
+            for message in some {
+                answers.push(self.answer(message.what, Instant::now() + self.limit)?);
+            }
+        }
+        Ok(answers)
+    }
+
+    fn done(&self, what: Request, answer: &Answer) -> Result<(), VhostError> {
+        match self.number(what, answer)? {
+            0 => Ok(()),
+            code => Err(self.wrong(what, format!("it refused, with {code:#x}"))),
+        }
+    }
+
     /// Sends a message whose answer says whether it was done.
     pub(super) fn order(&self, what: Request, payload: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), VhostError> {
         let deadline = Instant::now() + self.limit;
         self.send(what, VERSION | NEED_REPLY, payload, fds, deadline)?;
-        match self.number(what, &self.answer(what, deadline)?)? {
-            0 => Ok(()),
-            code => Err(self.wrong(what, format!("it refused, with {code:#x}"))),
-        }
+        self.done(what, &self.answer(what, deadline)?)
     }
 
     /// The number that an answer is.

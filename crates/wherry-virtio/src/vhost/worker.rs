@@ -22,12 +22,12 @@ use wherry_memory::{GuestMemory, Ram};
 use wherry_state::UnitError;
 
 use self::lost::{FIRST_PAUSE, Missing};
-use super::VhostSpec;
-use super::front::{Front, InFlight, RingAddresses, protocol};
+use super::front::{Front, InFlight, RingAddresses, RingStart, protocol};
 use super::log::Log;
 use super::orders::{Order, Orders, RESET_LIMIT};
 use super::postcopy;
 use super::wire::VhostError;
+use super::{NET, VhostSpec};
 use crate::device::{Activation, Interrupts, Position, RingGiven};
 
 /// Between two looks whether all memory is there.
@@ -69,6 +69,7 @@ impl Worker {
                 served: None,
                 held: false,
                 starved: false,
+                saved: None,
                 log: None,
             };
             thread.run();
@@ -147,8 +148,10 @@ struct Thread {
     served: Option<Active>,
     /// Nothing is to be served until the next start.
     held: bool,
-    /// The back end hears of nothing new, and has given back what it had taken.
+    /// The back end hears of nothing new.
     starved: bool,
+    /// What it keeps itself, since its rings were stopped beside the driver.
+    saved: Option<Vec<u8>>,
     log: Option<Arc<Log>>,
 }
 
@@ -194,8 +197,18 @@ impl Thread {
                 let _ = done.send(told);
             }
             Order::Config(offset, content) => {
+                // It may be part of what was saved.
+                self.saved = None;
                 let result = self.front.as_ref().map_or(Ok(()), |front| front.set_config(offset, &content));
                 self.judge("writing its configuration", result);
+            }
+            Order::Announce(address) => {
+                let result = self.front.as_ref().map_or(Ok(()), |front| front.announce(address));
+                self.judge("announcing where its guest is", result);
+            }
+            Order::Vector(ring) => {
+                let result = self.follow_vector(ring);
+                self.judge("signalling another vector", result);
             }
             Order::Load(state, done) => {
                 let result = match &self.front {
@@ -345,28 +358,56 @@ impl Thread {
             return Ok(());
         }
         let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
-        let mut started = Vec::new();
+        let mut starts = Vec::new();
         for ring in active.rings.iter().filter(|ring| !ring.started) {
             let index = ring.given.index;
-            front.set_size(index, ring.given.setup.size)?;
-            front.set_base(index, ring.position.available)?;
-            front.set_addresses(index, &self.addresses(ring)?, self.log.is_some())?;
-            // Before the doorbell: from then on requests may end.
-            match (active.interrupts.ring_vector(index), &ring.relay) {
-                // While it is masked nothing is attached to it; what it counts is then pending.
-                (Some(vector), None) => front.set_call(index, lend(vector.kvm_interrupt_event()))?,
-                (_, Some(relay)) => front.set_call(index, lend(relay))?,
-                (None, None) => {}
-            }
-            front.set_kick(index, lend(&ring.given.kick))?;
-            front.enable(index, true)?;
-            // What the driver made available meanwhile is found, although it has rung before.
-            let _ = ring.given.kick.write(1);
-            started.push(index);
+            let vector = active.interrupts.ring_vector(index);
+            starts.push((ring, self.addresses(ring)?, vector));
         }
+        let rings: Vec<_> = starts
+            .iter()
+            .map(|(ring, at, vector)| RingStart {
+                index: ring.given.index,
+                size: ring.given.setup.size,
+                next: ring.position.available,
+                at: *at,
+                call: match (vector, &ring.relay) {
+                    // While it is masked nothing is attached to it; what it counts is then pending.
+                    (Some(vector), None) => Some(lend(vector.kvm_interrupt_event())),
+                    (_, relay) => relay.as_ref().map(lend),
+                },
+                kick: lend(&ring.given.kick),
+            })
+            .collect();
+        front.start(&rings, self.log.is_some())?;
+        // What the driver made available meanwhile is found, although it has rung before.
+        starts.iter().for_each(|(ring, ..)| drop(ring.given.kick.write(1)));
+        let started: Vec<u16> = rings.iter().map(|ring| ring.index).collect();
         if let Some(active) = &mut self.served {
             active.rings.iter_mut().filter(|r| started.contains(&r.given.index)).for_each(|ring| ring.started = true);
         }
+        Ok(())
+    }
+
+    /// The driver has given a ring another vector: the back end signals that from now on, or us if there is none.
+    fn follow_vector(&mut self, index: u16) -> Result<(), VhostError> {
+        let Some(active) = &mut self.served else { return Ok(()) };
+        let Some(ring) = active.rings.iter_mut().find(|ring| ring.given.index == index) else { return Ok(()) };
+        let vector = active.interrupts.ring_vector(index);
+        match (&vector, &ring.relay) {
+            (Some(_), _) => ring.relay = None,
+            (None, None) => ring.relay = EventFd::new(EFD_NONBLOCK).ok(),
+            (None, Some(_)) => return Ok(()),
+        }
+        if let (Some(front), true) = (&self.front, ring.started) {
+            match (&vector, &ring.relay) {
+                (Some(vector), _) => front.set_call(index, lend(vector.kvm_interrupt_event()))?,
+                (None, Some(relay)) => front.set_call(index, lend(relay))?,
+                (None, None) => {}
+            }
+        }
+        // What was signalled until now may have gone where nobody listens any more.
+        active.interrupts.ring(index);
         Ok(())
     }
 
@@ -393,7 +434,9 @@ impl Thread {
     /// say it so, or needs too long, gets its doorbells back, and has to do everything when the driver has been stopped.
     fn starve(&mut self, deadline: Instant) -> Result<(), VhostError> {
         let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
-        if active.features & 1 << VIRTIO_RING_F_EVENT_IDX == 0 || self.held || self.starved {
+        // Of a network device nothing is ever under way for long, and what it is told meanwhile it would miss.
+        let answers = self.spec.id != NET && active.features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
+        if !answers || self.held || self.starved {
             return Ok(());
         }
         let Ok(silent) = EventFd::new(EFD_NONBLOCK) else { return Ok(()) };
@@ -410,12 +453,27 @@ impl Thread {
             }
             std::thread::sleep(SETTLE);
         }
+        // Nothing of it is left for the blackout.
+        self.stop_rings()?;
+        let at_rest = |ring: &Served, memory: &GuestMemory| ring.used(memory) == Some(ring.position.available);
+        if self.served.as_ref().is_some_and(|active| active.rings.iter().all(|ring| at_rest(ring, &active.memory))) {
+            self.saved = self.save()?;
+        }
         Ok(())
+    }
+
+    /// What the back end keeps itself, if it does.
+    fn save(&self) -> Result<Option<Vec<u8>>, VhostError> {
+        match &self.front {
+            Some(front) if self.served.is_some() && front.has(protocol::DEVICE_STATE) => front.save().map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// Gives the doorbells back.
     fn feed(&mut self) -> Result<(), VhostError> {
         let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
+        self.saved = None;
         if std::mem::take(&mut self.starved) {
             for ring in active.rings.iter().filter(|ring| ring.started) {
                 front.set_kick(ring.given.index, lend(&ring.given.kick))?;
@@ -447,11 +505,14 @@ impl Thread {
         self.starved = false;
         self.note_positions();
         given_back?;
-        let saved = match &self.front {
-            Some(front) if self.served.is_some() && front.has(protocol::DEVICE_STATE) => front.save(),
-            _ => Ok(Vec::new()),
+        let saved = match self.saved.take() {
+            Some(state) => Ok(Some(state)),
+            None => self.save(),
         };
-        let result = saved.map(|state| *self.shared.state.lock().unwrap_or_else(PoisonError::into_inner) = state);
+        let keep = |state: Option<Vec<u8>>| {
+            *self.shared.state.lock().unwrap_or_else(PoisonError::into_inner) = state.unwrap_or_default();
+        };
+        let result = saved.map(keep);
         self.judge("saving its state", result);
         match self.missing {
             Some(_) => Err(self.gone()),
@@ -465,9 +526,10 @@ impl Thread {
 
     fn stop_rings(&mut self) -> Result<(), VhostError> {
         let (Some(front), Some(active)) = (&self.front, &mut self.served) else { return Ok(()) };
-        for ring in active.rings.iter_mut().filter(|ring| ring.started) {
-            ring.position.available = front.stop(ring.given.index)?;
-            ring.started = false;
+        let started: Vec<u16> = active.rings.iter().filter(|ring| ring.started).map(|ring| ring.given.index).collect();
+        let bases = front.stop(&started)?;
+        for (ring, base) in active.rings.iter_mut().filter(|ring| ring.started).zip(bases) {
+            (ring.position.available, ring.started) = (base, false);
         }
         Ok(())
     }
@@ -493,6 +555,10 @@ impl Thread {
 
     /// Waits until the back end has given back everything that is available: then it touches nothing any more.
     fn settle(&mut self, deadline: Instant) -> Result<(), UnitError> {
+        if self.spec.id == NET {
+            // Buffers for packets wait until packets come; those that were taken and not used count as available.
+            return Ok(());
+        }
         let Some(active) = &mut self.served else { return Ok(()) };
         for ring in &mut active.rings {
             // The driver may have been stopped before it rang.
@@ -526,7 +592,11 @@ impl Thread {
     }
 
     fn reset(&mut self) -> Result<(), UnitError> {
-        let settled = self.settle(Instant::now() + RESET_LIMIT);
+        // Beside the driver they were stopped when nothing was under way.
+        let settled = match std::mem::take(&mut self.starved) {
+            true => Ok(()),
+            false => self.settle(Instant::now() + RESET_LIMIT),
+        };
         if settled.is_ok() {
             let result = self.stop_rings();
             self.judge("resetting it", result);
@@ -536,7 +606,7 @@ impl Thread {
             self.judge("disabling its rings", disabled);
         }
         self.served = None;
-        self.starved = false;
+        self.saved = None;
         (self.missing, self.in_flight) = (None, None);
         if let Err(error) = &settled {
             // It may write what the driver takes for its own again: nothing is shown to it any more.

@@ -1,0 +1,143 @@
+//! A whole device, its driver's side and its back end's side played here.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_interrupt::fake::FakeRouter;
+use wherry_interrupt::{Intx, Vector, Vectors};
+
+use super::tests::{honest, ram, with_descriptor, with_descriptors};
+use super::{BLK, Backend, VhostSpec, VhostUser};
+use crate::device::{Activation, Device, Driver, Interrupts, Position, RingGiven, RingSetup};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + LIMIT;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited {LIMIT:?} for {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// What the driver of a device is told, and its vector.
+#[derive(Default)]
+struct Told {
+    rung: AtomicU32,
+    vector: Mutex<Option<Arc<Vector>>>,
+}
+
+impl Driver for Told {
+    fn ring(&self, _index: u16) {
+        self.rung.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn configuration(&self) {}
+
+    fn needs_reset(&self, what: &str, why: &dyn std::fmt::Display) {
+        panic!("{what}: {why}");
+    }
+
+    fn ring_vector(&self, _index: u16) -> Option<Arc<Vector>> {
+        self.vector.lock().unwrap().clone()
+    }
+
+    fn pin(&self) -> Option<&Intx> {
+        None
+    }
+}
+
+/// An honest back end, and what it was sent: requests, and the eventfds to signal.
+struct Honest {
+    _directory: tempfile::TempDir,
+    path: PathBuf,
+    requests: Arc<Mutex<Vec<u32>>>,
+    calls: Arc<Mutex<Vec<OwnedFd>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Honest {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let (requests, calls) = (Arc::<Mutex<Vec<u32>>>::default(), Arc::<Mutex<Vec<OwnedFd>>>::default());
+        let (its_requests, its_calls) = (requests.clone(), calls.clone());
+        let thread = std::thread::spawn(move || {
+            let stream: UnixStream = listener.accept().unwrap().0;
+            let mut kept = Vec::new();
+            while let Some((request, flags, payload, fd)) = with_descriptor(&stream) {
+                match request {
+                    13 => its_calls.lock().unwrap().extend(fd),
+                    _ => kept.extend(fd),
+                }
+                match request {
+                    31 => with_descriptors(&stream, &super::tests::reply(31, &payload), 1),
+                    _ => { &stream }.write_all(&honest(request, flags, &payload)).unwrap(),
+                }
+                its_requests.lock().unwrap().push(request);
+            }
+        });
+        Self { _directory: directory, path, requests, calls, thread }
+    }
+
+    fn asked(&self, request: u32) -> usize {
+        self.requests.lock().unwrap().iter().filter(|asked| **asked == request).count()
+    }
+
+    fn signal(&self, call: usize) {
+        rustix::io::write(&self.calls.lock().unwrap()[call], &1u64.to_ne_bytes()).unwrap();
+    }
+}
+
+#[test]
+fn the_back_end_follows_when_the_driver_gives_a_ring_another_vector() {
+    let back_end = Honest::start();
+    let ram = Arc::new(ram());
+    let spec = VhostSpec { socket: back_end.path.clone(), id: BLK, queues: 1 };
+    let device = VhostUser::new(&Backend::connect(&spec).unwrap(), 0, &ram, None).unwrap();
+    let driver = Arc::<Told>::default();
+    let position = Position::default();
+    let setup = RingSetup { size: 16, descriptors: 0x1000, available: 0x2000, used: 0x3000, position };
+    let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let ring = RingGiven { index: 0, setup, kick, resumes: false, in_flight: None };
+    let interrupts = Interrupts::new(driver.clone());
+    device.activate(Activation { memory: ram.memory().clone(), features: 0, rings: vec![ring], interrupts }).unwrap();
+
+    // Without a vector this process passes interrupts on.
+    until("the ring to be started", || back_end.asked(18) == 1);
+    let before = driver.rung.load(Ordering::SeqCst);
+    back_end.signal(0);
+    until("an interrupt to be passed on", || driver.rung.load(Ordering::SeqCst) > before);
+
+    // With one the back end signals it itself. What it signalled last is made good.
+    let vectors = Vectors::new(Arc::new(FakeRouter::default()), 2).unwrap();
+    for n in 0..2 {
+        let vector = vectors.get(n).unwrap();
+        let before = driver.rung.load(Ordering::SeqCst);
+        *driver.vector.lock().unwrap() = Some(vector.clone());
+        device.vector_changed(0);
+        until("the back end to be told", || back_end.calls.lock().unwrap().len() == n + 2);
+        until("an interrupt for what may have been lost", || driver.rung.load(Ordering::SeqCst) == before + 1);
+        assert!(!vector.pending());
+        back_end.signal(n + 1);
+        assert!(vector.pending(), "vector {n} was not signalled");
+    }
+    // One that is no ring of the device, and none at all.
+    device.vector_changed(7);
+    *driver.vector.lock().unwrap() = None;
+    device.vector_changed(0);
+    until("the back end to signal us again", || back_end.calls.lock().unwrap().len() == 4);
+    let before = driver.rung.load(Ordering::SeqCst);
+    back_end.signal(3);
+    until("an interrupt to be passed on", || driver.rung.load(Ordering::SeqCst) > before);
+    drop(device);
+    back_end.thread.join().unwrap();
+}
