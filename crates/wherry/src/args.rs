@@ -465,6 +465,9 @@ pub struct Bench {
     /// Measure the accelerator instead: its engines beside the crates called directly, latency, workers, fairness
     #[arg(long, conflicts_with_all = ["vs", "link"])]
     pub accel: bool,
+    /// Measure what a disk adds to the blackout instead: one of the VM's process, and one of another
+    #[arg(long, conflicts_with_all = ["vs", "link", "accel"])]
+    pub disk: bool,
     /// Blackout to stay below, in milliseconds, for all programs
     #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     pub downtime_limit: u64,

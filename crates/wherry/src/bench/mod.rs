@@ -10,9 +10,12 @@
 //!
 //! - [`accel`]: with `--accel`, the accelerator, and that alone.
 //!
+//! - [`disk`]: with `--disk`, what a disk adds to the blackout, and that alone.
+//!
 //! With `--link` the guest moves between two network namespaces over a slow link instead, and that alone is measured.
 
 mod accel;
+mod disk;
 mod qemu;
 
 use std::path::Path;
@@ -117,6 +120,9 @@ pub struct Results {
 pub fn bench(options: &Bench) -> Result<u8> {
     if options.accel {
         return accel::bench(options);
+    }
+    if options.disk {
+        return disk::bench(options);
     }
     check_kvm()?;
     if options.vs == Some(Peer::Qemu) && qemu::version().is_none() {
