@@ -13,10 +13,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_interrupt::fake::FakeRouter;
 use wherry_interrupt::{Intx, Vector, Vectors};
 
-use super::tests::{honest, ram, with_descriptor, with_descriptors};
-use super::{BLK, Backend, VhostSpec, VhostUser};
+use super::front::LOG_ALL;
+use super::tests::{honest, ram, reply, with_descriptor, with_descriptors};
+use super::{BLK, Backend, NET, VhostSpec, VhostUser};
 use crate::device::{Activation, Device, Driver, Interrupts, Position, RingGiven, RingSetup};
+use crate::saved::SavedTransport;
 
+/// The protocol's features, the dirty log, virtio 1.
+const OFFERED: u64 = 1 << 30 | LOG_ALL | 1 << 32;
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn until(what: &str, mut done: impl FnMut() -> bool) {
@@ -60,32 +64,48 @@ struct Honest {
     path: PathBuf,
     requests: Arc<Mutex<Vec<u32>>>,
     calls: Arc<Mutex<Vec<OwnedFd>>>,
+    announced: Arc<Mutex<Vec<Vec<u8>>>>,
     thread: JoinHandle<()>,
 }
 
 impl Honest {
-    fn start() -> Self {
+    /// One that offers these features of its device type beside.
+    fn start(features: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
         let (requests, calls) = (Arc::<Mutex<Vec<u32>>>::default(), Arc::<Mutex<Vec<OwnedFd>>>::default());
-        let (its_requests, its_calls) = (requests.clone(), calls.clone());
+        let announced = Arc::<Mutex<Vec<Vec<u8>>>>::default();
+        let (its_requests, its_calls, its_announced) = (requests.clone(), calls.clone(), announced.clone());
         let thread = std::thread::spawn(move || {
             let stream: UnixStream = listener.accept().unwrap().0;
             let mut kept = Vec::new();
             while let Some((request, flags, payload, fd)) = with_descriptor(&stream) {
+                if request == 19 {
+                    its_announced.lock().unwrap().push(payload.clone());
+                }
                 match request {
                     13 => its_calls.lock().unwrap().extend(fd),
                     _ => kept.extend(fd),
                 }
                 match request {
-                    31 => with_descriptors(&stream, &super::tests::reply(31, &payload), 1),
+                    1 => {
+                        let all = OFFERED | features;
+                        { &stream }.write_all(&reply(request, &all.to_ne_bytes())).unwrap();
+                    }
+                    24 => {
+                        // Header, and a configuration that counts up.
+                        let content = (0..=u8::MAX).cycle().take(payload.len() - 12);
+                        let answer: Vec<u8> = payload[..12].iter().copied().chain(content).collect();
+                        { &stream }.write_all(&reply(request, &answer)).unwrap();
+                    }
+                    31 => with_descriptors(&stream, &reply(31, &payload), 1),
                     _ => { &stream }.write_all(&honest(request, flags, &payload)).unwrap(),
                 }
                 its_requests.lock().unwrap().push(request);
             }
         });
-        Self { _directory: directory, path, requests, calls, thread }
+        Self { _directory: directory, path, requests, calls, announced, thread }
     }
 
     fn asked(&self, request: u32) -> usize {
@@ -99,7 +119,7 @@ impl Honest {
 
 #[test]
 fn the_back_end_follows_when_the_driver_gives_a_ring_another_vector() {
-    let back_end = Honest::start();
+    let back_end = Honest::start(0);
     let ram = Arc::new(ram());
     let spec = VhostSpec { socket: back_end.path.clone(), id: BLK, queues: 1 };
     let device = VhostUser::new(&Backend::connect(&spec).unwrap(), 0, &ram, None).unwrap();
@@ -140,4 +160,31 @@ fn the_back_end_follows_when_the_driver_gives_a_ring_another_vector() {
     until("an interrupt to be passed on", || driver.rung.load(Ordering::SeqCst) > before);
     drop(device);
     back_end.thread.join().unwrap();
+}
+
+#[test]
+fn a_network_device_offers_nothing_that_needs_commands_and_announces_a_guest_that_has_come() {
+    let (address, commands, pairs) = (1 << 5, 1 << 17, 1 << 22);
+    let [source, destination] = [(); 2].map(|()| Honest::start(address | commands | pairs));
+    let ram = Arc::new(ram());
+    let [there, here] = [&source, &destination].map(|back_end| {
+        let spec = VhostSpec { socket: back_end.path.clone(), id: NET, queues: 1 };
+        let backend = Backend::connect(&spec).unwrap();
+        assert_eq!(backend.features() & (address | commands | pairs), address);
+        VhostUser::new(&backend, 0, &ram, None).unwrap()
+    });
+    // One that has been here all the time is where the network thinks it is.
+    there.start();
+    let section = there.save(SavedTransport::default());
+    drop(there);
+    source.thread.join().unwrap();
+    assert!(source.announced.lock().unwrap().is_empty());
+
+    here.restore(&section).unwrap();
+    here.start();
+    until("the guest to be announced", || !destination.announced.lock().unwrap().is_empty());
+    here.start();
+    drop(here);
+    destination.thread.join().unwrap();
+    assert_eq!(*destination.announced.lock().unwrap(), [[0, 1, 2, 3, 4, 5, 0, 0]], "once, its address");
 }
