@@ -10,6 +10,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::process::text;
 
+/// The machine's own suite.
+pub const SUITE: &str = "bookworm";
 /// The suite with QEMU 10 and Linux 6.12.
 pub const BACKPORTS: &str = "bookworm-backports";
 
@@ -30,9 +32,11 @@ pub struct Need {
 }
 
 /// What the nested lab runs on.
-pub const LAB: [Need; 3] = [
+pub const LAB: [Need; 4] = [
     Need { program: "qemu-system-x86_64", major: 10, package: "qemu-system-x86", suite: Some(BACKPORTS) },
     Need { program: "xz", major: 0, package: "xz-utils", suite: None },
+    // Builds fio, with the C compiler that a Rust toolchain links with.
+    Need { program: "make", major: 0, package: "make", suite: None },
     // Makes the disk of the guest in Wherry.
     Need { program: "mke2fs", major: 0, package: "e2fsprogs", suite: None },
 ];
@@ -108,22 +112,29 @@ pub fn apt_get() -> Command {
 
 /// Makes the backports suite known to apt, from the mirror that the machine already uses.
 pub fn ensure_backports() -> Result<()> {
-    let targets = text(Command::new("apt-get").args([
-        "indextargets",
-        "--format",
-        "$(CODENAME) $(REPO_URI)",
-        "Created-By: Packages",
-    ]))
-    .context("this needs Debian's apt-get")?;
+    let targets = targets()?;
     if targets.lines().any(|line| line.starts_with(&format!("{BACKPORTS} "))) {
         return Ok(());
     }
-    let Some(mirror) = targets.lines().find_map(|line| line.strip_prefix("bookworm ")) else {
-        bail!("this machine has no Debian 12 (bookworm) package source, and no other system is supported");
-    };
+    let mirror = mirror()?;
     println!("adding the suite {BACKPORTS} of {mirror} in {SOURCE_LIST}");
     std::fs::write(SOURCE_LIST, format!("deb {mirror} {BACKPORTS} main\n"))
         .with_context(|| format!("cannot write {SOURCE_LIST}; root is needed"))
+}
+
+/// Where the machine gets the packages of [`SUITE`] from.
+pub fn mirror() -> Result<String> {
+    let targets = targets()?;
+    let Some(mirror) = targets.lines().find_map(|line| line.strip_prefix(&format!("{SUITE} "))) else {
+        bail!("this machine has no Debian 12 ({SUITE}) package source, and no other system is supported");
+    };
+    Ok(mirror.to_owned())
+}
+
+/// The lists that apt has, one a line: suite and mirror.
+fn targets() -> Result<String> {
+    text(Command::new("apt-get").args(["indextargets", "--format", "$(CODENAME) $(REPO_URI)", "Created-By: Packages"]))
+        .context("this needs Debian's apt-get")
 }
 
 /// True if the program is in PATH and new enough.

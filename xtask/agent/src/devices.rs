@@ -1,9 +1,10 @@
 //! A stock Linux kernel in Wherry with its root on a virtio disk and a network device: it is moved from process to process
-//! while a shell writes files and reads them back, `ping` waits for answers and a TCP connection carries data. At the end nothing may
+//! while `fio` verifies what it writes, `ping` waits for answers and a TCP connection carries data. At the end nothing may
 //! be missing from any of them, and the file system must be clean.
 
 use std::net::SocketAddr;
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -19,10 +20,17 @@ use crate::wherry::{self, Vmm};
 
 /// The guest is emulated in an emulated machine: seconds become tens of seconds.
 const BOOT: Duration = Duration::from_secs(240);
-const COMMAND: Duration = Duration::from_secs(120);
-const MIGRATION: Duration = Duration::from_secs(240);
+const COMMAND: Duration = Duration::from_secs(240);
+const MIGRATION: Duration = Duration::from_secs(300);
+/// For a pass of fio, from its start to what it verifies last.
+const PASS: Duration = Duration::from_secs(400);
 
+/// Two CPUs share one that is emulated twice, with a disk and a network at work: their kernel would take half a minute without
+/// a turn for a stall. What hangs for longer is found, here and by the deadlines of the checks.
+const CMDLINE: &str = "console=ttyS0 panic=-1 rcupdate.rcu_cpu_stall_timeout=180 watchdog_thresh=60";
 const IMAGE: &str = "/lab/root.img";
+/// The guest's address on the network where a back end has to be told it.
+const MAC: &str = "52:54:00:12:34:56";
 const ECHO_PORT: u16 = 5000;
 /// How memory follows the guest, by turns.
 const MODES: [&str; 3] = ["precopy", "hybrid", "postcopy"];
@@ -34,27 +42,26 @@ const REQUESTS: u64 = 20;
 const ANSWERS: u64 = 10;
 const BYTES: u64 = 128 << 10;
 
-/// Writes one file after another, and reads four of them back from the disk each time: dropping the cache has the programs
-/// themselves read again, too. Each file has data of its own, or what an older one had would hide what a newer one lost.
-const DISK_LOAD: &str = "(n=0; while [ ! -e /tmp/disk.stop ]; do n=$((n+1)); f=/var/data/$((n%4)); \
-    dd if=/dev/urandom of=$f bs=64k count=8 conv=fsync 2>/dev/null && sha256sum $f >/tmp/sum.$((n%4)) && \
-    echo 3 >/proc/sys/vm/drop_caches && cat /tmp/sum.* | sha256sum -c >/tmp/disk.log 2>&1 || \
-    { echo pass $n >/tmp/disk.failed; break; }; \
-    echo $n >/tmp/disk.passes; done; echo ended >/tmp/disk.ended) &";
+/// What fio does in one pass: it writes all of its files and reads all of it back, some of it while it writes. Its jobs
+/// run side by side: many small requests, few large ones, and a page cache that is often told to write back.
+const JOBS: &str = "[global]\\ndirectory=/var/fio\\nrw=randwrite\\nbs=4k\\nverify=crc32c\\nverify_fatal=1\\nverify_backlog=64\\n\
+[deep]\\nioengine=io_uring\\ndirect=1\\niodepth=32\\nsize=2M\\nnumjobs=2\\n\
+[large]\\nioengine=io_uring\\ndirect=1\\niodepth=4\\nbs=256k\\nsize=8M\\n\
+[buffered]\\nioengine=psync\\nsize=2M\\nfsync=16\\n";
 
-/// Runs everything; true if all of it held.
-pub fn run(full: bool) -> bool {
+/// Runs everything; true if all of it held. With `others` the devices are served by processes of their own.
+pub fn run(full: bool, others: bool) -> bool {
     let moves = MOVES[usize::from(full)];
     let mut names: Vec<String> = ["network", "boot", "root-on-disk", "load"].map(str::to_owned).to_vec();
     for round in 1..=moves {
         let mode = MODES[(round - 1) % MODES.len()];
         names.extend([format!("{mode}-{round}"), format!("goes-on-{round}")]);
     }
-    let last = ["ping", "tcp", "disk", "kernel-log", "power-off", "file-system"];
+    let last = ["ping", "tcp", "fio", "fio-read-again", "kernel-log", "power-off", "file-system"];
     names.extend(last.map(str::to_owned));
     let mut checks = Checks::plan("", &names);
     // Each failure has been reported by its check.
-    let _ = scenario(&mut checks, moves);
+    let _ = scenario(&mut checks, moves, others);
     !checks.failed()
 }
 
@@ -62,6 +69,8 @@ pub fn run(full: bool) -> bool {
 #[derive(Debug)]
 struct Guest {
     vmm: Vmm,
+    /// Who serves its devices, if that is not the VMM.
+    back_ends: Option<BackEnds>,
     serial: Serial,
     /// Lines of the kernel log when the user space was up.
     boot_lines: usize,
@@ -74,9 +83,61 @@ struct Load {
     echo: Echo,
 }
 
-fn scenario(checks: &mut Checks, moves: usize) -> Result<()> {
+/// Processes that serve the devices of one VMM; they end with the value.
+#[derive(Debug)]
+struct BackEnds {
+    processes: Vec<Child>,
+    sockets: [PathBuf; 2],
+}
+
+impl BackEnds {
+    /// Starts them, beside the taps.
+    fn start(network: &Network, name: &str, tap: &str) -> Result<Self> {
+        let sockets = ["blk", "net"].map(|device| PathBuf::from(format!("/tmp/{name}.{device}")));
+        let mut this = Self { processes: Vec::new(), sockets };
+        let ways = [vec!["blk", "--image", IMAGE], vec!["net", "--tap", tap, "--mac", MAC]];
+        for (arguments, socket) in ways.iter().zip(&this.sockets) {
+            let mut command = Command::new("wherry");
+            command.arg("device").args(arguments).arg("--socket").arg(socket).stdin(Stdio::null());
+            network.left().hold(&mut command)?;
+            this.processes.push(command.spawn().with_context(|| format!("cannot start {command:?}"))?);
+        }
+        let start = Instant::now();
+        while !this.sockets.iter().all(|socket| socket.exists()) {
+            ensure!(start.elapsed() < COMMAND, "waited {COMMAND:?} for the sockets {:?}", this.sockets);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(this)
+    }
+}
+
+impl Drop for BackEnds {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        for socket in &self.sockets {
+            let _ = std::fs::remove_file(socket);
+        }
+    }
+}
+
+/// What a VMM is told of its devices.
+fn devices(back_ends: Option<&BackEnds>, tap: &str) -> Vec<String> {
+    let arguments = match back_ends {
+        None => [("--disk", IMAGE.to_owned()), ("--net", tap.to_owned())],
+        Some(BackEnds { sockets: [blk, net], .. }) => [
+            ("--device", format!("vhost-user-blk={}", blk.display())),
+            ("--device", format!("vhost-user-net={}", net.display())),
+        ],
+    };
+    arguments.into_iter().flat_map(|(option, value)| [option.to_owned(), value]).collect()
+}
+
+fn scenario(checks: &mut Checks, moves: usize, others: bool) -> Result<()> {
     let network = checks.check("network", network::make)?;
-    let mut guest = checks.check("boot", || boot(&network))?;
+    let mut guest = checks.check("boot", || boot(&network, others))?;
     checks.check("root-on-disk", || root_on_disk(&mut guest.serial))?;
     let mut load = checks.check("load", || start(&mut guest.serial, &network))?;
     for round in 1..=moves {
@@ -97,15 +158,18 @@ fn scenario(checks: &mut Checks, moves: usize) -> Result<()> {
         Ok(())
     })?;
     drop(ping);
-    checks.check("disk", || disk_verified(&mut guest.serial))?;
+    checks.check("fio", || fio_ends(&mut guest.serial))?;
+    checks.check("fio-read-again", || fio_reads_again(&mut guest.serial))?;
     checks.check("kernel-log", || kernel_log(&mut guest))?;
     checks.check("power-off", || power_off(guest))?;
     checks.check("file-system", file_system)
 }
 
 /// Starts a guest and waits for its user space.
-fn boot(network: &Network) -> Result<Guest> {
-    let arguments = [
+fn boot(network: &Network, others: bool) -> Result<Guest> {
+    let back_ends = others.then(|| BackEnds::start(network, "first", TAPS[0])).transpose()?;
+    let devices = devices(back_ends.as_ref(), TAPS[0]);
+    let mut arguments = vec![
         "run",
         "--kernel",
         "/lab/vmlinuz",
@@ -115,13 +179,10 @@ fn boot(network: &Network) -> Result<Guest> {
         "256M",
         "--cpus",
         "2",
-        "--disk",
-        IMAGE,
-        "--net",
-        TAPS[0],
         "--cmdline",
-        "console=ttyS0 panic=-1",
+        CMDLINE,
     ];
+    arguments.extend(devices.iter().map(String::as_str));
     let vmm = Vmm::start_in(Some(network.left()), "first", &arguments)?;
     let mut serial = Serial::connect(&vmm.serial, COMMAND)?;
     println!("lab: {}", serial.wait_for("INNER READY", BOOT)?);
@@ -130,7 +191,7 @@ fn boot(network: &Network) -> Result<Guest> {
     let lines = serial.ask("dmesg | wc -l", COMMAND)?;
     let boot_lines: usize = lines.trim().parse().with_context(|| format!("a count of lines: {lines:?}"))?;
     ensure!(boot_lines > 50, "the kernel log has {boot_lines} lines, too few to be one");
-    Ok(Guest { vmm, serial, boot_lines })
+    Ok(Guest { vmm, back_ends, serial, boot_lines })
 }
 
 /// The root is ext4 on the disk, and can be written.
@@ -141,11 +202,18 @@ fn root_on_disk(serial: &mut Serial) -> Result<()> {
     Ok(())
 }
 
-/// Starts to write and read on the disk, and asks from the other machine for answers.
+/// Starts fio, which repeats its pass until it is told to end, and asks from the other machine for answers.
 fn start(serial: &mut Serial, network: &Network) -> Result<Load> {
-    serial.ask(DISK_LOAD, COMMAND)?;
+    serial.ask(&format!("printf '{JOBS}' >/var/fio/jobs"), COMMAND)?;
+    // Each pass with data of its own, or what an earlier one wrote would hide what a later one lost.
+    serial.ask(
+        "(n=0; while [ ! -e /tmp/fio.stop ]; do n=$((n+1)); \
+         fio --eta=never --randseed=$n --output=/tmp/fio.log /var/fio/jobs || { echo $? >/tmp/fio.failed; break; }; \
+         echo $n >/tmp/fio.passes; done; echo ended >/tmp/fio.ended) &",
+        COMMAND,
+    )?;
     let before = requests(serial)?;
-    wait("the disk to be written", || Ok(requests(serial)?[1] >= before[1] + REQUESTS))?;
+    wait("fio to write", || Ok(requests(serial)?[1] >= before[1] + REQUESTS))?;
     serial.ask(&format!("ifconfig eth0 {GUEST} netmask 255.255.255.252 up"), COMMAND)?;
     serial.ask(&format!("(nc -ll -p {ECHO_PORT} -e cat) &"), COMMAND)?;
     let features = serial.ask("cat /sys/class/net/eth0/device/features", COMMAND)?;
@@ -168,16 +236,21 @@ fn gaps(load: &Load, when: &str) {
 fn migrate(guest: Guest, network: &Network, load: &Load, round: usize, mode: &str) -> Result<Guest> {
     let name = format!("d{round}");
     let address = format!("unix:/tmp/{name}.link");
-    let arguments = ["receive", "--listen", &address, "--disk", IMAGE, "--net", TAPS[round % TAPS.len()]];
+    let tap = TAPS[round % TAPS.len()];
+    let next = guest.back_ends.as_ref().map(|_| BackEnds::start(network, &name, tap)).transpose()?;
+    let devices = devices(next.as_ref(), tap);
+    let mut arguments = vec!["receive", "--listen", &address];
+    arguments.extend(devices.iter().map(String::as_str));
     let target = Vmm::start_in(Some(network.left()), &name, &arguments)?;
-    let Guest { vmm: source, serial: old_serial, boot_lines } = guest;
+    // Those of the source go with it, not before.
+    let Guest { vmm: source, back_ends: _before, serial: old_serial, boot_lines } = guest;
     let start = Instant::now();
     let blackout = wherry::migrate(source, &target, &address, &["--mode", mode], MIGRATION)?;
     println!("lab: move {round}, {mode}, took {:.1} s, blackout {blackout} us", start.elapsed().as_secs_f64());
     gaps(load, "during it");
     drop(old_serial);
     let serial = Serial::connect(&target.serial, COMMAND)?;
-    Ok(Guest { vmm: target, serial, boot_lines })
+    Ok(Guest { vmm: target, back_ends: next, serial, boot_lines })
 }
 
 /// The disk serves reads and writes, pings are answered, data comes back.
@@ -187,8 +260,8 @@ fn goes_on(serial: &mut Serial, load: &mut Load) -> Result<()> {
     let start = Instant::now();
     loop {
         load.echo.check().context("the TCP connection")?;
-        let failed = serial.command("test ! -e /tmp/disk.ended", COMMAND)?.status != 0;
-        ensure!(!failed, "the load of the disk has ended: {}", serial.ask("cat /tmp/disk.*", COMMAND)?);
+        let failed = serial.command("test ! -e /tmp/fio.ended", COMMAND)?.status != 0;
+        ensure!(!failed, "fio has ended: {}", serial.ask("cat /tmp/fio.*", COMMAND)?);
         let now = requests(serial)?;
         let done = [now[0] - disk[0], now[1] - disk[1]];
         let (answered, returned) = (load.ping.heard().answers - answers, load.echo.returned() - bytes);
@@ -212,21 +285,32 @@ fn requests(serial: &mut Serial) -> Result<[u64; 2]> {
     Ok([fields[0], fields[4]])
 }
 
-/// All that was written on the disk was read back from it.
-fn disk_verified(serial: &mut Serial) -> Result<()> {
-    serial.ask("touch /tmp/disk.stop", COMMAND)?;
-    wait("the load of the disk to end", || Ok(serial.command("test -e /tmp/disk.ended", COMMAND)?.status == 0))?;
-    let failed = serial.command("test ! -e /tmp/disk.failed", COMMAND)?.status != 0;
-    ensure!(!failed, "what was written was not read back: {}", serial.ask("cat /tmp/disk.*", COMMAND)?);
-    println!("lab: disk: {} files written and read back", serial.ask("cat /tmp/disk.passes", COMMAND)?.trim());
+/// Lets fio finish its pass.
+fn fio_ends(serial: &mut Serial) -> Result<()> {
+    serial.ask("touch /tmp/fio.stop", COMMAND)?;
+    let start = Instant::now();
+    while serial.command("test -e /tmp/fio.ended", COMMAND)?.status != 0 {
+        ensure!(start.elapsed() < PASS, "waited {PASS:?} for fio to end: {}", serial.ask("cat /tmp/fio.log", COMMAND)?);
+    }
+    let log = serial.ask("cat /tmp/fio.log", COMMAND)?;
+    let failed = serial.command("test ! -e /tmp/fio.failed", COMMAND)?.status != 0;
+    ensure!(!failed && !log.contains("verify:"), "fio found something wrong: {log}");
+    println!("lab: fio: {} passes, all verified", serial.ask("cat /tmp/fio.passes", COMMAND)?.trim());
+    Ok(())
+}
+
+/// What the last pass wrote is on the disk, and not only in the guest's cache.
+fn fio_reads_again(serial: &mut Serial) -> Result<()> {
+    serial.ask("sync; echo 3 >/proc/sys/vm/drop_caches", COMMAND)?;
+    let log = serial.ask("fio --eta=never --verify_only --randseed=$(cat /tmp/fio.passes) /var/fio/jobs", PASS)?;
+    ensure!(log.contains("READ:") && !log.contains("verify:"), "fio found something wrong: {log}");
     Ok(())
 }
 
 /// The kernel has not complained.
 fn kernel_log(guest: &mut Guest) -> Result<()> {
-    let log = guest.serial.ask("dmesg", COMMAND)?;
-    let mut found = kernel_log::trouble(&log, guest.boot_lines);
-    found.extend(log.lines().filter(|line| line.contains("I/O error") || line.contains("EXT4-fs error")));
+    let log = guest.serial.ask(&kernel_log::command(&["I/O error", "EXT4-fs error"]), COMMAND)?;
+    let found = kernel_log::trouble(&log, guest.boot_lines);
     ensure!(found.is_empty(), "{}", found.join("\n"));
     Ok(())
 }

@@ -13,7 +13,7 @@ use wherry_netlab::Namespace;
 /// Bytes that are sent at once: many segments, that the devices are to cut.
 const BLOCK: usize = 32 << 10;
 /// After each: a connection that takes all it can leaves no time for anything else on one emulated CPU.
-const PACE: Duration = Duration::from_millis(100);
+const PACE: Duration = Duration::from_millis(250);
 /// A connection that is silent for so long has ended.
 const SILENCE: Duration = Duration::from_secs(60);
 

@@ -246,7 +246,7 @@ fn clock(guest: &mut Guest) -> Result<()> {
 
 /// The kernel has not complained.
 fn kernel_log(guest: &mut Guest) -> Result<()> {
-    let log = guest.serial.ask("dmesg", COMMAND)?;
+    let log = guest.serial.ask(&kernel_log::command(&[]), COMMAND)?;
     let found = kernel_log::trouble(&log, guest.boot_lines);
     ensure!(found.is_empty(), "{}", found.join("\n"));
     Ok(())

@@ -2,6 +2,7 @@
 //!
 //! Says what it found on the serial port, in lines that `xtask/src/lab/report.rs` reads.
 
+mod blk;
 mod checks;
 mod devices;
 mod echo;
@@ -42,11 +43,16 @@ enum Command {
         #[arg(long, default_value = "")]
         label: String,
     },
+    /// Measure the disk of a guest of Wherry beside that of one of QEMU.
+    Blk,
     /// Run a Linux guest in Wherry with its root on a disk and a network device, and migrate it.
     Devices {
         /// More moves.
         #[arg(long)]
         full: bool,
+        /// Have processes of their own serve the devices.
+        #[arg(long)]
+        vhost: bool,
     },
 }
 
@@ -54,7 +60,8 @@ fn main() -> ExitCode {
     let good = match Arguments::parse().command {
         Command::Kvm => Checks::plan("", &["kvm".to_owned()]).check("kvm", kvm::probe).is_ok(),
         Command::Linux { full, kernel, label } => linux::run(full, &kernel, &label),
-        Command::Devices { full } => devices::run(full),
+        Command::Blk => blk::run(),
+        Command::Devices { full, vhost } => devices::run(full, vhost),
     };
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -1,5 +1,5 @@
 //! `lab devices`: a stock Debian kernel in Wherry, its root on a virtio disk and a network device on a tap, moved while
-//! a shell writes and reads files, ping waits for answers and a TCP connection carries data.
+//! fio verifies what it writes, ping waits for answers and a TCP connection carries data.
 //!
 //! The work is done inside the outer machine by the `lab-agent` (see `xtask/agent`).
 
@@ -15,10 +15,13 @@ use crate::tally::Tally;
 const LIMIT: Duration = Duration::from_secs(15 * 60);
 const FULL_LIMIT: Duration = Duration::from_secs(30 * 60);
 
-/// Runs the lab; `full` for more moves than a change is tested with.
-pub fn run(full: bool) -> Result<Tally> {
-    let (script, limit) = if full { ("lab-agent devices --full", FULL_LIMIT) } else { ("lab-agent devices", LIMIT) };
-    let binaries = vec!["lab-agent", "wherry"];
-    let content = Content { script: script.to_owned(), binaries, devices: true, ..Content::default() };
+/// Runs the lab; `full` for more moves than a change is tested with, `vhost` with the devices in processes of their own.
+pub fn run(full: bool, vhost: bool) -> Result<Tally> {
+    let mut script = "lab-agent devices".to_owned();
+    for (option, _) in [(" --full", full), (" --vhost", vhost)].into_iter().filter(|(_, on)| *on) {
+        script.push_str(option);
+    }
+    let limit = if full { FULL_LIMIT } else { LIMIT };
+    let content = Content { script, binaries: vec!["lab-agent", "wherry"], devices: true, ..Content::default() };
     Outer::prepare("devices", &content)?.run(limit)
 }

@@ -4,15 +4,17 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use super::fio;
 use super::initramfs::Initramfs;
 use super::packages::{Kernel, Packages};
 use super::root::RootTree;
 use crate::debian;
-use crate::process::{Next, command, stream};
+use crate::process::{Next, command, stream, text};
 
 /// The target triple; named explicitly so that build scripts and macros are not built with the static runtime.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -82,11 +84,12 @@ impl Images {
         write(&home().join("inner-root.cpio"), archive)
     }
 
-    /// Writes the image of that disk: busybox, a shell that takes commands on the serial port.
+    /// Writes the image of that disk: busybox, fio, a shell that takes commands on the serial port.
     fn inner_root(&self) -> Result<PathBuf> {
         let mut tree = RootTree::new(&home())?;
         tree.copy("bin/busybox", &self.busybox)?;
         tree.script("init", INNER_INIT)?;
+        tree.copy("bin/fio", &fio::program(&self.packages, &home())?)?;
         tree.image(&home().join("root.img"))
     }
 
@@ -111,6 +114,9 @@ impl Images {
         if content.devices {
             modules.extend(NETWORK_MODULES);
             self.add_devices(&mut archive)?;
+        }
+        if content.qemu {
+            add_qemu(&mut archive)?;
         }
         archive.modules(&self.outer.modules, &modules)?;
         for binary in binaries(&content.binaries)? {
@@ -147,6 +153,24 @@ impl Images {
     }
 }
 
+/// Adds the QEMU of this machine, with its libraries and what a guest begins with.
+fn add_qemu(archive: &mut Initramfs) -> Result<()> {
+    let program = Path::new("/usr/bin/qemu-system-x86_64");
+    archive.copy("lab/bin/qemu-system-x86_64", 0o755, program)?;
+    // `/lib64/ld-linux-x86-64.so.2 (0x…)` and `libz.so.1 => /lib/x86_64-linux-gnu/libz.so.1 (0x…)`.
+    for line in text(Command::new("ldd").arg(program))?.lines() {
+        let Some(path) = line.split_whitespace().find(|word| word.starts_with('/')).map(Path::new) else { continue };
+        let name = file_name(path);
+        let place = if name.starts_with("ld-linux") { "lib64" } else { "usr/lib/x86_64-linux-gnu" };
+        archive.copy(&format!("{place}/{name}"), 0o755, path)?;
+    }
+    for file in ["seabios/bios-256k.bin", "qemu/kvmvapic.bin", "qemu/linuxboot_dma.bin"] {
+        let file = Path::new("/usr/share").join(file);
+        archive.copy(&format!("lab/qemu/{}", file_name(&file)), 0o644, &file)?;
+    }
+    Ok(())
+}
+
 /// What is in the outer machine of one lab.
 #[derive(Debug, Default)]
 pub struct Content {
@@ -160,6 +184,8 @@ pub struct Content {
     pub files: Vec<PathBuf>,
     /// The inner guest's disk and what its network is made with.
     pub devices: bool,
+    /// The QEMU that is installed here.
+    pub qemu: bool,
 }
 
 fn file_name(path: &Path) -> &str {

@@ -2,11 +2,13 @@
 //!
 //! QEMU emulates a machine with SVM (*outer*), Wherry runs in that, and an ordinary guest (*inner*) runs in Wherry.
 //! See `docs/lab.md`. [`packages`] fetches stock kernels and programs, [`initramfs`] and [`images`] pack them,
-//! [`root`] makes the guest's disk, [`qemu`] runs the machine, [`report`] reads what it says.
+//! [`root`] makes the guest's disk with [`fio`] on it, [`qemu`] runs the machine, [`report`] reads what it says.
 //!
 //! A new lab is a module like [`linux`]: a script for the outer machine, what the machine must have, a deadline.
 
+mod blk;
 mod devices;
+mod fio;
 mod images;
 mod initramfs;
 mod linux;
@@ -42,12 +44,17 @@ pub enum Lab {
         #[arg(long)]
         full: bool,
     },
-    /// A stock Linux guest with its root on a disk of Wherry's and a network device, moved while files, ping and TCP run.
+    /// A stock Linux guest with its root on a disk of Wherry's and a network device: moved while fio, ping and TCP run.
     Devices {
         /// More moves.
         #[arg(long)]
         full: bool,
+        /// Have `wherry device blk` and `wherry device net` serve them.
+        #[arg(long)]
+        vhost: bool,
     },
+    /// Measure the disk of a guest of Wherry beside that of one of QEMU, in the same machine.
+    Blk,
     /// Boot the outer machine with the present Wherry and run a shell script of yours in it.
     Run {
         /// The script; /lab/bin/wherry, /lab/vmlinuz and /lab/inner.cpio are there for it.
@@ -86,7 +93,8 @@ pub fn run(lab: Lab) -> Result<Tally> {
     std::fs::create_dir_all(home()).with_context(|| format!("cannot create {}", home().display()))?;
     match lab {
         Lab::Linux { full } => linux::run(full),
-        Lab::Devices { full } => devices::run(full),
+        Lab::Devices { full, vhost } => devices::run(full, vhost),
+        Lab::Blk => blk::run(),
         Lab::Direct => direct(),
         Lab::Kvm => {
             let content =
@@ -96,7 +104,8 @@ pub fn run(lab: Lab) -> Result<Tally> {
         Lab::Run { script, file, module, device, devices, iommu, memory, timeout } => {
             let text = std::fs::read_to_string(&script).with_context(|| format!("cannot read {}", script.display()))?;
             let binaries = vec!["lab-agent", "wherry"];
-            let content = Content { script: text, binaries, modules: module, files: file, devices };
+            let content =
+                Content { script: text, binaries, modules: module, files: file, devices, ..Content::default() };
             let mut lab = Outer::prepare("run", &content)?;
             lab.machine.devices = device;
             lab.machine.iommu = iommu;

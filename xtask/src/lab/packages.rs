@@ -38,19 +38,31 @@ impl Packages {
     /// The unpacked tree of `package`, from `suite` or else from the machine's own suites.
     pub fn tree(&self, package: &str, suite: Option<&str>) -> Result<PathBuf> {
         let name = suite.map_or_else(|| package.to_owned(), |suite| format!("{package}@{suite}"));
-        let tree = self.root.join(&name);
+        self.cached(&name, |partial| fetch(package, suite, partial))
+            .with_context(|| format!("cannot get the Debian package {name}"))
+    }
+
+    /// The tree of this name; if it is not there, `fetch` is given a directory in which to make `tree`.
+    fn cached(&self, name: &str, fetch: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        let tree = self.root.join(name);
         if tree.is_dir() {
             return Ok(tree);
         }
         println!("lab: fetching {name}");
         let partial = self.root.join(format!("partial-{}-{name}", std::process::id()));
-        let result = fetch(package, suite, &partial).and_then(|()| {
+        let result = fetch(&partial).and_then(|()| {
             std::fs::rename(partial.join("tree"), &tree)
                 .with_context(|| format!("cannot rename the unpacked package to {}", tree.display()))
         });
         let _ = std::fs::remove_dir_all(&partial);
-        result.with_context(|| format!("cannot get the Debian package {name}"))?;
+        result?;
         Ok(tree)
+    }
+
+    /// The unpacked source of `package` from the machine's own suite, as its authors published it.
+    pub fn source(&self, package: &str) -> Result<PathBuf> {
+        self.cached(&format!("{package}@source"), |partial| fetch_source(package, partial))
+            .with_context(|| format!("cannot get the source of the Debian package {package}"))
     }
 
     /// The newest kernel of a flavour (`amd64`, `cloud-amd64`).
@@ -186,6 +198,37 @@ fn fetch(package: &str, suite: Option<&str>, partial: &Path) -> Result<()> {
     };
     output(Command::new("dpkg").arg("-x").arg(&deb).arg(partial.join("tree")))?;
     Ok(())
+}
+
+/// Downloads the source of a package into `partial` and unpacks it into `partial/tree`. What apt has to know for it stays there:
+/// a machine need not have sources among its suites.
+fn fetch_source(package: &str, partial: &Path) -> Result<()> {
+    let (lists, tree) = (partial.join("lists"), partial.join("tree"));
+    for dir in [&lists.join("partial"), &tree] {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    let suites = partial.join("suites.list");
+    std::fs::write(&suites, format!("deb-src {} {} main\n", debian::mirror()?, debian::SUITE))
+        .with_context(|| format!("cannot write {}", suites.display()))?;
+    let apt = || {
+        let mut apt = debian::apt_get();
+        apt.arg(format!("-oDir::Etc::SourceList={}", suites.display()))
+            .arg("-oDir::Etc::SourceParts=-")
+            .arg(format!("-oDir::State::Lists={}", lists.display()))
+            .current_dir(partial);
+        apt
+    };
+    output(apt().arg("update"))?;
+    output(apt().args(["source", "--download-only", package]))?;
+    for entry in std::fs::read_dir(partial)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name.contains(".orig.tar.") && !name.ends_with(".asc") {
+            output(Command::new("tar").arg("-xf").arg(&path).args(["--strip-components=1", "-C"]).arg(&tree))?;
+            return Ok(());
+        }
+    }
+    bail!("apt-get source {package} left no archive")
 }
 
 /// Downloads one package (for a kernel's meta package: the kernel) and returns the file.

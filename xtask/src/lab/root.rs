@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::process::output;
 
 /// What is free on the disk beside the files, in MiB; the load of a guest fits in.
-const FREE_MIB: u64 = 48;
+const FREE_MIB: u64 = 128;
 
 /// The directory that becomes the root. It goes when the image is made.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl RootTree {
         let tree = Self { dir: home.join("root"), bytes: 0 };
         // One that a killed task has left.
         let _ = std::fs::remove_dir_all(&tree.dir);
-        for dir in ["dev", "proc", "sys", "tmp", "run", "bin", "var/data"] {
+        for dir in ["dev", "proc", "sys", "tmp", "run", "bin", "var/fio"] {
             let dir = tree.dir.join(dir);
             std::fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         }
