@@ -14,7 +14,16 @@ fn main() {
     let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let guest = root.join("guest");
-    for path in ["build.rs", "guest", "src/report.rs", "src/params.rs", "src/data.rs", "src/disk.rs", "src/ram.rs"] {
+    for path in [
+        "build.rs",
+        "guest",
+        "src/report.rs",
+        "src/params.rs",
+        "src/data.rs",
+        "src/disk.rs",
+        "src/ram.rs",
+        "src/testdma.rs",
+    ] {
         println!("cargo::rerun-if-changed={path}");
     }
 

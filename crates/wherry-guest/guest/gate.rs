@@ -17,6 +17,7 @@ const OUTS: u64 = 8;
 const OUTW: u64 = 9;
 const HALT: u64 = 10;
 const XSAVE: u64 = 11;
+const REST: u64 = 12;
 
 /// Vector of the gate: #UD.
 pub const GATE_VECTOR: u8 = 6;
@@ -98,6 +99,13 @@ pub unsafe fn wrmsr(msr: u32, value: u64) {
 pub fn wait(count: u32) {
     // SAFETY: writes the timer's register only.
     unsafe { call(WAIT, 0, count.into(), 0) };
+}
+
+/// As [`wait`], but comes back at once if this vCPU has taken other than `interrupts` of them so far, of all vectors: between a look
+/// at what they brought and the sleep there is no window, either.
+pub fn rest(count: u32, interrupts: u32) {
+    // SAFETY: writes the timer's register only.
+    unsafe { call(REST, interrupts.into(), count.into(), 0) };
 }
 
 /// Switches XSAVE on, for the state components in `xcr0`. CPUID must offer them.

@@ -13,6 +13,7 @@ pub const DEVICE_VECTORS: core::ops::Range<u8> = 0x90..0xf0;
 pub const TIMER_VECTOR: u8 = 0x40;
 
 const SPURIOUS_VECTOR: u8 = 0xff;
+const IO_APIC: u64 = 0xfec0_0000;
 const LAPIC: u64 = 0xfee0_0000;
 const LAPIC_ID: u64 = LAPIC + 0x20;
 const LAPIC_SVR: u64 = LAPIC + 0xf0;
@@ -85,6 +86,23 @@ pub fn count(cpu: usize, vector: u8) -> u32 {
     percpu::interrupt_counts(cpu)[usize::from(vector)].load(Ordering::Acquire)
 }
 
+/// How many interrupts vCPU `cpu` has taken, of all vectors. Wraps.
+pub fn total(cpu: usize) -> u32 {
+    count(cpu, 0)
+}
+
+/// Has an input of the I/O APIC raise `vector` of a vCPU, as PCI's pins do: by level, active low.
+pub fn route_pin(input: u8, vector: u8, apic_id: u32) {
+    let register = 0x10 + 2 * u32::from(input);
+    // SAFETY: registers of the I/O APIC; the vector has a stub.
+    unsafe {
+        mmio::write32(IO_APIC, register + 1);
+        mmio::write32(IO_APIC + 0x10, apic_id << 24);
+        mmio::write32(IO_APIC, register);
+        mmio::write32(IO_APIC + 0x10, 1 << 15 | 1 << 13 | u32::from(vector));
+    }
+}
+
 /// Frequency of the local APIC's timer in Hz, measured against the TSC for about 2 ms.
 pub fn measure_timer(tsc_hz: u64) -> u64 {
     // SAFETY: registers of the local APIC; its timer stays masked.
@@ -106,6 +124,11 @@ pub fn measure_timer(tsc_hz: u64) -> u64 {
 pub fn enable_timer() {
     // SAFETY: a register of the local APIC; the vector has a stub.
     unsafe { mmio::write32(LAPIC_LVT_TIMER, u32::from(TIMER_VECTOR)) };
+}
+
+/// Sleeps for `ticks` of the local APIC's timer, or until an interrupt; not if more than `interrupts` have come to this vCPU.
+pub fn rest(ticks: u32, interrupts: u32) {
+    gate::rest(ticks.max(1), interrupts);
 }
 
 /// Sleeps for `ticks` of the local APIC's timer, or until another interrupt.

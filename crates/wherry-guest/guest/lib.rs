@@ -22,7 +22,7 @@
 //! | [`mmio`], [`port`], [`serial`] | device access, the probe port, text output |
 //! | [`time`] | the TSC and its frequency |
 //! | [`pci`], [`virtio`] | PCI functions, and virtio devices with their rings |
-//! | [`report`], [`params`], [`data`], [`disk`], [`ram`] | shared with the host side of this crate |
+//! | [`report`], [`params`], [`data`], [`disk`], [`ram`], [`testdma`] | shared with the host side of this crate |
 //!
 //! Drivers come as modules beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
 //! [`interrupt::count`] for it from ring 3.
@@ -53,5 +53,7 @@ pub mod ram;
 pub mod report;
 pub mod serial;
 pub mod smp;
+#[path = "../src/testdma.rs"]
+pub mod testdma;
 pub mod time;
 pub mod virtio;

@@ -28,6 +28,15 @@ impl Function {
         gate::outl(DATA, value);
     }
 
+    /// The input of the I/O APIC that its pin INTA leads to: as its interrupt line says, or where no firmware has filled that in, as
+    /// Wherry connects them.
+    pub fn pin_input(self) -> u8 {
+        match self.read(0x3c) as u8 {
+            0 | 0xff => 16 + (self.0 >> 3) % 8,
+            line => line,
+        }
+    }
+
     /// Lets it answer in memory, and read and write memory.
     pub fn enable(self) {
         // The status register takes ones for clearing; there is nothing to clear.

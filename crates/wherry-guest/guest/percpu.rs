@@ -5,7 +5,7 @@
 //! | 0x0000 | TSS (104 bytes) |
 //! | 0x0080 | [`FaultFrame`]: what ring 0 stored at an exception |
 //! | 0x0100 | index of the vCPU |
-//! | 0x0400 | interrupt counters, 256 of 32 bits |
+//! | 0x0400 | interrupt counters, 256 of 32 bits; that of vector 0 counts all |
 //! | 0x0800 | ring 0 stack, to 0x1000 |
 //! | 0x1000 | ring 3 stack of the fault handler, to 0x2000 |
 //! | 0x2000 | ring 3 stack, to the end |

@@ -221,6 +221,7 @@ interrupt_common:
     mov rcx, rsp
     and rcx, -4096
     inc dword ptr [rcx + rax * 4 + {IRQ_COUNTS}]
+    inc dword ptr [rcx + {IRQ_COUNTS}]      # vector 0 is an exception: all of them
     cmp eax, 0xff               # spurious: no EOI
     je 1f
     mov ecx, 0xfee000b0
@@ -275,7 +276,7 @@ gate_entry:
     cmp qword ptr [rsp], offset gate_call
     jne 8f
     add qword ptr [rsp], 2
-    cmp eax, 11
+    cmp eax, 12
     ja 9f
     jmp [gate_table + rax * 8]
 8:
@@ -329,6 +330,12 @@ gate_wait:                      # arm the LAPIC timer with ECX and sleep until a
     hlt
     cli
     iretq
+gate_rest:                      # the same, unless more than EDX interrupts have come
+    mov rdi, rsp
+    and rdi, -4096
+    cmp [rdi + {IRQ_COUNTS}], edx
+    je gate_wait
+    iretq
 gate_outs:                      # ECX bytes from [RSI] to port DX
     rep outsb
     iretq
@@ -354,4 +361,4 @@ halt:
     .section .rodata.gate, "a", @progbits
     .balign 8
 gate_table:
-    .quad gate_outb, gate_inb, gate_outl, gate_inl, gate_cpuid, gate_rdmsr, gate_wrmsr, gate_wait, gate_outs, gate_outw, gate_halt, gate_xsave
+    .quad gate_outb, gate_inb, gate_outl, gate_inl, gate_cpuid, gate_rdmsr, gate_wrmsr, gate_wait, gate_outs, gate_outw, gate_halt, gate_xsave, gate_rest

@@ -6,6 +6,7 @@
 use core::fmt;
 
 use crate::report::{MAX_CPUS, MAX_DISK_DEPTH, RATE_MAX};
+use crate::testdma::{MAX_BUFFER, MAX_ENTRIES, MAX_VECTORS};
 
 /// Which pages are dirtied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +96,20 @@ pub struct Params {
     pub disk_depth: u16,
     /// `disk_wait=interrupt|poll`.
     pub disk_wait: DiskWait,
+    /// `testdma=ring|wait`: work with the test device for DMA. `None` (default): leave it alone.
+    pub testdma: Option<DmaLoad>,
+    /// `testdma_interrupt=msix|msi|intx`.
+    pub testdma_interrupt: DmaInterrupt,
+    /// `testdma_vectors=`: how many vectors it uses in turn. Default 1.
+    pub testdma_vectors: u32,
+    /// `testdma_entries=`: entries of the ring. Default 256.
+    pub testdma_entries: u32,
+    /// `testdma_buffer=`: bytes of a buffer. Default 4096.
+    pub testdma_buffer: u32,
+    /// `testdma_pool=`: bytes of all buffers. Default 8M.
+    pub testdma_pool: u64,
+    /// `testdma_mask=on|off`: mask and unmask the vectors now and then. Default off.
+    pub testdma_mask: bool,
     /// `fault=`: on purpose, for tests of the failure path: `page`, `gp`, `panic` or `registers`, after the fill.
     pub fault: Option<InjectedFault>,
 }
@@ -106,6 +121,26 @@ pub enum DiskWait {
     Interrupt,
     /// By looking at the ring.
     Poll,
+}
+
+/// What is done with the test device for DMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DmaLoad {
+    /// It fills the buffers of a ring.
+    Ring,
+    /// It writes a letter at a time, and the vCPU halts in between.
+    Wait,
+}
+
+/// How it interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DmaInterrupt {
+    /// By MSI-X.
+    Msix,
+    /// By MSI.
+    Msi,
+    /// By its pin.
+    Intx,
 }
 
 /// A failure on request.
@@ -141,6 +176,13 @@ impl Default for Params {
             disk: None,
             disk_depth: 32,
             disk_wait: DiskWait::Interrupt,
+            testdma: None,
+            testdma_interrupt: DmaInterrupt::Msix,
+            testdma_vectors: 1,
+            testdma_entries: 256,
+            testdma_buffer: 4096,
+            testdma_pool: 8 << 20,
+            testdma_mask: false,
             fault: None,
         }
     }
@@ -164,7 +206,8 @@ impl fmt::Display for ParamError<'_> {
 impl core::error::Error for ParamError<'_> {}
 
 const NAMES: &str = "one of data, from, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
-                     disk, disk_depth, disk_wait, fault, each with '=' and a value";
+                     disk, disk_depth, disk_wait, testdma, testdma_interrupt, testdma_vectors, testdma_entries, testdma_buffer, \
+                     testdma_pool, testdma_mask, fault, each with '=' and a value";
 const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
 const PERCENT: &str = "a percentage from 0% to 100%";
 const NUMBER: &str = "a number";
@@ -250,6 +293,39 @@ impl Params {
                     _ => return Err("interrupt or poll"),
                 }
             }
+            "testdma" => {
+                self.testdma = Some(match value {
+                    "ring" => DmaLoad::Ring,
+                    "wait" => DmaLoad::Wait,
+                    _ => return Err("ring or wait"),
+                })
+            }
+            "testdma_interrupt" => {
+                self.testdma_interrupt = match value {
+                    "msix" => DmaInterrupt::Msix,
+                    "msi" => DmaInterrupt::Msi,
+                    "intx" => DmaInterrupt::Intx,
+                    _ => return Err("msix, msi or intx"),
+                }
+            }
+            "testdma_vectors" => {
+                self.testdma_vectors = number(value)
+                    .filter(|n| (1..=u64::from(MAX_VECTORS)).contains(n))
+                    .ok_or("a number of vectors from 1 to 16")? as u32;
+            }
+            "testdma_entries" => {
+                self.testdma_entries = number(value)
+                    .filter(|n| n.is_power_of_two() && (2..=u64::from(MAX_ENTRIES)).contains(n))
+                    .ok_or("a power of two from 2 to 1024")? as u32;
+            }
+            "testdma_buffer" => {
+                self.testdma_buffer = size(value)
+                    .filter(|n| n.is_multiple_of(8) && (16..=u64::from(MAX_BUFFER)).contains(n))
+                    .ok_or("a number of bytes from 16 to 64K, a multiple of 8")?
+                    as u32;
+            }
+            "testdma_pool" => self.testdma_pool = size(value).ok_or(SIZE)?,
+            "testdma_mask" => self.testdma_mask = switch(value)?,
             "fault" => {
                 self.fault = Some(match value {
                     "page" => InjectedFault::Page,

@@ -155,6 +155,8 @@ pub enum FailureKind {
     Registers = 8,
     /// A disk does not hold what was written to it, or does not do what it should.
     Disk = 9,
+    /// The test device for DMA does not do what it should, or an interrupt of it was lost.
+    Testdma = 10,
 }
 
 impl FailureKind {
@@ -171,6 +173,7 @@ impl FailureKind {
             7 => Self::Clock,
             8 => Self::Registers,
             9 => Self::Disk,
+            10 => Self::Testdma,
             _ => return None,
         })
     }
@@ -282,6 +285,8 @@ pub struct Header {
     pub message: [AtomicU8; MESSAGE_BYTES],
     /// The disk load.
     pub disk: DiskReport,
+    /// The DMA load.
+    pub testdma: TestdmaReport,
 }
 
 /// The disk load of vCPU 0.
@@ -323,6 +328,57 @@ pub struct DiskReport {
     pub in_flight: AtomicU32,
     /// 0.
     pub disk_pad: AtomicU32,
+}
+
+/// The DMA load of vCPU 0.
+#[repr(C)]
+pub struct TestdmaReport {
+    /// 1 when there is a DMA load.
+    pub present: AtomicU32,
+    /// What the device does: 1 ring, 2 stop and wait.
+    pub form: AtomicU32,
+    /// How it interrupts: 1 INTx, 2 MSI, 3 MSI-X.
+    pub interrupt: AtomicU32,
+    /// Vectors in use.
+    pub vectors: AtomicU32,
+    /// Entries of the ring.
+    pub entries: AtomicU32,
+    /// Bytes of a buffer.
+    pub buffer: AtomicU32,
+    /// Buffers or letters that came.
+    pub received: AtomicU64,
+    /// Those of them that were right.
+    pub verified: AtomicU64,
+    /// Buffers that still were when their turn came again.
+    pub rechecked: AtomicU64,
+    /// Those that were not, and whatever else was wrong.
+    pub errors: AtomicU64,
+    /// Interrupts without a letter.
+    pub spurious: AtomicU64,
+    /// Interrupts of the device.
+    pub interrupts: AtomicU64,
+    /// Interrupts that did not come within a second.
+    pub lost: AtomicU64,
+    /// Longest time from one buffer or letter to the next, in ns.
+    pub longest_ns: AtomicU64,
+    /// How often vectors were masked or unmasked.
+    pub toggles: AtomicU64,
+    /// Guest physical address of the area that driver and device share.
+    pub area_gpa: AtomicU64,
+    /// Guest physical address of the buffers.
+    pub pool_gpa: AtomicU64,
+    /// Sequence number of the first that was wrong.
+    pub first_sequence: AtomicU64,
+    /// In it, which word; all ones for its completion.
+    pub first_word: AtomicU64,
+    /// The word that should be there.
+    pub first_expected: AtomicU64,
+    /// The word that was there.
+    pub first_found: AtomicU64,
+    /// 1 while the vectors are masked.
+    pub masked: AtomicU32,
+    /// 0.
+    pub testdma_pad: AtomicU32,
 }
 
 /// Words that the host may write. The guest fills them from its parameters before any vCPU is [`Phase::Filling`].
@@ -478,7 +534,9 @@ const _: () = {
     assert!(offset_of!(Header, message) == 224);
     assert!(offset_of!(Header, disk) == 480);
     assert!(size_of::<DiskReport>() == 128);
-    assert!(size_of::<Header>() == 608);
+    assert!(offset_of!(Header, testdma) == 608);
+    assert!(size_of::<TestdmaReport>() == 152);
+    assert!(size_of::<Header>() == 760);
     assert!(size_of::<Control>() == 48);
     assert!(size_of::<VerifyError>() == 56);
     assert!(size_of::<Fault>() == 48);

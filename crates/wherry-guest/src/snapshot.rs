@@ -7,7 +7,7 @@ use core::mem::offset_of;
 
 use crate::report::{
     CpuPage, DiskReport, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS, MAX_EXTENTS,
-    MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, VERSION, VerifyError,
+    MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, TestdmaReport, VERSION, VerifyError,
     touch_bucket_start,
 };
 
@@ -219,6 +219,8 @@ pub struct Snapshot {
     pub cpus: Vec<CpuSnapshot>,
     /// The disk load, if there is one.
     pub disk: Option<DiskSnapshot>,
+    /// The DMA load, if there is one.
+    pub testdma: Option<TestdmaSnapshot>,
 }
 
 /// The disk load; the fields are those of [`DiskReport`].
@@ -248,6 +250,33 @@ impl DiskSnapshot {
     pub fn completed(&self) -> u64 {
         self.reads + self.writes + self.flushes
     }
+}
+
+/// The DMA load; the fields are those of [`TestdmaReport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are documented at `report::TestdmaReport`")]
+pub struct TestdmaSnapshot {
+    pub form: u32,
+    pub interrupt: u32,
+    pub vectors: u32,
+    pub entries: u32,
+    pub buffer: u32,
+    pub received: u64,
+    pub verified: u64,
+    pub rechecked: u64,
+    pub errors: u64,
+    pub spurious: u64,
+    pub interrupts: u64,
+    pub lost: u64,
+    pub longest_ns: u64,
+    pub toggles: u64,
+    pub area_gpa: u64,
+    pub pool_gpa: u64,
+    pub first_sequence: u64,
+    pub first_word: u64,
+    pub first_expected: u64,
+    pub first_found: u64,
+    pub masked: bool,
 }
 
 /// Words at offsets in a page.
@@ -303,6 +332,7 @@ impl Snapshot {
             cpus_online: header.u32(offset_of!(Header, cpus_online)),
             failure: failure(&header),
             disk: disk(&header),
+            testdma: testdma(&header),
             cpus: pages.take(cpus).map(|page| CpuSnapshot::decode(&Words(page))).collect(),
         })
     }
@@ -380,6 +410,35 @@ fn disk(header: &Words<'_>) -> Option<DiskSnapshot> {
         first_expected: long(offset_of!(DiskReport, first_expected)),
         first_found: long(offset_of!(DiskReport, first_found)),
         in_flight: short(offset_of!(DiskReport, in_flight)),
+    })
+}
+
+fn testdma(header: &Words<'_>) -> Option<TestdmaSnapshot> {
+    let at = |field: usize| offset_of!(Header, testdma) + field;
+    let long = |field: usize| header.u64(at(field));
+    let short = |field: usize| header.u32(at(field));
+    (short(offset_of!(TestdmaReport, present)) == 1).then(|| TestdmaSnapshot {
+        form: short(offset_of!(TestdmaReport, form)),
+        interrupt: short(offset_of!(TestdmaReport, interrupt)),
+        vectors: short(offset_of!(TestdmaReport, vectors)),
+        entries: short(offset_of!(TestdmaReport, entries)),
+        buffer: short(offset_of!(TestdmaReport, buffer)),
+        received: long(offset_of!(TestdmaReport, received)),
+        verified: long(offset_of!(TestdmaReport, verified)),
+        rechecked: long(offset_of!(TestdmaReport, rechecked)),
+        errors: long(offset_of!(TestdmaReport, errors)),
+        spurious: long(offset_of!(TestdmaReport, spurious)),
+        interrupts: long(offset_of!(TestdmaReport, interrupts)),
+        lost: long(offset_of!(TestdmaReport, lost)),
+        longest_ns: long(offset_of!(TestdmaReport, longest_ns)),
+        toggles: long(offset_of!(TestdmaReport, toggles)),
+        area_gpa: long(offset_of!(TestdmaReport, area_gpa)),
+        pool_gpa: long(offset_of!(TestdmaReport, pool_gpa)),
+        first_sequence: long(offset_of!(TestdmaReport, first_sequence)),
+        first_word: long(offset_of!(TestdmaReport, first_word)),
+        first_expected: long(offset_of!(TestdmaReport, first_expected)),
+        first_found: long(offset_of!(TestdmaReport, first_found)),
+        masked: short(offset_of!(TestdmaReport, masked)) != 0,
     })
 }
 

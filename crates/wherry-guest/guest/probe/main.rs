@@ -10,6 +10,7 @@
 mod canary;
 mod disk;
 mod setup;
+mod testdma;
 mod worker;
 
 use wherry_guest_kernel::fault::{cpu_page, set_phase};

@@ -5,6 +5,7 @@ use core::mem::MaybeUninit;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 
 use crate::disk::{self, Disk};
+use crate::testdma::{self, Testdma};
 use wherry_guest_kernel::boot::BootInfo;
 use wherry_guest_kernel::data::ENTRY_BYTES;
 use wherry_guest_kernel::fault::{control, cpu_page, die, header};
@@ -147,6 +148,9 @@ fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     if let Some(disk) = Disk::set_up(&setup.params, &mut ram, setup.tsc_hz) {
         disk::put(disk);
     }
+    if let Some(testdma) = Testdma::set_up(&setup.params, &mut ram, setup.tsc_hz) {
+        testdma::put(testdma);
+    }
     let copies = if setup.params.shadow == Shadow::Full { 2 } else { 1 };
     let wanted = setup.params.data.unwrap_or((ram.free() / 2 / copies).min(DEFAULT_DATA));
     let pages = wanted.div_ceil(PAGE_SIZE);
@@ -192,7 +196,9 @@ fn take_pages(ram: &mut Allocator, pages: u64, extents: &mut [Region; MAX_EXTENT
         if left == 0 {
             break;
         }
-        let Some(piece) = ram.take_piece(left) else { return false };
+        let Some(piece) = ram.take_piece(left) else {
+            return false;
+        };
         left -= piece.end - piece.start;
         *extent = piece;
     }

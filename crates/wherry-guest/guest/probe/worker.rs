@@ -17,6 +17,7 @@ use wherry_guest_kernel::{gate, interrupt, port, serial, time};
 use crate::canary::{self, Canary, Lost};
 use crate::disk::{self, Disk};
 use crate::setup::Setup;
+use crate::testdma::{self, Testdma};
 
 type Page = [u64; PAGE_WORDS];
 
@@ -49,11 +50,15 @@ pub struct Worker {
     /// TSC at which the run time is over.
     deadline: Option<u64>,
     timer_ticks: u32,
+    /// Of the local APIC's timer in a second, where something rests.
+    timer_hz: u64,
     canary: Canary,
     /// TSC at which the canary is looked at even though there is no idle time.
     next_canary: u64,
     /// vCPU 0's, if there is one.
     disk: Option<Disk>,
+    /// vCPU 0's, if there is one.
+    testdma: Option<Testdma>,
 }
 
 /// The load in force, from the control words.
@@ -122,12 +127,15 @@ impl Worker {
             },
             deadline: None,
             timer_ticks: 0,
+            timer_hz: 0,
             canary: Canary::set(cpu),
             next_canary: 0,
             disk: if cpu == 0 { disk::take() } else { None },
+            testdma: if cpu == 0 { testdma::take() } else { None },
         };
-        if setup.params.idle == Idle::Halt {
-            worker.timer_ticks = (interrupt::measure_timer(setup.tsc_hz) / 10_000).min(u32::MAX.into()) as u32;
+        if setup.params.idle == Idle::Halt || worker.testdma.as_ref().is_some_and(Testdma::rests) {
+            worker.timer_hz = interrupt::measure_timer(setup.tsc_hz);
+            worker.timer_ticks = (worker.timer_hz / 10_000).min(u32::MAX.into()) as u32;
             interrupt::enable_timer();
         }
         worker
@@ -150,7 +158,11 @@ impl Worker {
         let ticks = |ms| (u128::from(ms) * u128::from(self.setup.tsc_hz) / 1000) as u64;
         self.deadline = self.setup.params.run_ms.map(|ms: u64| time::tsc().saturating_add(ticks(ms)));
         let mut verified_last = false;
+        if let Some(testdma) = &mut self.testdma {
+            testdma.begin(time::tsc());
+        }
         loop {
+            let interrupts = interrupt::total(self.cpu);
             let now = self.tick();
             let control = control();
             if control.sequence.load(Relaxed) != self.load.control_seen {
@@ -162,7 +174,8 @@ impl Worker {
             if control.finish.load(Relaxed) != 0 || self.deadline.is_some_and(|deadline| now >= deadline) {
                 self.finish();
             }
-            let disk_busy = self.disk.as_mut().is_some_and(|disk| disk.work(now));
+            let mut busy = self.disk.as_mut().is_some_and(|disk| disk.work(now));
+            busy |= self.testdma.as_mut().is_some_and(|testdma| testdma.work(now));
             let dirty_due = now >= self.load.next_dirty && self.load.dirty_interval != u64::MAX;
             let verify_due = now >= self.load.next_verify && self.load.verify_permille != 0;
             if now >= self.next_canary {
@@ -177,7 +190,9 @@ impl Worker {
                 let share = self.load.verify_permille;
                 self.load.next_verify = after + after.wrapping_sub(now) * (1000 - share) / share;
                 verified_last = true;
-            } else if self.setup.params.idle == Idle::Halt && !disk_busy {
+            } else if !busy && self.testdma.as_ref().is_some_and(Testdma::rests) {
+                self.rest(now, interrupts);
+            } else if self.setup.params.idle == Idle::Halt && !busy {
                 interrupt::sleep(self.timer_ticks);
                 let taken = interrupt::count(self.cpu, interrupt::TIMER_VECTOR);
                 self.out.timer_interrupts.store(taken.into(), Relaxed);
@@ -185,6 +200,22 @@ impl Worker {
                 self.check_registers(now);
             }
         }
+    }
+
+    /// Halts until an interrupt, or until something is due: for a tenth of a second at most, so that control words are seen. Not
+    /// if an interrupt has come since there were so many of them.
+    fn rest(&mut self, now: u64, interrupts: u32) {
+        let mut next = self.testdma.as_ref().map_or(u64::MAX, Testdma::next_turn).min(now + self.setup.tsc_hz / 10);
+        if self.pages != 0 && self.load.verify_permille != 0 {
+            next = next.min(self.load.next_verify);
+        }
+        if self.pages != 0 {
+            next = next.min(self.load.next_dirty);
+        }
+        let wait = u128::from(next.saturating_sub(now)) * u128::from(self.timer_hz) / u128::from(self.setup.tsc_hz);
+        interrupt::rest(wait.min(u32::MAX.into()) as u32, interrupts);
+        let taken = interrupt::count(self.cpu, interrupt::TIMER_VECTOR);
+        self.out.timer_interrupts.store(taken.into(), Relaxed);
     }
 
     /// Spins for a moment with known values in the registers.
@@ -532,7 +563,8 @@ impl Worker {
         }
         loop {
             let now = self.tick();
-            if !self.disk.as_mut().is_some_and(|disk| disk.finish(now)) {
+            let disk = self.disk.as_mut().is_some_and(|disk| disk.finish(now));
+            if !self.testdma.as_mut().is_some_and(Testdma::finish) && !disk {
                 break;
             }
         }
@@ -541,7 +573,9 @@ impl Worker {
             self.registers_lost(lost);
         }
         let disk_errors = self.disk.as_ref().map_or(0, Disk::errors);
-        let errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed) + disk_errors;
+        let dma_errors = self.testdma.as_ref().map_or(0, Testdma::errors);
+        let own_errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed);
+        let errors = own_errors + disk_errors + dma_errors;
         serial::line(format_args!(
             "vCPU {} finished: {} pages dirtied, {} verified, {errors} errors, largest gap {} us",
             self.cpu,

@@ -6,7 +6,7 @@ use wherry_guest::data::{ENTRY_BYTES, page_tag};
 use wherry_guest::params::Params;
 use wherry_guest::report::{
     CONTROL_GPA, Control, CpuPage, DiskReport, Fault, Header, MAX_CPUS, PORT_GPA, PORT_ID, PORT_REG_EVENT, PORT_REG_ID,
-    PORT_REG_POWEROFF, REPORT_GPA, VERSION, VerifyError, cpu_page_gpa,
+    PORT_REG_POWEROFF, REPORT_GPA, TestdmaReport, VERSION, VerifyError, cpu_page_gpa,
 };
 
 const DOCUMENT: &str = include_str!("../../../../docs/probe-guest.md");
@@ -58,7 +58,7 @@ fn the_tables_list_every_field_with_offset_and_size() {
         3,
         fields!(Header: magic, version, cpu_slots, cpus, cpus_online, failure, failure_cpu, tsc_khz, tsc_source,
             port_present, ram_bytes, data_pages, table_gpa, shadow_gpa, seed, extent_count, message_len, extents,
-            message, disk),
+            message, disk, testdma),
         size_of::<Header>(),
     );
     check(
@@ -67,6 +67,14 @@ fn the_tables_list_every_field_with_offset_and_size() {
         fields!(DiskReport: present, depth, sectors, blocks, table_gpa, reads, writes, flushes, verified, errors,
             unexpected, interrupts, longest_ns, first_block, first_expected, first_found, in_flight, disk_pad),
         size_of::<DiskReport>(),
+    );
+    check(
+        "### DMA",
+        2,
+        fields!(TestdmaReport: present, form, interrupt, vectors, entries, buffer, received, verified, rechecked, errors,
+            spurious, interrupts, lost, longest_ns, toggles, area_gpa, pool_gpa, first_sequence, first_word,
+            first_expected, first_found, masked, testdma_pad),
+        size_of::<TestdmaReport>(),
     );
     check(
         "### Control",

@@ -1,7 +1,7 @@
 //! The command line.
 
 use proptest::prelude::*;
-use wherry_guest::params::{DiskWait, Idle, InjectedFault, Params, Pattern, Shadow, Write};
+use wherry_guest::params::{DiskWait, DmaInterrupt, DmaLoad, Idle, InjectedFault, Params, Pattern, Shadow, Write};
 use wherry_guest::report::RATE_MAX;
 
 #[test]
@@ -15,7 +15,9 @@ fn an_empty_line_gives_the_documented_defaults() {
 #[test]
 fn every_parameter_is_understood() {
     let line = "data=512M from=3G rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
-                cpus=2 idle=halt tsc_khz=2600000 run=1500 disk=1G disk_depth=64 disk_wait=poll fault=gp";
+                cpus=2 idle=halt tsc_khz=2600000 run=1500 disk=1G disk_depth=64 disk_wait=poll testdma=wait \
+                testdma_interrupt=intx testdma_vectors=16 testdma_entries=2 testdma_buffer=64K testdma_pool=1M \
+                testdma_mask=on fault=gp";
     let expected = Params {
         data: Some(512 << 20),
         from: 3 << 30,
@@ -34,6 +36,13 @@ fn every_parameter_is_understood() {
         disk: Some(1 << 30),
         disk_depth: 64,
         disk_wait: DiskWait::Poll,
+        testdma: Some(DmaLoad::Wait),
+        testdma_interrupt: DmaInterrupt::Intx,
+        testdma_vectors: 16,
+        testdma_entries: 2,
+        testdma_buffer: 64 << 10,
+        testdma_pool: 1 << 20,
+        testdma_mask: true,
         fault: Some(InjectedFault::Gp),
     };
     assert_eq!(Params::parse(line), Ok(expected));
@@ -74,6 +83,14 @@ fn words_that_are_not_parameters_are_named_with_what_would_be_right() {
         ("disk_depth=81", "from 1 to 80"),
         ("disk_depth=0", "from 1 to 80"),
         ("disk_wait=never", "interrupt or poll"),
+        ("testdma=on", "ring or wait"),
+        ("testdma_interrupt=pin", "msix, msi or intx"),
+        ("testdma_vectors=17", "from 1 to 16"),
+        ("testdma_entries=3", "power of two"),
+        ("testdma_entries=2048", "power of two"),
+        ("testdma_buffer=12", "multiple of 8"),
+        ("testdma_buffer=128K", "16 to 64K"),
+        ("testdma_mask=yes", "on or off"),
         ("fault=all", "page, gp, panic or registers"),
     ] {
         let line = format!("seed=1 {word} cpus=1");

@@ -29,6 +29,8 @@ const PIECE: u32 = 4096;
 const LINE: u32 = 64;
 /// Pieces written in one step.
 const PIECES: u32 = 64;
+/// An interrupt that was lost is raised again after so long.
+const AGAIN: Duration = Duration::from_secs(3);
 /// What is written where nothing should be any more.
 const LATE: u8 = 0xdb;
 
@@ -124,6 +126,8 @@ pub struct Engine {
     in_burst: (u32, u64),
     /// Since when the letter could have been acknowledged.
     waiting: Option<Instant>,
+    /// Its interrupt is counted as lost.
+    told_lost: bool,
     /// The buffer that is being written, whole.
     content: Vec<u8>,
     /// Sequence number of that.
@@ -149,6 +153,7 @@ impl Engine {
             due: Instant::now(),
             in_burst: (0, 0),
             waiting: None,
+            told_lost: false,
             content: Vec::new(),
             content_of: 0,
             last: None,
@@ -414,7 +419,7 @@ impl Engine {
             self.write_word(bus, area::SEQUENCE, sequence)?;
             (self.progress.sequence, self.progress.outstanding) = (sequence, true);
             self.last = Some((self.at(area::LETTER), LETTER_BYTES as u32));
-            self.waiting = Some(now);
+            (self.waiting, self.told_lost) = (Some(now), false);
             self.signal(bus);
         }
         let read = self.read_word(bus, area::ACKNOWLEDGED)?;
@@ -429,17 +434,23 @@ impl Engine {
             self.due = now + self.load.interval;
             return Ok(Next::Now);
         }
-        let limit = since + Duration::from_nanos(LOST_NS);
-        if now >= limit {
+        let lost = since + Duration::from_nanos(LOST_NS);
+        if now >= lost && !self.told_lost {
+            self.told_lost = true;
             self.figures.lost += 1;
             let letter = self.progress.sequence;
             tracing::error!(letter, "an interrupt was lost: it was not acknowledged within a second");
-            // So that all is not over.
+        }
+        if !self.told_lost {
+            return Ok(Next::At(lost));
+        }
+        // So that all is not over; but not before the driver can have noticed.
+        let again = since + AGAIN;
+        if now >= again {
             self.waiting = Some(now);
             self.signal(bus);
-            return Ok(Next::Now);
         }
-        Ok(Next::At(limit))
+        Ok(Next::At(again))
     }
 
     /// One interrupt.
