@@ -1,0 +1,164 @@
+//! VMs with `wherry device testdma` and the probe guest's driver: every buffer and every interrupt is checked by the guest, where it is and
+//! while it moves.
+//!
+//! `WHERRY_DMA_MOVES` is how often each guest moves; a small number if nothing is said.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use serde_json::Value;
+use support::disk::Memory;
+use support::testdma::Process;
+use support::{Place, Vm, kvm, stderr, wait_for};
+use wherry_guest::report::{FailureKind, Phase};
+use wherry_guest::snapshot::TestdmaSnapshot;
+
+const KINDS: [&str; 3] = ["msix", "msi", "intx"];
+/// Buffers and letters that show that the device works.
+const BUFFERS: u64 = 2000;
+const LETTERS: u64 = 200;
+
+fn moves() -> usize {
+    std::env::var("WHERRY_DMA_MOVES").ok().and_then(|n| n.parse().ok()).unwrap_or(2)
+}
+
+/// A device, and the option that gives it to a VM.
+fn device(place: &Place, name: &str, more: &[&str]) -> (Process, String) {
+    let process = Process::start(place, name, more);
+    let option = format!("vfio-user={}", process.socket.display());
+    (process, option)
+}
+
+fn run(place: &Place, option: &str, load: &str) -> Vm {
+    let cmdline = format!("data=4M rate=1M {load}");
+    place.run_guest("0", &["--memory", "64M", "--cmdline", &cmdline, "--device", option], &[])
+}
+
+/// What the guest says of the device; nothing was wrong so far.
+fn load(memory: &Memory) -> TestdmaSnapshot {
+    let snapshot = memory.snapshot();
+    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+    let load = snapshot.testdma.unwrap();
+    assert_eq!((load.errors, load.lost), (0, 0), "{load:?}");
+    load
+}
+
+/// Waits until so many more have come.
+fn wait_for_more(memory: &Memory, more: u64, what: &str) -> TestdmaSnapshot {
+    let before = load(memory);
+    wait_for(&format!("{more} buffers or letters {what}"), || {
+        let now = load(memory);
+        (now.received >= before.received + more).then_some(now)
+    })
+}
+
+/// Has the guest verify everything once more and end; what guest and device counted agrees.
+fn finish(mut vm: Vm, memory: &Memory, process: Process, lost: u64) {
+    memory.finish();
+    assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
+    assert_eq!(memory.snapshot().phase(), Phase::Finished, "{:?}", memory.snapshot().failure);
+    let guest = load(memory);
+    assert_eq!(guest.verified, guest.received, "{guest:?}");
+    let device = process.summary();
+    assert_eq!((&device["lost_interrupts"], &device["faults"]), (&lost.into(), &0.into()), "{device}");
+    println!("guest: {guest:?}\ndevice: {device}");
+}
+
+#[test]
+fn every_kind_of_interrupts_works_in_both_forms_masked_now_and_then_or_not() {
+    if !kvm("every_kind_of_interrupts_works_in_both_forms_masked_now_and_then_or_not") {
+        return;
+    }
+    for kind in KINDS {
+        for (load, enough) in [
+            (format!("testdma=ring testdma_interrupt={kind} testdma_mask=on testdma_vectors=4"), BUFFERS),
+            (format!("testdma=ring testdma_interrupt={kind} testdma_buffer=10000"), BUFFERS),
+            (format!("testdma=wait testdma_interrupt={kind} testdma_vectors=3"), LETTERS),
+            (format!("testdma=wait testdma_interrupt={kind} testdma_mask=on"), LETTERS / 4),
+        ] {
+            let place = Place::new();
+            let (process, option) = device(&place, "d", &["--pattern", "lines"]);
+            let vm = run(&place, &option, &load);
+            let memory = Memory::of(&place, "0");
+            let seen = wait_for_more(&memory, enough, &load);
+            assert!(seen.interrupts > 0 && (seen.toggles > 1) == load.contains("mask=on"), "{load}: {seen:?}");
+            finish(vm, &memory, process, 0);
+        }
+    }
+}
+
+/// Moves a guest with a busy device, and checks all of it at the end.
+fn moves_with(guest: &str, more: &[&str], enough: u64) {
+    let place = Place::new();
+    let (mut process, option) = device(&place, "d0", more);
+    let mut here = run(&place, &option, guest);
+    let mut memory = Memory::of(&place, "0");
+    wait_for_more(&memory, enough, "before the first move");
+    for leg in 0..moves() {
+        let mode = if leg % 2 == 0 { "precopy" } else { "hybrid" };
+        let (from, to) = (leg.to_string(), (leg + 1).to_string());
+        let (next, option) = device(&place, &format!("d{to}"), more);
+        let (there, address) = place.receive(&to, &["--device", &option]);
+        let output = place.control(&from, &["migrate", "--to", &address, "--json", "--mode", mode]);
+        assert_eq!(output.status.code(), Some(0), "{mode}: {}\n{}", stderr(&output), there.log());
+        let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(here.end().code(), Some(0), "{}", here.log());
+        (memory, here) = (Memory::of(&place, &to), there);
+        let now = wait_for_more(&memory, enough, &format!("after a move by {mode}"));
+        println!("{guest}: {mode}: blackout {}, longest wait {} us", job["blackout"], now.longest_ns / 1000);
+        process = next;
+    }
+    finish(here, &memory, process, 0);
+}
+
+#[test]
+fn a_ring_at_full_rate_moves_and_no_buffer_is_lost_doubled_or_wrong() {
+    if !kvm("a_ring_at_full_rate_moves_and_no_buffer_is_lost_doubled_or_wrong") {
+        return;
+    }
+    for (kind, more) in [
+        ("msix", &["--pattern", "lines"][..]),
+        ("msi", &["--pattern", "reverse", "--state-size", "2M", "--pre-copy"]),
+        ("intx", &["--rate", "100M", "--state-size", "1M"]),
+    ] {
+        moves_with(&format!("testdma=ring testdma_interrupt={kind} testdma_vectors=2"), more, BUFFERS);
+    }
+}
+
+#[test]
+fn letters_move_and_no_interrupt_is_lost_also_while_vectors_are_masked() {
+    if !kvm("letters_move_and_no_interrupt_is_lost_also_while_vectors_are_masked") {
+        return;
+    }
+    for kind in KINDS {
+        for mask in ["off", "on"] {
+            let guest = format!("testdma=wait testdma_interrupt={kind} testdma_mask={mask}");
+            moves_with(&guest, &[], LETTERS / 4);
+        }
+    }
+}
+
+#[test]
+fn what_is_lost_or_wrong_is_seen_by_the_guest() {
+    if !kvm("what_is_lost_or_wrong_is_seen_by_the_guest") {
+        return;
+    }
+    for (fault, guest, hint) in [
+        ("lost-interrupt=5", "testdma=wait", "an interrupt was lost: number 5 is there"),
+        ("lost-completion=7", "testdma=ring", "the completion of buffer 7"),
+    ] {
+        let place = Place::new();
+        let (_process, option) = device(&place, "d", &["--fault", fault]);
+        let cmdline = format!("data=0 rate=0 {guest}");
+        let arguments = ["run", "--name", "t", "--memory", "64M", "--cmdline", &cmdline, "--device", &option];
+        let _vm = place.start("0", &arguments);
+        let memory = Memory::of(&place, "0");
+        let failure = wait_for("the guest to notice", || memory.try_snapshot()?.failure);
+        assert_eq!(failure.kind, Some(FailureKind::Testdma));
+        assert!(failure.message.contains(hint), "{failure:?}");
+        // It goes on.
+        let so_far = memory.snapshot().testdma.unwrap().received;
+        wait_for("more to come", || (memory.snapshot().testdma.unwrap().received > so_far + 100).then_some(()));
+    }
+}
