@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use wherry_fault::FaultService;
 use wherry_interrupt::{ForeignIntx, Input, InterruptError, Router};
 use wherry_memory::Ram;
 use wherry_pci::bus::Bus;
@@ -16,6 +17,7 @@ use crate::config::{COMMAND, SIZE, STATUS, STATUS_INTX, Split};
 use crate::interrupts::Interrupts;
 use crate::log::DmaLog;
 use crate::owner::{Owner, OwnerError};
+use crate::postcopy::Sharer;
 use crate::unit::Once;
 use crate::worker::{Crew, Member};
 
@@ -43,6 +45,8 @@ pub struct PassthroughParts {
     pub pin_input: Input,
     /// What the function may read and write.
     pub ram: Arc<Ram>,
+    /// Serves faults, if memory may follow.
+    pub faults: Option<Arc<FaultService>>,
     /// The functions of the machine.
     pub crew: Arc<Crew>,
 }
@@ -109,6 +113,7 @@ pub struct Function {
     pub(crate) member: Arc<Member>,
     pub(crate) crew: Arc<Crew>,
     log: Arc<DmaLog>,
+    pub(crate) sharer: Sharer,
     /// The owner has gone; said once.
     lost: AtomicBool,
 }
@@ -146,6 +151,7 @@ impl Function {
                 member: Arc::new(Member::new(this.clone())),
                 crew: parts.crew.clone(),
                 log: Arc::new(DmaLog::new(name, this.clone(), parts.ram.clone())),
+                sharer: Sharer::new(parts.ram.clone(), parts.faults.clone()),
                 lost: AtomicBool::new(false),
                 owner,
             }
@@ -188,6 +194,7 @@ impl Function {
             tracing::warn!(%error, "{what}");
         } else if !self.lost.swap(true, Ordering::AcqRel) {
             tracing::error!(%error, "{what}; the device is gone, and reads as ones from now on");
+            self.sharer.end();
         }
     }
 
@@ -427,6 +434,7 @@ impl PciFunction for Function {
 impl Drop for Function {
     fn drop(&mut self) {
         self.member.quit();
+        self.sharer.end();
         self.registers().bars.unmap_all();
     }
 }

@@ -7,6 +7,7 @@
 //! - [`DmaLog`] is what the device writes, as a dirty source.
 //! - `unit` and `worker` are its migration: the states of `enum vfio_device_mig_state`, on a thread for each device, so that
 //!   several devices stop, save and load side by side. [`Gathering`] is where loading is waited for.
+//! - `postcopy` has a device wait for pages that are missing, if it can.
 //!
 //! Contract: the owner is hostile. What it says is checked before it is used; what it does not answer in time is an error with
 //! its name; when it goes the guest reads ones, and the machine lives on.
@@ -23,6 +24,7 @@ mod identity;
 mod interrupts;
 mod log;
 mod owner;
+mod postcopy;
 pub mod saved;
 mod unit;
 mod vfio_user;

@@ -72,6 +72,8 @@ pub struct Facts {
     pub migration: Option<MigrationFacts>,
     /// It can tell what it writes.
     pub logging: bool,
+    /// It can wait for pages that are missing: it takes part in postcopy.
+    pub faults: bool,
 }
 
 /// The owner did not do what it was asked, or cannot be reached.
@@ -112,6 +114,15 @@ pub trait Owner: Send + Sync {
 
     /// Lets the function read and write memory: a file from an offset on, at an address of the guest.
     fn map_dma(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<(), OwnerError>;
+
+    /// What is mapped from now on is not all there: the userfaultfd of whoever touches it. Nothing is mapped yet.
+    fn begin_faults(&self) -> Result<OwnedFd, OwnerError>;
+
+    /// As [`map_dma`](Self::map_dma), of memory that is not all there: the address at which the owner has it, in its own process.
+    fn map_missing(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<u64, OwnerError>;
+
+    /// All memory is there.
+    fn end_faults(&self) -> Result<(), OwnerError>;
 
     /// Takes it away again, exactly as it was mapped.
     fn unmap_dma(&self, address: u64, size: u64) -> Result<(), OwnerError>;

@@ -78,6 +78,7 @@ fn facts(client: &Client, name: &str) -> Result<Facts, VfioUserError> {
     }
     facts.logging =
         client.probe(feature::LOGGING_START, feature::SET)? && client.probe(feature::LOGGING_REPORT, feature::GET)?;
+    facts.faults = client.extensions().userfaultfd;
     Ok(facts)
 }
 
@@ -169,6 +170,18 @@ impl Owner for VfioUser {
 
     fn map_dma(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<(), OwnerError> {
         Ok(self.client.dma_map(address, size, Some((file, offset)), true, true)?)
+    }
+
+    fn begin_faults(&self) -> Result<OwnedFd, OwnerError> {
+        Ok(self.client.begin_faults()?)
+    }
+
+    fn map_missing(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<u64, OwnerError> {
+        Ok(self.client.dma_map_missing(address, size, (file, offset))?)
+    }
+
+    fn end_faults(&self) -> Result<(), OwnerError> {
+        Ok(self.client.end_faults()?)
     }
 
     fn unmap_dma(&self, address: u64, size: u64) -> Result<(), OwnerError> {

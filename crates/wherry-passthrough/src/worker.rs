@@ -16,6 +16,8 @@ use crate::function::Function;
 
 /// Most bytes of one device's state. It is held in memory.
 const MOST_STATE: usize = 256 << 20;
+/// How often a device that takes part in postcopy is looked at: whether all memory is there.
+const LOOK: Duration = Duration::from_millis(20);
 /// Bytes of state that are asked for at once.
 const PIECE: usize = 1 << 20;
 
@@ -72,7 +74,22 @@ impl Member {
         let (sender, orders) = channel::<(Step, SyncSender<Done>)>();
         let this = Arc::downgrade(self);
         let run = move || {
-            while let Ok((step, done)) = orders.recv() {
+            loop {
+                let sharing = this.upgrade().and_then(|m| m.function.upgrade()).is_some_and(|f| f.sharer.is_sharing());
+                let order = match sharing {
+                    true => orders.recv_timeout(LOOK),
+                    false => orders.recv().map_err(RecvTimeoutError::from),
+                };
+                let (step, done) = match order {
+                    Ok(order) => order,
+                    Err(RecvTimeoutError::Timeout) => {
+                        if let Some(function) = this.upgrade().and_then(|m| m.function.upgrade()) {
+                            function.sharer.look(&**function.owner());
+                        }
+                        continue;
+                    }
+                    Err(RecvTimeoutError::Disconnected) => break,
+                };
                 let (Some(member), Some(function)) =
                     (this.upgrade(), this.upgrade().and_then(|m| m.function.upgrade()))
                 else {
@@ -189,6 +206,7 @@ fn perform(function: &Function, step: Step, member: &Member) -> Done {
         }
         Step::Load(state) => {
             member.stopped.store(true, Ordering::Release);
+            function.sharer.share(&**owner)?;
             owner.set_state(State::Resuming).map_err(text)?;
             owner.write_state(&state).map_err(text)?;
             owner.set_state(State::Stop).map_err(text)?;

@@ -1,6 +1,6 @@
 //! What the two sides agree on in `VFIO_USER_VERSION`: JSON, which may be absent, as may each of its parts.
 //!
-//! Our extensions are the object `wherry`, which other peers ignore: `{"p2p": true, "estimates": true}`.
+//! Our extensions are the object `wherry`, which other peers ignore: `{"p2p": true, "estimates": true, "userfaultfd": true}`.
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,20 @@ pub struct Extensions {
     /// The feature `VFIO_DEVICE_FEATURE_MIG_DATA_SIZE`.
     #[serde(default)]
     pub estimates: bool,
+    /// The command `USERFAULTFD`: memory is used while it is not all there.
+    #[serde(default)]
+    pub userfaultfd: bool,
+}
+
+impl Extensions {
+    /// What both know.
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            p2p: self.p2p && other.p2p,
+            estimates: self.estimates && other.estimates,
+            userfaultfd: self.userfaultfd && other.userfaultfd,
+        }
+    }
 }
 
 /// Capabilities as they were sent; what is absent has a default.

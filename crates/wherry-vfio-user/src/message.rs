@@ -83,6 +83,8 @@ commands! {
     MigDataRead = 17,
     /// `VFIO_USER_MIG_DATA_WRITE`.
     MigDataWrite = 18,
+    /// Our extension `userfaultfd`: faults of the server's memory begin to be served by the client, or no longer are.
+    Userfaultfd = 0x8000,
 }
 
 /// A header.

@@ -189,6 +189,18 @@ impl Owner for FakeOwner {
         self.asked(format!("map {size:#x} at {address:#x}")).map(|_| ())
     }
 
+    fn begin_faults(&self) -> Result<OwnedFd, OwnerError> {
+        Err(self.refuse("faults"))
+    }
+
+    fn map_missing(&self, _: u64, _: u64, _: BorrowedFd<'_>, _: u64) -> Result<u64, OwnerError> {
+        Err(self.refuse("faults"))
+    }
+
+    fn end_faults(&self) -> Result<(), OwnerError> {
+        Ok(())
+    }
+
     fn unmap_dma(&self, _: u64, _: u64) -> Result<(), OwnerError> {
         Ok(())
     }
@@ -340,6 +352,7 @@ impl Rig {
             router: router.clone(),
             pin_input: PIN,
             ram: ram.clone(),
+            faults: None,
             crew: crew.clone(),
         };
         let place = |config: &mut ConfigSpace| -> Result<(), PassthroughError> {

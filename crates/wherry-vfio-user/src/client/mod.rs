@@ -73,7 +73,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let extensions = Extensions { p2p: true, estimates: true };
+        let extensions = Extensions { p2p: true, estimates: true, userfaultfd: true };
         Self { limit: Duration::from_secs(5), slow_limit: Duration::from_secs(30), twin_socket: true, extensions }
     }
 }
@@ -183,8 +183,7 @@ impl Client {
             let link = Link::new(stream, self.link.peer(), self.options.limit, true);
             self.twin = Some(Arc::new(link.map_err(|error| wrong(format!("its twin socket: {error}")))?));
         }
-        let (wanted, has) = (self.options.extensions, theirs.capabilities.extensions());
-        self.extensions = Extensions { p2p: wanted.p2p && has.p2p, estimates: wanted.estimates && has.estimates };
+        self.extensions = self.options.extensions.and(theirs.capabilities.extensions());
         self.server = theirs.capabilities;
         Ok(())
     }

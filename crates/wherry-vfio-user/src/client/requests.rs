@@ -101,6 +101,40 @@ impl Client {
         readable: bool,
         writable: bool,
     ) -> Result<(), VfioUserError> {
+        self.map(address, size, file, readable, writable).map(|_| ())
+    }
+
+    /// Serves the faults of the memory that is mapped from now on (our extension `userfaultfd`): the device's userfaultfd.
+    /// Nothing is mapped yet.
+    pub fn begin_faults(&self) -> Result<OwnedFd, VfioUserError> {
+        if !self.extensions.userfaultfd {
+            return Err(self.lacks("it does not take part in postcopy (no extension `userfaultfd`)"));
+        }
+        let (_, descriptors) = self.ask(Command::Userfaultfd, &1u32.to_ne_bytes(), &[])?;
+        let fd = descriptors.into_iter().next();
+        fd.ok_or_else(|| self.wrong(Command::Userfaultfd, "no descriptor in the reply"))
+    }
+
+    /// As [`dma_map`](Self::dma_map), readable and writable, for memory that is not all there. The address at which the device has
+    /// mapped it, in its own process: its faults are at addresses from there on.
+    pub fn dma_map_missing(&self, address: u64, size: u64, file: (BorrowedFd<'_>, u64)) -> Result<u64, VfioUserError> {
+        let reply = self.map(address, size, Some(file), true, true)?;
+        Fields(&reply).u64().map_err(|error| self.wrong(Command::DmaMap, error))
+    }
+
+    /// All memory is there.
+    pub fn end_faults(&self) -> Result<(), VfioUserError> {
+        self.ask(Command::Userfaultfd, &0u32.to_ne_bytes(), &[]).map(|_| ())
+    }
+
+    fn map(
+        &self,
+        address: u64,
+        size: u64,
+        file: Option<(BorrowedFd<'_>, u64)>,
+        readable: bool,
+        writable: bool,
+    ) -> Result<Vec<u8>, VfioUserError> {
         let end = address.checked_add(size).filter(|_| size > 0);
         let end = end.ok_or_else(|| self.lacks(format!("no map of {size:#x} bytes at {address:#x}")))?;
         let mut maps = self.maps();
@@ -122,7 +156,7 @@ impl Client {
         if let Err(VfioUserError::Refused { .. }) = &result {
             self.maps().remove(&address);
         }
-        result.map(|_| ())
+        result.map(|(reply, _)| reply)
     }
 
     /// Takes memory away again, exactly as it was mapped. When this returns the device does not access it any longer.

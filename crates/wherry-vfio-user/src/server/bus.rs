@@ -175,6 +175,16 @@ impl Bus {
         change(&mut self.0.maps.write().unwrap_or_else(PoisonError::into_inner))
     }
 
+    pub(super) fn maps_are_empty(&self) -> bool {
+        self.0.maps.read().unwrap_or_else(PoisonError::into_inner).len() == 0
+    }
+
+    /// Where maps of files are in this process: address and bytes of each. Whoever waits for a page of one of them reads, so
+    /// this waits for nobody.
+    pub(super) fn mapped(&self) -> Vec<(u64, u64)> {
+        self.0.maps.read().unwrap_or_else(PoisonError::into_inner).mapped()
+    }
+
     pub(super) fn log(&self) -> MutexGuard<'_, Option<Log>> {
         self.0.log.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -36,6 +36,15 @@ pub(super) struct Map {
     way: Way,
 }
 
+impl Map {
+    fn here(&self) -> Option<(u64, u64)> {
+        match &self.way {
+            Way::Mapped(region) => Some((region.as_ptr() as u64, self.size)),
+            Way::File(..) | Way::Messages => None,
+        }
+    }
+}
+
 /// A part of an access that lies in one map.
 pub(super) enum Piece {
     /// It is done.
@@ -98,6 +107,16 @@ impl Maps {
             }
             Err(_) => Err(Errno::INVAL),
         }
+    }
+
+    /// Where maps of files are in this process: address and bytes of each.
+    pub(super) fn mapped(&self) -> Vec<(u64, u64)> {
+        self.0.values().filter_map(Map::here).collect()
+    }
+
+    /// Where the map at this address is in this process, if its file is mapped.
+    pub(super) fn here(&self, address: u64) -> Option<(u64, u64)> {
+        self.0.get(&address)?.here()
     }
 
     /// Takes away a map; it must be exactly one.

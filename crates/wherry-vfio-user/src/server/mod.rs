@@ -103,6 +103,21 @@ pub enum Verdict {
 /// Is asked about every command of a client, twice, on the thread that serves: for servers that fail on purpose.
 pub type Watcher = Box<dyn FnMut(Command, Moment) -> Verdict + Send>;
 
+/// What a server does with a userfaultfd, which this crate, without unsafe code, cannot.
+pub trait Userfaults: Send {
+    /// Makes one. A descriptor of it, for the client.
+    fn open(&mut self) -> io::Result<OwnedFd>;
+
+    /// Has whoever touches a page of this mapping that is missing wait for the client. At addresses of this process.
+    fn register(&mut self, address: u64, bytes: u64) -> io::Result<()>;
+
+    /// Ends that; who waits goes on. The client may keep its descriptor, so that closing ours would change nothing.
+    fn unregister(&mut self, address: u64, bytes: u64) -> io::Result<()>;
+
+    /// Lets go of it.
+    fn close(&mut self);
+}
+
 /// A device and what of it outlives a client.
 pub struct Host {
     description: Description,
@@ -112,6 +127,9 @@ pub struct Host {
     capabilities: Capabilities,
     stop: Stop,
     watcher: Option<Watcher>,
+    userfaults: Option<Box<dyn Userfaults>>,
+    /// Maps are registered for missing pages, and the client serves those.
+    faulting: bool,
 }
 
 impl Host {
@@ -125,10 +143,12 @@ impl Host {
             pgsizes: Some(dma::PAGE),
             twin_socket: Some(TwinSocket { supported: true, fd_index: None }),
             write_multiple: Some(true),
-            wherry: Some(Extensions { p2p: description.p2p, estimates: true }),
+            wherry: Some(Extensions { p2p: description.p2p, estimates: true, userfaultfd: false }),
         };
         let (bus, stop) = (Bus::new(&description.irqs), Stop::new()?);
-        Ok(Self { description, bus, state: State::Running, limit: LIMIT, capabilities, stop, watcher: None })
+        let (watcher, userfaults) = (None, None);
+        let state = State::Running;
+        Ok(Self { description, bus, state, limit: LIMIT, capabilities, stop, watcher, userfaults, faulting: false })
     }
 
     /// How long the parts of a message, the first message of a client and its replies may take; 5 s if nothing is said.
@@ -139,6 +159,14 @@ impl Host {
     /// Whether clients that can have a twin socket get one; they do if nothing is said.
     pub fn set_twin_socket(&mut self, offered: bool) {
         self.capabilities.twin_socket = offered.then_some(TwinSocket { supported: true, fd_index: None });
+    }
+
+    /// Has clients that can do it serve the faults of memory that is not all there (our extension `userfaultfd`).
+    pub fn set_userfaults(&mut self, userfaults: Box<dyn Userfaults>) {
+        self.userfaults = Some(userfaults);
+        if let Some(extensions) = &mut self.capabilities.wherry {
+            extensions.userfaultfd = true;
+        }
     }
 
     /// Has every command shown to a watcher.
@@ -161,6 +189,18 @@ impl Host {
         self.state
     }
 
+    /// Faults are served no longer. Without this who waits for a page would hold the maps for ever.
+    fn end_faults(&mut self) {
+        if let (true, Some(userfaults)) = (std::mem::take(&mut self.faulting), &mut self.userfaults) {
+            for (address, bytes) in self.bus.mapped() {
+                if let Err(error) = userfaults.unregister(address, bytes) {
+                    tracing::error!("ending the faults of {bytes:#x} bytes at {address:#x}: {error}");
+                }
+            }
+            userfaults.close();
+        }
+    }
+
     /// Serves one client until it is lost; why it was is the error (`Closed` for one that left).
     pub fn serve(&mut self, stream: UnixStream, device: &mut dyn Device) -> Result<(), VfioUserError> {
         let failed = |what: &str, error: &io::Error| VfioUserError::Socket {
@@ -178,6 +218,7 @@ impl Host {
         if result.is_err() && !self.stop.is_stopped() {
             link.close_politely(self.limit.min(Duration::from_millis(200)));
         }
+        self.end_faults();
         self.bus.lose_client();
         link.close();
         self.stop.serve(None);

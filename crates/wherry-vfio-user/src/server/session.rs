@@ -17,8 +17,8 @@ use crate::error::VfioUserError;
 use crate::link::{Incoming, Link};
 use crate::message::{Command, Header, MOST_PAYLOAD, Message, flags};
 use crate::payload::{
-    DmaMap, DmaUnmap, Feature, IoFd, IrqSet, LoggingReport, LoggingStart, Malformed, Out, RegionAccess, RegionInfo,
-    Words, WriteMulti, device_flags, feature, region_flags,
+    DmaMap, DmaUnmap, Feature, Fields, IoFd, IrqSet, LoggingReport, LoggingStart, Malformed, Out, RegionAccess,
+    RegionInfo, Words, WriteMulti, device_flags, feature, region_flags,
 };
 use crate::states::Ways;
 
@@ -139,10 +139,7 @@ impl Session<'_> {
             pgsizes: theirs.pgsizes.and(ours.pgsizes),
             twin_socket: None,
             write_multiple: theirs.write_multiple.map(|wanted| wanted && ours.write_multiple == Some(true)),
-            wherry: theirs.wherry.map(|wanted| {
-                let ours = ours.extensions();
-                Extensions { p2p: wanted.p2p && ours.p2p, estimates: wanted.estimates && ours.estimates }
-            }),
+            wherry: theirs.wherry.map(|wanted| wanted.and(ours.extensions())),
         };
         self.extensions = agreed.extensions();
         let mut way = self.link.clone();
@@ -231,6 +228,7 @@ impl Session<'_> {
             Command::Feature => self.feature(&payload),
             Command::MigDataRead => self.data_read(&payload),
             Command::MigDataWrite => self.data_write(&payload),
+            Command::Userfaultfd => self.userfaultfd(&payload),
             Command::DmaRead | Command::DmaWrite => Err(Refusal(Errno::NOSYS, "it is the server's to ask".into())),
         }
     }
@@ -238,8 +236,54 @@ impl Session<'_> {
     fn map(&mut self, payload: &[u8], descriptors: Vec<OwnedFd>) -> Result<Reply, Refusal> {
         let map = DmaMap::decode(payload)?;
         let most = self.host.capabilities.maps();
-        self.host.bus.change_maps(|maps| maps.add(&map, descriptors, most))?;
-        Ok(Reply::default())
+        let Host { bus, userfaults, faulting, .. } = &mut *self.host;
+        bus.change_maps(|maps| {
+            maps.add(&map, descriptors, most)?;
+            let Some(userfaults) = userfaults.as_mut().filter(|_| *faulting) else { return Ok(Reply::default()) };
+            // Before anything of it is touched; who maps it and where is for the client to know.
+            let (address, bytes) = match maps.here(map.address) {
+                Some((address, bytes)) => (address, bytes),
+                None => {
+                    let _ = maps.remove(&DmaUnmap { address: map.address, size: map.size });
+                    return refuse("memory that is not all there, and no file that can be mapped");
+                }
+            };
+            match userfaults.register(address, bytes) {
+                Ok(()) => Ok(Out::default().u64(address).0.into()),
+                Err(error) => {
+                    let _ = maps.remove(&DmaUnmap { address: map.address, size: map.size });
+                    refuse(format!("registering {bytes:#x} bytes for missing pages: {error}"))
+                }
+            }
+        })
+    }
+
+    /// Our extension: the client serves the faults of what it maps from now on, or all of it is there.
+    fn userfaultfd(&mut self, payload: &[u8]) -> Result<Reply, Refusal> {
+        let mut fields = Fields(payload);
+        let begin = fields.u32()?;
+        fields.end()?;
+        if !self.extensions.userfaultfd {
+            return Err(Refusal(Errno::NOSYS, "it was not agreed on".into()));
+        }
+        match begin {
+            0 => {
+                self.host.end_faults();
+                Ok(Reply::default())
+            }
+            1 if self.host.faulting => refuse("its faults are served already"),
+            1 if !self.host.bus.maps_are_empty() => Err(Refusal(Errno::BUSY, "there are maps already".into())),
+            1 => {
+                let userfaults = self.host.userfaults.as_mut().ok_or(Errno::NOSYS)?;
+                let fd = userfaults.open().map_err(|error| {
+                    let errno = error.raw_os_error().map_or(Errno::PERM, Errno::from_raw_os_error);
+                    Refusal(errno, format!("making a userfaultfd: {error}"))
+                })?;
+                self.host.faulting = true;
+                Ok(Reply { payload: Vec::new(), descriptors: vec![Arc::new(fd)] })
+            }
+            other => refuse(format!("action {other}")),
+        }
     }
 
     fn info(&self, payload: &[u8]) -> Result<Reply, Refusal> {

@@ -1,11 +1,14 @@
 //! The client's memory: maps, access by descriptor and by message, logs.
 
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
-use super::raw::{EEXIST, EINVAL, Raw, longs, message, words};
-use super::{CONFIG, Served, copy, memory};
+use super::raw::{EBUSY, EEXIST, EINVAL, ENOSYS, Raw, longs, message, words};
+use super::{CONFIG, Served, copy, event, memory};
+use wherry_vfio_user::server::Userfaults;
 
 #[test]
 fn maps_do_not_overlap_and_are_taken_away_as_they_came() {
@@ -198,4 +201,91 @@ fn what_a_device_writes_is_logged_by_page_size_range_and_part() {
     client.feature(6 | set, &start, 64).unwrap();
     drop(client);
     assert_eq!(served.client().feature(8 | get, &longs(&[0, 4096, 4096]), 32).unwrap_err(), EINVAL, "it went with it");
+}
+
+/// Notes what is asked of a userfaultfd.
+#[derive(Clone, Default)]
+struct Noted(Arc<Mutex<Vec<String>>>);
+
+impl Noted {
+    fn note(&self, what: impl Into<String>) {
+        self.0.lock().unwrap().push(what.into());
+    }
+
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+impl Userfaults for Noted {
+    fn open(&mut self) -> io::Result<OwnedFd> {
+        self.note("open");
+        Ok(event())
+    }
+
+    fn register(&mut self, address: u64, bytes: u64) -> io::Result<()> {
+        self.note(format!("register {bytes:#x} {address:#x}"));
+        if bytes == 0x3000 { Err(io::ErrorKind::PermissionDenied.into()) } else { Ok(()) }
+    }
+
+    fn unregister(&mut self, address: u64, bytes: u64) -> io::Result<()> {
+        self.note(format!("unregister {bytes:#x} {address:#x}"));
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        self.note("close");
+    }
+}
+
+const USERFAULTFD: u16 = 0x8000;
+
+#[test]
+fn memory_that_is_not_all_there_is_registered_before_the_map_is_answered_and_its_place_is_told() {
+    let noted = Noted::default();
+    let served = Served::with(|host| host.set_userfaults(Box::new(noted.clone())));
+    // A client that has not asked for it does not get it.
+    assert_eq!(served.client().ask(USERFAULTFD, &words(&[1])).unwrap_err(), ENOSYS);
+    let json = r#"{"capabilities":{"wherry":{"userfaultfd":true}}}"#;
+    let (client, _) = Raw::connect(&served.path, json);
+    let memory = memory(1 << 20);
+    let fd = Some((memory.as_fd(), 0));
+    client.map(0x10_0000, 0x1000, 3, fd).unwrap();
+    assert_eq!(client.ask(USERFAULTFD, &words(&[1])).unwrap_err(), EBUSY, "there is a map");
+    client.unmap(0x10_0000, 0x1000).unwrap();
+    for malformed in [&[][..], &words(&[2]), &words(&[1, 0]), &[1]] {
+        assert_eq!(client.ask(USERFAULTFD, malformed).unwrap_err(), EINVAL, "{malformed:?}");
+    }
+    assert_eq!(noted.take(), [""; 0]);
+    assert_eq!(client.ask(USERFAULTFD, &words(&[1])).unwrap().fds.len(), 1);
+    assert_eq!(client.ask(USERFAULTFD, &words(&[1])).unwrap_err(), EINVAL, "a second time");
+    let map = |size: u64, fds: &[_]| client.ask_with(2, &[words(&[32, 3]), longs(&[0, 0x20_0000, size])].concat(), fds);
+    let at = map(0x2000, &[memory.as_fd()]).unwrap().long(0);
+    assert_eq!(noted.take(), ["open".to_owned(), format!("register 0x2000 {at:#x}")]);
+    client.unmap(0x20_0000, 0x2000).unwrap();
+    // What cannot be waited for is not mapped: neither without a file, nor where the kernel refuses.
+    assert_eq!(map(0x2000, &[]).unwrap_err(), EINVAL);
+    assert_eq!(map(0x3000, &[memory.as_fd()]).unwrap_err(), EINVAL);
+    assert_eq!(served.bus.maps(), 0);
+    noted.take();
+    let at = map(0x2000, &[memory.as_fd()]).unwrap().long(0);
+    client.ask(USERFAULTFD, &words(&[0])).unwrap();
+    assert_eq!(noted.take()[1..], [format!("unregister 0x2000 {at:#x}"), "close".to_owned()]);
+    client.ask(USERFAULTFD, &words(&[0])).unwrap();
+    assert_eq!(noted.take(), [""; 0], "it is over");
+}
+
+#[test]
+fn a_client_that_goes_while_memory_is_missing_leaves_nobody_waiting() {
+    let noted = Noted::default();
+    let served = Served::with(|host| host.set_userfaults(Box::new(noted.clone())));
+    let (client, _) = Raw::connect(&served.path, r#"{"capabilities":{"wherry":{"userfaultfd":true}}}"#);
+    client.ask(USERFAULTFD, &words(&[1])).unwrap();
+    let memory = memory(1 << 20);
+    client.ask_with(2, &[words(&[32, 3]), longs(&[0, 0, 0x1000])].concat(), &[memory.as_fd()]).unwrap();
+    noted.take();
+    drop(client);
+    served.client();
+    let asked = noted.take();
+    assert!(asked[0].starts_with("unregister 0x1000") && asked[1] == "close", "{asked:?}");
 }

@@ -98,7 +98,7 @@ fn our_extensions_are_there_for_those_who_ask() {
     let json = r#"{"capabilities":{"wherry":{"p2p":true,"estimates":true,"unheard_of":true}}}"#;
     let (client, reply) = Raw::connect(&served.path, json);
     let text = String::from_utf8(reply.payload[4..].to_vec()).unwrap();
-    assert!(text.contains(r#""wherry":{"p2p":true,"estimates":true}"#), "{text}");
+    assert!(text.contains(r#""wherry":{"p2p":true,"estimates":true,"userfaultfd":false}"#), "{text}");
     assert_eq!(client.feature(1 << 16 | 1, &[], 8).unwrap().long(8), 0b111);
     client.go(5).unwrap();
     assert_eq!(client.state(), 5);

@@ -14,6 +14,8 @@ use rustix::net::{
 
 /// Anything takes less; what does not come by then does not come.
 pub const LIMIT: Duration = Duration::from_secs(10);
+pub const EBUSY: u32 = 16;
+pub const ENOSYS: u32 = 38;
 pub const EINVAL: u32 = 22;
 pub const EEXIST: u32 = 17;
 pub const ENOTTY: u32 = 25;

@@ -120,6 +120,7 @@ impl Devices {
             // Of a place that no device has.
             pin_input: Input(PciRoot::interrupt_input(0, 1)),
             ram: ram.clone(),
+            faults: shown.faults.clone(),
             crew: Crew::new(),
         };
         let pci_devices = PciDevices::make(described, &backing, &pci, shown, parts, &passed)?;

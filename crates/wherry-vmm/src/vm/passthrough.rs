@@ -71,9 +71,9 @@ impl Owners {
 
     /// Why memory cannot follow a machine with these devices, if so.
     pub(super) fn cannot_follow(&self) -> Option<String> {
-        let (owner, _) = self.0.first()?;
+        let (owner, _) = self.0.iter().find(|(owner, _)| !owner.facts().faults)?;
         let name = owner.name();
-        Some(format!("{name} does not take part in postcopy: it would read zeros where pages are missing"))
+        Some(format!("{name} does not take part in postcopy (no extension `userfaultfd`)"))
     }
 
     /// Why memory may not be given back to the host, if so.

@@ -5,6 +5,7 @@
 
 mod served;
 pub mod testdma;
+mod userfaults;
 
 use std::path::Path;
 use std::process::exit;

@@ -28,12 +28,14 @@ use self::faults::Faults;
 use self::function::Testdma;
 use crate::HAPPENED;
 use crate::args::DeviceTestdma;
+use crate::device::userfaults::ProcessFaults;
 
 /// Serves clients until SIGINT or SIGTERM; then says on stdout what was done.
 pub fn serve(options: &DeviceTestdma) -> Result<u8> {
     let mut device = Testdma::new(options.shape(), options.load(), Faults::new(&options.fault))?;
     let server = Server::bind(&options.socket).with_context(|| format!("listening on {}", options.socket.display()))?;
     let mut host = Host::new(&device).context("setting up the server")?;
+    host.set_userfaults(Box::new(ProcessFaults::default()));
     let stop = host.stop();
     device.mischief.set_stop(stop.clone());
     let mischief = device.mischief.clone();
