@@ -86,7 +86,7 @@ enum Task {
 enum Part {
     /// `cargo test` over the workspace.
     Cargo,
-    /// The nested lab, sampled.
+    /// The nested labs, sampled.
     Lab,
     /// The fuzz targets, sampled.
     Fuzz,
@@ -149,7 +149,7 @@ fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
         println!("==== {part:?} ====");
         let start = Instant::now();
         let result = match part {
-            Part::Lab => lab::run(lab::Lab::Linux { full: false }),
+            Part::Lab => labs(),
             Part::Fuzz => fuzz::run(FUZZ_SECONDS, None),
             Part::Cargo => debian::ensure(&debian::TESTS).and_then(|()| suite::run(filter)),
         };
@@ -167,6 +167,13 @@ fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
         println!("{line}");
     }
     Ok(finish(&all, deny_skips))
+}
+
+/// The labs that are part of the tests.
+fn labs() -> Result<Tally> {
+    let mut all = lab::run(lab::Lab::Linux { full: false })?;
+    all.add(lab::run(lab::Lab::Devices { full: false, vhost: false })?);
+    Ok(all)
 }
 
 /// Prints what did not pass and the closing line; returns whether the whole is good.
