@@ -101,3 +101,22 @@ impl DeviceTestdma {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use crate::args::Cli;
+
+    #[test]
+    fn every_option_of_the_test_device_is_in_its_manual() {
+        const MANUAL: &str = include_str!("../../../../docs/testdma.md");
+        let command = Cli::command();
+        let device = command.find_subcommand("device").and_then(|device| device.find_subcommand("testdma")).unwrap();
+        let names: Vec<_> = device.get_arguments().filter_map(|argument| argument.get_long()).collect();
+        assert!(names.contains(&"socket") && names.contains(&"fault"));
+        for name in names {
+            assert!(MANUAL.contains(&format!("`--{name}`")) || MANUAL.contains(&format!("--{name} ")), "--{name}");
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! Moves of a VM whose device, or the one that waits for it, fails on purpose: the move is refused with the name of the device, and the VM
+//! lives where it was.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use support::disk::Memory;
+use support::testdma::Process;
+use support::{Place, assert_alive, kvm, stderr, wait_for};
+
+/// Buffers that show that a device works.
+const BUFFERS: u64 = 500;
+
+/// What the guest has received. Nothing of that was wrong.
+fn received(memory: &Memory) -> u64 {
+    let load = memory.snapshot().testdma.unwrap();
+    assert_eq!(load.errors, 0, "{load:?}");
+    load.received
+}
+
+/// A move from a device with these options to one with those is refused: which of the two is named, and what is said of it. Whether the
+/// first one works on.
+fn refused(here: &[&str], there: &[&str], named: &str, hint: &str, works_on: bool) {
+    let place = Place::new();
+    let what = format!("{here:?} to {there:?}");
+    let (first, second) = (Process::start(&place, "d0", here), Process::start(&place, "d1", there));
+    let option = |process: &Process| format!("vfio-user={}", process.socket.display());
+    let arguments = ["--memory", "64M", "--cmdline", "data=1M rate=1M testdma=ring", "--device", &option(&first)];
+    let mut vm = place.run_guest("0", &arguments, &[]);
+    let memory = Memory::of(&place, "0");
+    wait_for("the device to work", || (received(&memory) > BUFFERS).then_some(()));
+    let (_waiting, address) = place.receive("1", &["--device", &option(&second)]);
+    let output = place.control("0", &["migrate", "--to", &address, "--mode", "precopy"]);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{what}: {said}");
+    let name = place.path(&format!("{named}.sock")).display().to_string();
+    assert!(said.contains(&name) && said.contains(hint), "{what}: {said}");
+    assert_alive(&place, "0");
+    if works_on {
+        let before = received(&memory);
+        wait_for(&format!("the device to work after {what}"), || (received(&memory) > before + BUFFERS).then_some(()));
+    }
+    vm.kill();
+}
+
+#[test]
+fn a_device_that_fails_while_it_is_saved_keeps_the_vm_where_it_is() {
+    if !kvm("a_device_that_fails_while_it_is_saved_keeps_the_vm_where_it_is") {
+        return;
+    }
+    for (fault, named, hint, works_on) in [
+        ("refuse=stop-copy", "d0", "refused", true),
+        ("wrong-state", "d1", "refused", true),
+        ("short-state", "d1", "refused", true),
+        ("endless-state", "d0", "bytes of state", true),
+        ("crash=stop-copy", "d0", "closed", false),
+        ("disconnect=stop-copy", "d0", "closed", false),
+        ("crash=mig-data-read", "d0", "closed", false),
+    ] {
+        refused(&["--fault", fault], &[], named, hint, works_on);
+    }
+}
+
+#[test]
+fn a_device_that_cannot_take_the_state_keeps_the_vm_where_it_is() {
+    if !kvm("a_device_that_cannot_take_the_state_keeps_the_vm_where_it_is") {
+        return;
+    }
+    for (there, hint) in [
+        (["--fault", "refuse=resuming"], "refused"),
+        (["--fault", "crash=resuming"], "closed"),
+        (["--fault", "disconnect=mig-data-write"], "closed"),
+        (["--fault", "crash=mig-data-write"], "closed"),
+        (["--vectors", "2"], "interrupts"),
+        (["--interrupts", "msix"], "interrupts"),
+    ] {
+        refused(&[], &there, "d1", hint, true);
+    }
+    refused(&[], &["--no-migration"], "d1", "cannot be migrated", true);
+    refused(&["--no-migration"], &[], "d0", "cannot give its state", true);
+}
