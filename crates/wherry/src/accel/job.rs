@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
+use toml::Spanned;
 use wherry_accel::abi::{class, opcode};
 use wherry_accel::catalogue::{Catalogue, EngineId};
 
@@ -63,6 +65,48 @@ pub struct Job {
     pub contexts: BTreeMap<String, ContextTable>,
     #[serde(default, rename = "step")]
     pub steps: Vec<Step>,
+    #[serde(skip)]
+    lines: Lines,
+}
+
+/// Where the parts of a file stand, so that what is wrong with one is found there.
+#[derive(Debug, Default)]
+struct Lines(BTreeMap<(&'static str, String), usize>);
+
+/// The same file, for the places of its parts alone.
+#[derive(Deserialize)]
+struct Places {
+    #[serde(default)]
+    buffers: BTreeMap<Spanned<String>, IgnoredAny>,
+    #[serde(default)]
+    keys: BTreeMap<Spanned<String>, IgnoredAny>,
+    #[serde(default)]
+    contexts: BTreeMap<Spanned<String>, IgnoredAny>,
+    #[serde(default, rename = "step")]
+    steps: Vec<NamedPlace>,
+}
+
+#[derive(Deserialize)]
+struct NamedPlace {
+    name: Spanned<String>,
+}
+
+impl Lines {
+    fn of(text: &str) -> Self {
+        // A file that cannot be read has been refused before.
+        let Ok(places) = toml::from_str::<Places>(text) else { return Self::default() };
+        let parts = [("buffer", places.buffers), ("key", places.keys), ("context", places.contexts)];
+        let parts = parts.into_iter().flat_map(|(kind, names)| names.into_keys().map(move |name| (kind, name)));
+        let steps = places.steps.into_iter().map(|place| ("step", place.name));
+        let line = |at: usize| 1 + text.bytes().take(at).filter(|byte| *byte == b'\n').count();
+        let mut lines = BTreeMap::new();
+        for (kind, name) in parts.chain(steps) {
+            let at = line(name.span().start);
+            // Of two steps with one name the second is the one at fault.
+            lines.insert((kind, name.into_inner()), at);
+        }
+        Self(lines)
+    }
 }
 
 /// The device to make.
@@ -191,17 +235,19 @@ impl Job {
 
     /// From text: names that do not exist and steps out of order are refused here, before anything runs.
     pub fn parse(text: &str) -> Result<Self> {
-        let job: Job = toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", error.to_string().trim_end()))?;
+        let mut job: Job = toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", error.to_string().trim_end()))?;
+        job.lines = Lines::of(text);
         ensure!(!job.steps.is_empty(), "there is nothing to do: it has no [[step]]");
         let mut before: Vec<&str> = Vec::new();
         for step in &job.steps {
-            job.check(step, &before).with_context(|| format!("step {:?}", step.name))?;
+            job.check(step, &before).with_context(|| job.at("step", &step.name))?;
             before.push(&step.name);
         }
         for (name, buffer) in &job.buffers {
             if let Some(step) = &buffer.save_size_of {
-                ensure!(before.contains(&step.as_str()), "buffer {name:?}: save_size_of names no step {step:?}");
-                ensure!(buffer.save.is_some(), "buffer {name:?}: save_size_of without save");
+                let at = || job.at("buffer", name);
+                ensure!(before.contains(&step.as_str()), "{}: save_size_of names no step {step:?}", at());
+                ensure!(buffer.save.is_some(), "{}: save_size_of without save", at());
             }
         }
         Ok(job)
@@ -234,6 +280,14 @@ impl Job {
             ensure!(known, "there is no error {error:?}; errors have names such as EBADMSG");
         }
         Ok(())
+    }
+
+    /// A part of the file, by name and line.
+    pub fn at(&self, kind: &'static str, name: &str) -> String {
+        match self.lines.0.get(&(kind, name.to_owned())) {
+            Some(line) => format!("{kind} {name:?} (line {line})"),
+            None => format!("{kind} {name:?}"),
+        }
     }
 
     /// The engines that clients see: those of the file, or the usual ones.
@@ -303,32 +357,27 @@ pub fn hex(text: &str) -> Result<Vec<u8>> {
 
 impl Buffer {
     /// Its first bytes and its size.
-    pub fn content(&self, name: &str) -> Result<(Vec<u8>, u64)> {
+    pub fn content(&self) -> Result<(Vec<u8>, u64)> {
         let given = [self.text.is_some(), self.hex.is_some(), self.file.is_some()];
-        ensure!(
-            given.iter().filter(|given| **given).count() <= 1,
-            "buffer {name:?} has more than one of `text`, `hex`, `file`"
-        );
+        ensure!(given.iter().filter(|given| **given).count() <= 1, "it has more than one of `text`, `hex`, `file`");
         let bytes = match (&self.text, &self.hex, &self.file) {
             (Some(text), ..) => text.clone().into_bytes(),
-            (_, Some(digits), _) => hex(digits).with_context(|| format!("buffer {name:?}"))?,
+            (_, Some(digits), _) => hex(digits).context("hex")?,
             (.., Some(file)) => {
                 let length = std::fs::metadata(file).map(|meta| meta.len());
-                let length = length.with_context(|| format!("buffer {name:?}: looking at {}", file.display()))?;
-                ensure!(length <= MOST_MEMORY, "buffer {name:?}: {} is larger than 4 GiB", file.display());
-                std::fs::read(file).with_context(|| format!("buffer {name:?}: reading {}", file.display()))?
+                let length = length.with_context(|| format!("looking at {}", file.display()))?;
+                ensure!(length <= MOST_MEMORY, "{} is larger than 4 GiB", file.display());
+                std::fs::read(file).with_context(|| format!("reading {}", file.display()))?
             }
             _ => Vec::new(),
         };
         let size = match &self.size {
-            Some(text) => {
-                crate::args::size(text).map_err(|error| anyhow::anyhow!("the size of buffer {name:?}: {error}"))?
-            }
+            Some(text) => crate::args::size(text).map_err(|error| anyhow::anyhow!("size: {error}"))?,
             None => bytes.len() as u64,
         };
-        ensure!(size > 0, "buffer {name:?} is empty; give it a `size`");
-        ensure!(size <= MOST_MEMORY, "buffer {name:?} is larger than 4 GiB");
-        ensure!(bytes.len() as u64 <= size, "buffer {name:?} has {} bytes of content and room for {size}", bytes.len());
+        ensure!(size > 0, "it is empty; give it a `size`");
+        ensure!(size <= MOST_MEMORY, "it is larger than 4 GiB");
+        ensure!(bytes.len() as u64 <= size, "it has {} bytes of content and room for {size}", bytes.len());
         Ok((bytes, size))
     }
 }
@@ -353,16 +402,19 @@ mod tests {
         let step = "[[step]]\nname = \"a\"\noperation = \"nop\"\n";
         for (text, words) in [
             (String::new(), "no [[step]]"),
-            (format!("{step}colour = 1\n"), "colour"),
-            (format!("{step}{step}"), "another step"),
-            (format!("{step}source = \"b\"\n"), "no buffer \"b\""),
+            (format!("{step}colour = 1\n"), "line 4"),
+            (format!("{step}{step}"), "step \"a\" (line 5): there is another step"),
+            (format!("\n\n{step}source = \"b\"\n"), "step \"a\" (line 4): there is no buffer \"b\""),
             (format!("{step}after = \"z\"\n"), "no step before it"),
             (format!("{step}context = \"c\"\n"), "no context \"c\""),
             (format!("{step}key = \"k\"\n"), "no key \"k\""),
             (format!("{step}expect.error = \"EWHAT\"\n"), "EWHAT"),
             (step.replace("nop", "fly"), "no operation \"fly\""),
             (format!("[contexts.a]\n[contexts.b]\n{step}"), "which context?; there are a, b"),
-            (format!("[buffers.b]\nsave_size_of = \"q\"\n{step}"), "no step \"q\""),
+            (
+                format!("[buffers.b]\nsave_size_of = \"q\"\n{step}"),
+                "buffer \"b\" (line 1): save_size_of names no step \"q\"",
+            ),
             (format!("[device]\nworkers = -1\n{step}"), "line 2"),
         ] {
             let error = format!("{:#}", Job::parse(&text).unwrap_err());

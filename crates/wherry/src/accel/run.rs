@@ -123,9 +123,9 @@ impl Prepared {
         let mut at = BASE + own + PAGE;
         let mut content = Vec::new();
         for (name, buffer) in &job.buffers {
-            let (bytes, size) = buffer.content(name)?;
+            let (bytes, size) = buffer.content().with_context(|| job.at("buffer", name))?;
             let whole = size.next_multiple_of(PAGE);
-            arena.map(at, whole, true).with_context(|| format!("making buffer {name:?}"))?;
+            arena.map(at, whole, true).with_context(|| job.at("buffer", name))?;
             places.insert(name.clone(), Place { at, bytes: size });
             content.push((at, bytes));
             at += whole + PAGE;
@@ -158,21 +158,8 @@ impl Prepared {
     fn import_keys(&mut self) -> Result<()> {
         let fleet = FleetKey::new(self.fleet);
         for (index, (name, key)) in self.job.keys.iter().enumerate() {
-            let kind = match key.kind.as_str() {
-                "aes-256-gcm" => KeyKind::Aes256Gcm,
-                "chacha20-poly1305" => KeyKind::ChaCha20Poly1305,
-                "hmac-sha256" => KeyKind::HmacSha256,
-                other => bail!(
-                    "key {name:?}: there is no kind {other:?}; there are aes-256-gcm, chacha20-poly1305, hmac-sha256"
-                ),
-            };
-            let bytes = job::hex(&key.hex).with_context(|| format!("key {name:?}"))?;
-            let length = bytes.len();
-            let bytes = <[u8; 32]>::try_from(bytes);
-            let bytes = bytes.ok().with_context(|| format!("key {name:?} has {length} bytes; keys have 32"))?;
             let handle = u32::try_from(index)? + 1;
-            let wrapped = fleet.wrap(handle, kind, &bytes)?;
-            self.device.keys().import(&fleet, handle, kind, &wrapped).with_context(|| format!("key {name:?}"))?;
+            import(&self.device, &fleet, handle, key).with_context(|| self.job.at("key", name))?;
             self.handles.insert(name.clone(), handle);
         }
         Ok(())
@@ -192,7 +179,7 @@ impl Prepared {
         }
         let names: Vec<String> = self.job.contexts.keys().cloned().collect();
         for name in names {
-            let id = self.make_context(&name).with_context(|| format!("context {name:?}"))?;
+            let id = self.make_context(&name).with_context(|| self.job.at("context", &name))?;
             self.contexts.insert(name, id);
         }
         Ok(())
@@ -252,7 +239,7 @@ impl Prepared {
                 ensure!(!looks || step.destination.is_some(), "it expects bytes, and has no destination");
                 Ok(())
             };
-            check().with_context(|| format!("step {:?}", step.name))?;
+            check().with_context(|| self.job.at("step", &step.name))?;
         }
         Ok(())
     }
@@ -469,6 +456,21 @@ impl Prepared {
         let contexts = self.device.contexts().iter().map(|info| ContextOutcome::of(info, name(info.id))).collect();
         (contexts, self.device.engines().iter().map(EngineOutcome::of).collect())
     }
+}
+
+/// Gives the device a key.
+fn import(device: &Device, fleet: &FleetKey, handle: u32, key: &job::Key) -> Result<()> {
+    let kind = match key.kind.as_str() {
+        "aes-256-gcm" => KeyKind::Aes256Gcm,
+        "chacha20-poly1305" => KeyKind::ChaCha20Poly1305,
+        "hmac-sha256" => KeyKind::HmacSha256,
+        other => bail!("there is no kind {other:?}; there are aes-256-gcm, chacha20-poly1305, hmac-sha256"),
+    };
+    let bytes = job::hex(&key.hex)?;
+    let length = bytes.len();
+    let bytes = <[u8; 32]>::try_from(bytes).ok().with_context(|| format!("it has {length} bytes; keys have 32"))?;
+    let wrapped = fleet.wrap(handle, kind, &bytes)?;
+    Ok(device.keys().import(fleet, handle, kind, &wrapped)?)
 }
 
 /// What an error of the ABI means for work that was taken.
