@@ -12,8 +12,10 @@ fn main() -> Result<(), bench::BenchError> {
     for one in bench::throughput(&sizes, 5, bench::TIME, only.as_deref())? {
         let (device, direct, percent) = (one.device / 1e6, one.direct / 1e6, 100.0 * one.ratio);
         println!(
-            "{:<15} {:>8} B  {device:>8.0} MB/s  directly {direct:>8.0} MB/s  {percent:.0} %",
-            one.operation, one.bytes
+            "{:<15} {:>8} B  {device:>8.0} MB/s  directly {direct:>8.0} MB/s  {percent:.0} %, by processor time {:.0} %",
+            one.operation,
+            one.bytes,
+            100.0 * one.processor_ratio.unwrap_or(f64::NAN)
         );
     }
     if only.is_some() {

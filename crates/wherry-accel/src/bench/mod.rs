@@ -79,6 +79,9 @@ pub struct Throughput {
     pub direct: f64,
     /// Device by direct: the median of the pairs.
     pub ratio: f64,
+    /// The same by the time that the two threads had a processor: what else the machine does matters less. `None` where the
+    /// kernel does not tell (`schedstat`).
+    pub processor_ratio: Option<f64>,
 }
 
 /// Time from the submission of an empty request to its completion, in nanoseconds.
@@ -88,6 +91,39 @@ pub struct Latency {
     pub p50: u64,
     /// 99 of 100 took no longer.
     pub p99: u64,
+}
+
+/// How long a thread of this process has had a processor. Exact when it has just slept.
+fn processor_time(task: &std::path::Path) -> Option<Duration> {
+    let text = std::fs::read_to_string(task.join("schedstat")).ok()?;
+    text.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
+}
+
+/// The thread of the one worker of a rig.
+fn worker() -> Option<std::path::PathBuf> {
+    let tasks = std::fs::read_dir("/proc/self/task").ok()?;
+    let named = |path: &std::path::PathBuf| {
+        std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name.trim() == "wherry-accel-0")
+    };
+    tasks.flatten().map(|task| task.path()).find(named)
+}
+
+/// Lets this thread sleep, and the worker fall asleep.
+const SETTLE: Duration = Duration::from_micros(300);
+
+/// What a measurement took by the clock, and of a thread's processor time.
+fn timed(
+    task: Option<&std::path::Path>,
+    work: impl FnOnce() -> Result<Duration, BenchError>,
+) -> Result<(Duration, Option<Duration>), BenchError> {
+    let time = || {
+        std::thread::sleep(SETTLE);
+        processor_time(task?)
+    };
+    let before = time();
+    let took = work()?;
+    let used = time().zip(before).map(|(after, before)| after.saturating_sub(before));
+    Ok((took, used))
 }
 
 /// A device in real time and its client.
@@ -176,6 +212,7 @@ pub fn throughput(
     only: Option<&str>,
 ) -> Result<Vec<Throughput>, BenchError> {
     let rig = Rig::new(1, Arc::new(NoInterrupts))?;
+    let thread = worker();
     let source = input();
     let mut target = vec![1; HALF as usize];
     let mut all = Vec::new();
@@ -206,10 +243,14 @@ pub fn throughput(
             let one = call(4)?.as_secs_f64() / 4.0;
             let count = ((time.as_secs_f64() / one) as usize).clamp(1, MOST);
             rig.batch(SLOT[usize::from(class)], &descriptor, 1, name)?;
-            let (mut theirs, mut ours, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut theirs, mut ours, mut ratios, mut processor) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
             for _ in 0..runs {
-                let direct = call(count)?;
-                let device = rig.batch(SLOT[usize::from(class)], &descriptor, count, name)?;
+                let (direct, used) = timed(Some("/proc/thread-self".as_ref()), || call(count))?;
+                let batch = || rig.batch(SLOT[usize::from(class)], &descriptor, count, name);
+                let (device, worker) = timed(thread.as_deref(), batch)?;
+                if let Some((direct, device)) = used.zip(worker) {
+                    processor.push(direct.as_secs_f64() / device.as_secs_f64().max(1e-9));
+                }
                 let rate = |took: Duration| (size * count) as f64 / took.as_secs_f64();
                 theirs.push(rate(direct));
                 ours.push(rate(device));
@@ -219,7 +260,8 @@ pub fn throughput(
                 rig.memory.write(BASE, &source)?;
             }
             let (device, direct, ratio) = (median(ours), median(theirs), median(ratios));
-            all.push(Throughput { operation: name, bytes: size, device, direct, ratio });
+            let processor_ratio = (!processor.is_empty()).then(|| median(processor));
+            all.push(Throughput { operation: name, bytes: size, device, direct, ratio, processor_ratio });
         }
     }
     Ok(all)

@@ -25,6 +25,8 @@ struct Operation {
     direct_bytes_per_s: f64,
     /// Device by direct: the median of the pairs.
     ratio: f64,
+    /// The same by processor time.
+    processor_ratio: Option<f64>,
 }
 
 /// All of it.
@@ -62,6 +64,7 @@ pub(super) fn bench(options: &Bench) -> Result<u8> {
                 device_bytes_per_s: one.device,
                 direct_bytes_per_s: one.direct,
                 ratio: one.ratio,
+                processor_ratio: one.processor_ratio,
             })
             .collect(),
         polled_p50_ns: polled.p50,
@@ -82,7 +85,8 @@ impl Results {
     /// For a person.
     fn text(&self) -> String {
         let rate = |rate: f64| format!("{}/s", report::bytes(rate as u64));
-        let mut rows = vec![["operation", "size", "device", "directly", "ratio"].map(String::from).to_vec()];
+        let mut rows =
+            vec![["operation", "size", "device", "directly", "ratio", "by processor time"].map(String::from).to_vec()];
         for one in &self.operations {
             rows.push(vec![
                 one.operation.into(),
@@ -90,6 +94,7 @@ impl Results {
                 rate(one.device_bytes_per_s),
                 rate(one.direct_bytes_per_s),
                 format!("{:.0} %", 100.0 * one.ratio),
+                one.processor_ratio.map_or_else(|| "-".into(), |ratio| format!("{:.0} %", 100.0 * ratio)),
             ]);
         }
         let mut text = report::table(&rows);
