@@ -14,6 +14,7 @@
 //! - `scheduler`: which request runs where and for how long. Pure; time comes from a [`clock`].
 //! - `work`, `engines`, [`program`]: what a request does, step by step; programs of RFC 9669 that can stop anywhere.
 //! - [`drive`]: who makes workers work: threads, or a simulation on virtual time.
+//! - [`function`]: all of it as a PCI function, for VMMs in other processes.
 //! - [`state`]: everything that migrates, as a state unit.
 //! - [`mod@bench`]: figures in real time, beside the crates called directly.
 //! - [`memory`]: the address space of a client, as a trait, and one in this process. [`keys`]: keys the client never sees.
@@ -40,6 +41,7 @@ pub mod device;
 pub mod drive;
 mod engines;
 pub mod error;
+pub mod function;
 pub mod keys;
 mod map;
 pub mod memory;

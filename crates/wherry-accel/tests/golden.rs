@@ -16,6 +16,7 @@ use wherry_accel::clock::VirtualClock;
 use wherry_accel::device::{Config, Device, NoInterrupts};
 use wherry_accel::drive::Simulation;
 use wherry_accel::error::Errno;
+use wherry_accel::function::SavedFunction;
 use wherry_accel::memory::{AddressSpace, Arena};
 use wherry_accel::state::saved::*;
 use wherry_accel::state::{AccelUnit, UNIT};
@@ -212,10 +213,33 @@ fn the_golden_file_of_each_schema_reads_as_what_it_was_made_from() {
     assert_eq!(SavedDevice::from_section(&section()).unwrap(), schema_1());
     let wanted: BTreeSet<String> = (1..=SavedDevice::SCHEMA)
         .flat_map(|schema| [format!("accel-{schema}.bin"), format!("wrapped-key-{schema}.bin")])
+        .chain((1..=SavedFunction::SCHEMA).map(|schema| format!("accel-function-{schema}.bin")))
         .collect();
     let found: BTreeSet<String> =
         std::fs::read_dir(directory()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(found, wanted);
+}
+
+/// Different numbers in all fields of the function, around that device.
+fn function_1() -> SavedFunction {
+    SavedFunction {
+        config: (0..=255).collect(),
+        table: (0..1024).map(|i| (i * 7) as u8).collect(),
+        pending: vec![3, 63],
+        pin_pending: true,
+        device: Some(schema_1()),
+    }
+}
+
+#[test]
+fn the_golden_file_of_the_function_reads_as_what_it_was_made_from() {
+    let path = directory().join("accel-function-1.bin");
+    if std::env::var_os("WHERRY_NEW_GOLDEN").is_some() && !path.exists() {
+        std::fs::write(&path, function_1().encode_to_vec()).unwrap();
+    }
+    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let section = Section { unit: "accel-function".into(), instance: 0, schema: 1, bytes };
+    assert_eq!(SavedFunction::from_section(&section).unwrap(), function_1());
 }
 
 #[test]
@@ -245,6 +269,7 @@ fn a_device_takes_the_golden_state_saves_it_alike_and_goes_on_with_its_work() {
 fn the_document_lists_the_unit_with_its_schema() {
     let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/state.md")).unwrap();
     assert!(text.contains(&format!("| `{UNIT}` | {} |", SavedDevice::SCHEMA)));
+    assert!(text.contains(&format!("| `accel-function` | {} |", SavedFunction::SCHEMA)));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The command line as clap sees it: names, values and their checks. Nothing is done here.
 
+mod accel;
 mod testdma;
 
 use std::path::PathBuf;
@@ -9,6 +10,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use wherry_netlab::Shape;
 use wherry_vmm::config::ImageFormat;
 
+pub use self::accel::DeviceAccel;
 pub use self::testdma::DeviceTestdma;
 
 /// Runs virtual machines and moves them, running, from process to process and from host to host.
@@ -84,6 +86,8 @@ pub enum DeviceCommand {
     Blk(DeviceBlk),
     /// A network device, for `--device vhost-user-net=SOCKET` or any other vhost-user front end
     Net(DeviceNet),
+    /// The accelerator, a PCI function for any vfio-user client (docs/accel-abi.md)
+    Accel(DeviceAccel),
     /// A PCI function for tests, that does DMA into guest RAM: for any vfio-user client
     Testdma(DeviceTestdma),
 }

@@ -76,6 +76,8 @@ pub struct Raw<B> {
     next: u64,
     end: u64,
     tag: u32,
+    /// Where commands are: one after the other in the same place.
+    block: Option<u64>,
     /// Rings by (context, slot): where their descriptors are, and how many were put in.
     rings: BTreeMap<(u32, u64), (u64, u32)>,
 }
@@ -84,7 +86,7 @@ pub const RING: u32 = 8;
 
 impl<B: Bus> Raw<B> {
     pub fn new(bus: B, base: u64, bytes: u64) -> Self {
-        Self { bus, next: base, end: base + bytes, tag: 0, rings: BTreeMap::new() }
+        Self { bus, next: base, end: base + bytes, tag: 0, block: None, rings: BTreeMap::new() }
     }
 
     // ---- memory ----
@@ -139,7 +141,12 @@ impl<B: Bus> Raw<B> {
         block.extend([0; 4]);
         block.extend(arguments);
         block.resize(64, 0);
-        let at = self.put(&block);
+        let at = match self.block {
+            Some(at) => at,
+            None => self.room(64),
+        };
+        self.block = Some(at);
+        self.bus.poke(at, &block);
         self.set(0x20, 8, at);
         match self.register(RESULT, 4) {
             0 => Ok(self.get(at, 64)),

@@ -1,9 +1,11 @@
 //! What a device reaches of its client, from any thread: memory and interrupts.
 
+use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use rustix::io::Errno;
+use vm_memory::VolatileMemory;
 
 use super::device::Irq;
 use super::dma::{Log, Maps, Piece};
@@ -35,6 +37,15 @@ pub enum DmaError {
     },
 }
 
+/// A word of the client's memory.
+#[derive(Clone, Copy, Debug)]
+pub enum Word<'a> {
+    /// Of four bytes.
+    Four(&'a AtomicU32),
+    /// Of eight.
+    Eight(&'a AtomicU64),
+}
+
 /// Where messages to the client go.
 #[derive(Clone)]
 pub(super) struct Way {
@@ -48,6 +59,8 @@ struct Shared {
     /// Read while memory is accessed: who unmaps waits until that is over. Taken before the other locks.
     maps: RwLock<Maps>,
     log: Mutex<Option<Log>>,
+    /// Held while a word is changed that cannot be changed atomically: so it is, among threads of the device.
+    words: Mutex<()>,
     irqs: Mutex<Irqs>,
     way: Mutex<Option<Way>>,
 }
@@ -116,6 +129,70 @@ impl Bus {
             address = address.wrapping_add(run as u64);
         }
         Ok(())
+    }
+
+    /// Whether all of a range can be read, or written.
+    pub fn check(&self, mut address: u64, count: u64, write: bool) -> Result<(), DmaError> {
+        let maps = self.0.maps.read().unwrap_or_else(PoisonError::into_inner);
+        let mut left = count;
+        while left > 0 {
+            let most = usize::try_from(left).unwrap_or(usize::MAX);
+            let run = maps.run(address, most, write).map_err(|source| DmaError::Memory { address, source })?;
+            left -= run as u64;
+            address = address.wrapping_add(run as u64);
+        }
+        Ok(())
+    }
+
+    /// A word of four bytes or eight, on a multiple of that, for atomic operations; logged if `write`. Where memory is not mapped here
+    /// (it came without a descriptor, or its file may be cut) the word is read, and written if it has changed: atomic for threads of
+    /// the device, and not for the client.
+    pub fn word<T>(
+        &self,
+        address: u64,
+        eight: bool,
+        write: bool,
+        work: impl FnOnce(Word<'_>) -> T,
+    ) -> Result<T, DmaError> {
+        let bytes = if eight { 8 } else { 4 };
+        let memory = |source| DmaError::Memory { address, source };
+        if !address.is_multiple_of(bytes as u64) {
+            return Err(memory(Errno::INVAL));
+        }
+        {
+            let maps = self.0.maps.read().unwrap_or_else(PoisonError::into_inner);
+            // Maps are made of pages: a word lies in one or in none.
+            maps.run(address, bytes, write).map_err(memory)?;
+            if let Some(slice) = maps.word(address, bytes, write).map_err(memory)? {
+                let unmapped = |_| memory(Errno::FAULT);
+                let done = match eight {
+                    true => work(Word::Eight(slice.get_atomic_ref(0).map_err(unmapped)?)),
+                    false => work(Word::Four(slice.get_atomic_ref(0).map_err(unmapped)?)),
+                };
+                if write {
+                    self.mark(address, bytes as u64);
+                }
+                return Ok(done);
+            }
+        }
+        let _one = self.0.words.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut raw = [0; 8];
+        self.read(address, &mut raw[..bytes])?;
+        let before = u64::from_le_bytes(raw);
+        let (done, after) = match eight {
+            true => {
+                let word = AtomicU64::new(before);
+                (work(Word::Eight(&word)), word.into_inner())
+            }
+            false => {
+                let word = AtomicU32::new(before as u32);
+                (work(Word::Four(&word)), u64::from(word.into_inner()))
+            }
+        };
+        if write && after != before {
+            self.write(address, &after.to_le_bytes()[..bytes])?;
+        }
+        Ok(done)
     }
 
     fn by_message(

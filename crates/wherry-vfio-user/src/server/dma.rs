@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::{SealFlags, fcntl_get_seals};
 use rustix::io::Errno;
 use rustix::mm::ProtFlags;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::payload::{DmaMap, DmaUnmap, LoggingReport, LoggingStart, Malformed};
 
@@ -168,6 +168,15 @@ impl Maps {
             Way::File(file, offset) => file.read_exact_at(data, offset + within).map_err(|error| errno(&error))?,
         }
         Ok(Piece::Done)
+    }
+
+    /// A word that lies in one map and can be reached by atomic operations; `None` where only bytes can.
+    pub(super) fn word(&self, address: u64, bytes: usize, write: bool) -> Result<Option<VolatileSlice<'_>>, Errno> {
+        let (map, within) = self.find(address, write)?;
+        match &map.way {
+            Way::Mapped(region) => region.get_slice(within as usize, bytes).map(Some).map_err(|_| Errno::FAULT),
+            Way::File(..) | Way::Messages => Ok(None),
+        }
     }
 
     /// Writes to one map; the bytes are known to lie in it.

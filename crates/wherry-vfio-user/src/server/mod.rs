@@ -29,7 +29,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use wherry_socket::SocketFile;
 
-pub use bus::{Bus, DmaError};
+pub use bus::{Bus, DmaError, Word};
 pub use device::{Description, Device, Irq, Migration, Region, Shared};
 pub use image::Image;
 

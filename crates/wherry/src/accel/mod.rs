@@ -27,7 +27,7 @@ pub fn accel(options: &Accel) -> Result<u8> {
 }
 
 /// As many workers as the machine has processors, unless it is said.
-fn workers(given: Option<u16>) -> usize {
+pub fn workers(given: Option<u16>) -> usize {
     let processors = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     given.map_or_else(processors, usize::from)
 }

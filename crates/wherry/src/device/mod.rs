@@ -1,8 +1,10 @@
 //! `wherry device`: processes that serve one device each for the VMs of other processes.
 //!
 //! - [`served`] makes a device of `wherry-virtio` one that a vhost-user front end sets up.
+//! - [`accel`] is the accelerator, a PCI function that a vfio-user client sets up.
 //! - [`testdma`] is a PCI function for tests, that a vfio-user client sets up.
 
+mod accel;
 mod served;
 pub mod testdma;
 mod userfaults;
@@ -25,6 +27,7 @@ pub fn device(options: &Device) -> Result<u8> {
     match &options.command {
         DeviceCommand::Blk(options) => blk(options),
         DeviceCommand::Net(options) => net(options),
+        DeviceCommand::Accel(options) => accel::serve(options),
         DeviceCommand::Testdma(options) => testdma::serve(options),
     }
 }

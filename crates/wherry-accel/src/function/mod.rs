@@ -1,0 +1,231 @@
+//! The accelerator as a PCI function, which a VMM in another process reaches by vfio-user (`docs/accel-abi.md`, "As a PCI
+//! function").
+//!
+//! - this file: identity, BARs, interrupts, reset: what is done with a message.
+//! - [`space`]: the client's memory, through its maps, as an address space.
+//! - [`moves`]: its state, and the ways between the states of a migration.
+//!
+//! Contract:
+//!
+//! - Registers are those of the library; what is none reads as ones, and writes to it are lost.
+//! - Memory is reached while the function is a bus master, inside of the client's maps, and every write is in the client's log
+//!   before the completion that speaks of it is published.
+//! - A reset leaves nothing of what clients did: the device behind it is made anew, with the keys that the host gave.
+//!
+//! Threads: the server's, on which all messages are done, and the workers of the device (`wherry-accel-N`), which end with it.
+
+mod moves;
+mod space;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use rustix::io::Errno;
+use wherry_vfio_user::payload::{pci_irq, pci_region};
+use wherry_vfio_user::server::{Irq, Region, config};
+use wherry_vfio_user::{Bus, Description, Image, Migration};
+
+use crate::abi::{MAX_CONTEXTS, register};
+use crate::catalogue::{Catalogue, CatalogueError, Host};
+use crate::clock::RealClock;
+use crate::device::{Caller, Config, Device, FIRST_SPACE, Notify};
+use crate::drive::Workers;
+use crate::error::Refused;
+use crate::keys::{FleetKey, KeyKind};
+use space::BusSpace;
+
+pub use moves::SavedFunction;
+
+/// Vendor and device id.
+pub const ID: (u16, u16) = (0x1de5, 0x0acc);
+/// Class code: a processing accelerator.
+pub const CLASS: u32 = 0x12_00_00;
+/// Vectors of MSI-X.
+pub const VECTORS: u16 = 64;
+/// Bytes of BAR 0, which has the registers.
+pub const REGISTERS: u64 =
+    (register::CONTEXTS_BASE + MAX_CONTEXTS as u64 * register::CONTEXT_BYTES).next_power_of_two();
+/// Bytes of BAR 1, which has the MSI-X table, and its pending bits from [`PENDING`] on.
+pub const TABLE: u64 = 4096;
+/// Where the pending bits are.
+pub const PENDING: u32 = 0x800;
+
+/// A function cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum FunctionError {
+    /// No such device.
+    #[error("making the device")]
+    Catalogue(#[from] CatalogueError),
+    /// No thread.
+    #[error("starting its workers")]
+    Workers(#[from] std::io::Error),
+    /// A key is refused.
+    #[error("importing a key")]
+    Key(#[from] Refused),
+}
+
+/// What a function is made of, again after each reset.
+pub struct Model {
+    /// The engines that clients see. Both ends of a move have the same.
+    pub catalogue: Catalogue,
+    /// The workers of this host.
+    pub host: Host,
+    /// What keys are wrapped with, if there are any.
+    pub fleet: Option<FleetKey>,
+    /// Keys that the host gives: handle, kind, and the wrapped key.
+    pub keys: Vec<(u32, KeyKind, Vec<u8>)>,
+}
+
+/// What the device behind the function reaches of the client.
+#[derive(Default)]
+struct Wires {
+    /// Known from the first message on; before that nothing can have been submitted.
+    bus: OnceLock<Bus>,
+    /// The function may reach memory.
+    master: AtomicBool,
+}
+
+impl Notify for Wires {
+    fn raise(&self, vector: u16) {
+        let Some(bus) = self.bus.get() else { return };
+        match bus.enabled(pci_irq::MSIX) {
+            // A vector that is not there is nobody's.
+            true if vector < VECTORS => bus.trigger(pci_irq::MSIX, vector.into()),
+            true => {}
+            false => bus.trigger(pci_irq::INTX, 0),
+        }
+    }
+}
+
+/// The device behind the function, and who works on it.
+struct Live {
+    /// Ended first: nobody works on a device that is given up.
+    _workers: Workers,
+    device: Arc<Device>,
+}
+
+/// The function.
+pub struct AccelFunction {
+    model: Model,
+    wires: Arc<Wires>,
+    config: config::Config,
+    /// The MSI-X table, as a driver writes it. Who traps it (a VMM) uses it; the server has eventfds.
+    table: [u8; 16 * VECTORS as usize],
+    live: Live,
+    /// A state that is being read or written.
+    image: Image,
+}
+
+impl std::fmt::Debug for AccelFunction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "AccelFunction({:?})", self.live.device)
+    }
+}
+
+impl Model {
+    fn live(&self, wires: &Arc<Wires>) -> Result<Live, FunctionError> {
+        let config = Config {
+            catalogue: self.catalogue.clone(),
+            host: self.host.clone(),
+            clock: Arc::new(RealClock::default()),
+            notify: wires.clone(),
+            seed: std::process::id().into(),
+        };
+        let device = Arc::new(Device::new(config)?);
+        device.set_space(FIRST_SPACE, Arc::new(BusSpace::new(wires.clone())));
+        Ok(Live { _workers: Workers::start(device.clone())?, device })
+    }
+
+    fn import(&self, device: &Device) -> Result<(), Refused> {
+        let Some(fleet) = &self.fleet else { return Ok(()) };
+        self.keys.iter().try_for_each(|(handle, kind, wrapped)| device.keys().import(fleet, *handle, *kind, wrapped))
+    }
+}
+
+impl AccelFunction {
+    /// As it is after a reset.
+    pub fn new(model: Model) -> Result<Self, FunctionError> {
+        let wires = Arc::new(Wires::default());
+        let live = model.live(&wires)?;
+        model.import(&live.device)?;
+        let config = config::Config::new(ID.0, ID.1, CLASS).with_bar(0, REGISTERS as u32).with_bar(1, TABLE as u32);
+        let config = config.with_msix(VECTORS, 1, 0, PENDING);
+        Ok(Self { model, wires, config, table: [0; 16 * VECTORS as usize], live, image: Image::default() })
+    }
+
+    /// The device behind it, for figures.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.live.device
+    }
+
+    fn attach(&self, bus: &Bus) {
+        let _ = self.wires.bus.get_or_init(|| bus.clone());
+    }
+
+    fn note_master(&self) {
+        self.wires.master.store(self.config.is_bus_master(), Ordering::SeqCst);
+    }
+}
+
+impl wherry_vfio_user::Device for AccelFunction {
+    fn description(&self) -> Description {
+        let mut regions = vec![Region::default(); pci_region::COUNT as usize];
+        regions[0] = Region::trapped(REGISTERS);
+        regions[1] = Region::trapped(TABLE);
+        regions[pci_region::CONFIG as usize] = Region::trapped(config::SIZE as u64);
+        let mut irqs = vec![Irq::default(); pci_irq::COUNT as usize];
+        irqs[pci_irq::INTX as usize] = Irq::pin();
+        irqs[pci_irq::MSIX as usize] = Irq::vectors(VECTORS.into());
+        Description { resettable: true, regions, irqs, migration: true, pre_copy: true, p2p: false, logging: true }
+    }
+
+    fn read(&mut self, bus: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.attach(bus);
+        match region {
+            pci_region::CONFIG => return self.config.read(offset, data),
+            0 => {
+                if self.live.device.read_register(offset, data).is_err() {
+                    data.fill(0xff);
+                }
+            }
+            _ => {
+                let table = self.table.iter().copied().chain(std::iter::repeat(0));
+                data.iter_mut().zip(table.skip(offset as usize)).for_each(|(to, from)| *to = from);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.attach(bus);
+        match region {
+            pci_region::CONFIG => {
+                self.config.write(offset, data)?;
+                self.note_master();
+            }
+            0 => {
+                // A client learns of it by the registers that say so (RESULT, STATUS).
+                let _ = self.live.device.write_register(Caller::PLAIN, offset, data);
+            }
+            _ => {
+                let to = self.table.iter_mut().skip(offset as usize);
+                to.zip(data).for_each(|(to, from)| *to = *from);
+            }
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, bus: &Bus) -> Result<(), Errno> {
+        self.attach(bus);
+        self.renew()?;
+        self.model.import(&self.live.device).map_err(|_| Errno::IO)?;
+        self.config.reset();
+        self.note_master();
+        (self.table, self.image) = ([0; 16 * VECTORS as usize], Image::default());
+        Ok(())
+    }
+
+    fn migration(&mut self) -> Option<&mut dyn Migration> {
+        Some(self)
+    }
+}
