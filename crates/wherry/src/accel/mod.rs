@@ -93,7 +93,9 @@ fn refused(error: &anyhow::Error) -> u8 {
 }
 
 fn run(options: &AccelRun) -> Result<u8> {
-    let plan = job::Job::read(&options.job).and_then(|job| run::Prepared::new(job, options.workers));
+    let inside = || format!("in the job file {}", options.job.display());
+    let plan = job::Job::read(&options.job);
+    let plan = plan.and_then(|job| run::Prepared::new(job, options.workers).with_context(inside));
     let prepared = match plan {
         Ok(prepared) => prepared,
         Err(error) => return Ok(refused(&error)),
@@ -116,7 +118,7 @@ pub struct StepOutcome {
     /// Where: context and slot.
     pub context: String,
     pub slot: u32,
-    /// Bytes done.
+    /// Bytes done; of a program, instructions run.
     pub bytes: u64,
     /// The operation's result.
     pub result: u64,
@@ -258,8 +260,9 @@ impl Outcome {
                 step.name.clone(),
                 step.operation.clone(),
                 format!("{} {}", step.context, step.slot),
-                report::bytes(step.bytes),
-                format!("{:#x}", step.result),
+                // What a program did is counted in instructions.
+                if step.operation == "run" { format!("{} run", step.bytes) } else { report::bytes(step.bytes) },
+                format!("{} ({:#x})", step.result, step.result),
                 report::time(step.took_us),
                 outcome,
             ]);

@@ -52,12 +52,15 @@ impl Notify for Bell {
 }
 
 impl Bell {
-    /// Waits for the next ring, or [`LOOK`].
-    fn wait(&self) {
+    /// How often it was rung.
+    fn rings(&self) -> u64 {
+        *self.rings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it has been rung more often than `before`, or [`LOOK`].
+    fn wait(&self, before: u64) {
         let rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = *rings;
-        let rung = self.rung.wait_timeout_while(rings, LOOK, |rings| *rings == before);
-        drop(rung);
+        drop(self.rung.wait_timeout_while(rings, LOOK, |rings| *rings == before));
     }
 }
 
@@ -332,8 +335,9 @@ impl Prepared {
         }
         let context = self.contexts[self.job.context_of(step)];
         loop {
+            let rings = self.bell.rings();
             match self.device.submit(context, step.slot, &submission) {
-                Err(full) if full.errno == Errno::Again && Instant::now() < deadline => self.bell.wait(),
+                Err(full) if full.errno == Errno::Again && Instant::now() < deadline => self.bell.wait(rings),
                 fence => return Ok(Submitted { record, begin, fence }),
             }
         }
@@ -341,7 +345,12 @@ impl Prepared {
 
     fn wait(&self, name: &str, fence: Fence, deadline: Instant, options: &AccelRun) -> Result<()> {
         let mut shown = Instant::now();
-        while self.device.fence(fence)? == FenceState::Pending {
+        loop {
+            // Before the look: what is rung after it is not slept over.
+            let rings = self.bell.rings();
+            if self.device.fence(fence)? != FenceState::Pending {
+                return Ok(());
+            }
             if Instant::now() >= deadline {
                 let (_, engines) = self.figures();
                 let busy: Vec<String> =
@@ -354,14 +363,13 @@ impl Prepared {
                     busy.join(", ")
                 );
             }
-            self.bell.wait();
+            self.bell.wait(rings);
             if options.watch && shown.elapsed() >= WATCH {
                 shown = Instant::now();
                 let (contexts, engines) = self.figures();
                 eprintln!("{}", figures(&contexts, &engines, self.device.now() / 1000));
             }
         }
-        Ok(())
     }
 
     /// Stops the device wherever its work is, and has another one go on from its state.
