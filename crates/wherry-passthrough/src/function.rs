@@ -198,6 +198,12 @@ impl Function {
         }
     }
 
+    /// Nobody is to wait for it any more.
+    pub(crate) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+        self.sharer.end();
+    }
+
     fn note<T>(&self, what: &str, result: Result<T, OwnerError>) -> Option<T> {
         result.inspect_err(|error| self.report(what, error)).ok()
     }

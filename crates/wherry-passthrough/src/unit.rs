@@ -139,12 +139,23 @@ impl StateUnit for Function {
     }
 
     /// Local APICs and the I/O APIC have been restored: vectors first, then the device, which may use them at once.
+    ///
+    /// A device that does not run again is lost to its guest, and named; the machine starts without it, since nobody else can run
+    /// that machine any more.
     fn start(&self) -> Result<(), UnitError> {
         self.once.step.store(Once::STARTED, Ordering::Release);
         self.once.keep(None);
         self.interrupts.resume().map_err(UnitError::failed)?;
         self.crew.hand(&self.member, &Step::Run);
-        self.member.wait(Instant::now() + RUN_LIMIT).map(|_| ()).map_err(|late| self.late("run again", late))
+        if let Err(late) = self.member.wait(Instant::now() + RUN_LIMIT) {
+            let failed = matches!(late, Late::Failed(_));
+            let error = self.late("run again", late);
+            tracing::error!(device = self.owner().name(), %error, "the machine goes on without it");
+            if failed {
+                self.lose();
+            }
+        }
+        Ok(())
     }
 }
 

@@ -152,3 +152,18 @@ fn state_of_another_function_or_of_nothing_is_refused() {
     assert!(!refused(&|_| (), no_msix).is_empty());
     assert!(!refused(&|bytes| bytes.truncate(7), FakeOwner::new("vfio-user:cut")).is_empty());
 }
+
+#[test]
+fn a_device_that_does_not_run_again_is_lost_and_the_machine_starts_without_it() {
+    let rig = Rig::new(FakeOwner::new("vfio-user:lazy"));
+    rig.function.start().unwrap();
+    rig.function.finish_stop(rig.deadline()).unwrap();
+    rig.owner.script().refuses_run = true;
+    rig.function.start().unwrap();
+    assert!(rig.function.blocker().unwrap().contains("vfio-user:lazy"));
+    rig.owner.take_asked();
+    rig.switch_on(false);
+    let mut data = [0; 4];
+    rig.bus.read(support::BAR0, &mut data);
+    assert_eq!((data, rig.owner.take_asked().len()), ([0xff; 4], 0), "it is not asked any more");
+}

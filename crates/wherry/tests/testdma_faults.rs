@@ -63,6 +63,28 @@ fn a_device_that_fails_while_it_is_saved_keeps_the_vm_where_it_is() {
 }
 
 #[test]
+fn a_device_that_does_not_run_where_its_vm_goes_is_lost_and_the_vm_lives_there() {
+    if !kvm("a_device_that_does_not_run_where_its_vm_goes_is_lost_and_the_vm_lives_there") {
+        return;
+    }
+    for fault in ["refuse=running", "crash=after-running", "disconnect=running"] {
+        let place = Place::new();
+        let first = Process::start(&place, "d0", &[]);
+        let second = Process::start(&place, "d1", &["--fault", fault]);
+        let option = |process: &Process| format!("vfio-user={}", process.socket.display());
+        let arguments = ["--memory", "64M", "--cmdline", "data=1M rate=1M testdma=ring", "--device", &option(&first)];
+        let mut here = place.run_guest("0", &arguments, &[]);
+        let (there, address) = place.receive("1", &["--device", &option(&second)]);
+        let output = place.control("0", &["migrate", "--to", &address, "--mode", "precopy"]);
+        assert_eq!(output.status.code(), Some(0), "{fault}: {}", stderr(&output));
+        assert_eq!(here.end().code(), Some(0));
+        assert_alive(&place, "1");
+        let name = second.socket.display().to_string();
+        assert!(there.log().contains(&name) && there.log().contains("goes on without it"), "{fault}: {}", there.log());
+    }
+}
+
+#[test]
 fn a_device_that_cannot_take_the_state_keeps_the_vm_where_it_is() {
     if !kvm("a_device_that_cannot_take_the_state_keeps_the_vm_where_it_is") {
         return;

@@ -41,6 +41,7 @@ pub struct Script {
     pub gone: bool,
     pub endless: bool,
     pub refuses_load: bool,
+    pub refuses_run: bool,
     pub log: Vec<u64>,
 }
 
@@ -248,7 +249,10 @@ impl Owner for FakeOwner {
         if let (State::StopCopy, Some(meeting)) = (state, &self.meeting) {
             meeting.wait();
         }
-        match state == State::Stop && self.script().refuses_load {
+        let script = self.script();
+        let refused = state == State::Stop && script.refuses_load || state == State::Running && script.refuses_run;
+        drop(script);
+        match refused {
             true => Err(self.refuse("a state that is not its own")),
             false => Ok(()),
         }
