@@ -83,7 +83,11 @@ fn worker_threads_do_the_same_and_end_with_their_owner() {
         std::thread::yield_now();
     }
     check(&device, &memory);
-    assert_eq!(named(), 2);
+    // One of them may have done all of it before the other has come to give itself a name.
+    while named() != 2 {
+        assert!(Instant::now() < deadline, "waited 20 s for both workers");
+        std::thread::yield_now();
+    }
     drop(workers);
     assert_eq!(named(), 0, "threads left behind");
 }
