@@ -270,9 +270,10 @@ impl Function {
         self.interrupts.follow(&self.owner, &registers.config)
     }
 
-    /// A reset that the guest asked for: the device forgets its interrupts, which are told anew.
+    /// A reset that the guest asked for. An owner keeps what it was told of interrupts, and knows one kind of them at a time: so
+    /// it is told that there are none, and what there is then anew.
     fn reset(&self, registers: &mut Registers) {
-        self.interrupts.forget();
+        self.note("silencing it", self.interrupts.silence(&self.owner));
         self.note("resetting it", self.owner.reset());
         let command = registers.config.word(COMMAND);
         registers.config.write(COMMAND, &(command & !7).to_le_bytes());
@@ -439,6 +440,8 @@ impl PciFunction for Function {
 
 impl Drop for Function {
     fn drop(&mut self) {
+        // Who waits for an answer is told that there will be none.
+        self.owner.close();
         self.member.quit();
         self.sharer.end();
         self.registers().bars.unmap_all();

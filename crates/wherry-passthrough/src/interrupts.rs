@@ -154,15 +154,9 @@ impl Interrupts {
         Ok(())
     }
 
-    /// The device was reset, and signals nobody; or another one takes its place.
-    pub(crate) fn forget(&self) {
-        let mut told = self.told();
-        let was = std::mem::take(&mut *told);
-        if let (Some(Irq::Intx), Some(pin)) = (was.irq, &self.pin)
-            && let Err(error) = pin.enable(false)
-        {
-            tracing::error!(%error, "switching a pin off");
-        }
+    /// The device signals nobody from now on: it is about to be reset.
+    pub(crate) fn silence(&self, owner: &Arc<dyn Owner>) -> Result<(), OwnerError> {
+        self.switch_off(owner, &mut self.told())
     }
 
     /// Whether the pin is in use.

@@ -94,6 +94,9 @@ impl OwnerError {
 
 /// Whoever owns a PCI function. Every request has a deadline. All methods may be called from any thread.
 pub trait Owner: Send + Sync {
+    /// The function is let go: whoever waits for an answer of the owner is told that there will be none.
+    fn close(&self);
+
     /// What it is called in messages, such as `vfio-user:/run/device.sock`.
     fn name(&self) -> &str;
 

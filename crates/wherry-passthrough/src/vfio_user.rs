@@ -144,6 +144,10 @@ fn number(irq: Irq) -> u32 {
 }
 
 impl Owner for VfioUser {
+    fn close(&self) {
+        self.client.close();
+    }
+
     fn name(&self) -> &str {
         &self.name
     }

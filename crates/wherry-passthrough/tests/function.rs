@@ -102,7 +102,7 @@ fn a_reset_by_the_guest_is_one_of_the_owners_and_its_interrupts_are_told_anew() 
     rig.owner.take_asked();
     rig.write(0x68, &0x8010u16.to_le_bytes());
     let asked = rig.owner.take_asked();
-    assert_eq!(asked[..2], ["write config at 0x68: [10, 0]", "reset"], "{asked:?}");
+    assert_eq!(asked[..3], ["write config at 0x68: [10, 0]", "silence Msix", "reset"], "{asked:?}");
     assert_eq!(rig.read(0x40) >> 16, 3, "MSI-X is off");
     assert!(!rig.bus.read(BAR0, &mut [0]), "decoding is off");
     rig.open_msix();
@@ -170,4 +170,11 @@ fn another_device_is_told_from_the_same_by_name() {
     let reasons = wanted.lacking(&FunctionIdentity::of(&other).unwrap());
     assert_eq!(reasons.len(), 3, "{reasons:?}");
     assert!(reasons[0].contains("1af4:1010") && reasons[0].contains("1af4:1011"), "{reasons:?}");
+}
+
+#[test]
+fn an_owner_is_told_when_its_function_is_let_go() {
+    let Rig { owner, function, .. } = Rig::new(FakeOwner::new("vfio-user:a"));
+    drop(function);
+    assert!(owner.closed.load(Ordering::Acquire));
 }

@@ -32,6 +32,7 @@ pub struct Script {
     pub asked: Vec<String>,
     /// Who it signals, by vector.
     pub signals: Vec<OwnedFd>,
+    pub irq: Option<Irq>,
     pub config: Vec<u8>,
     pub bar: Vec<u8>,
     pub state: Option<State>,
@@ -53,6 +54,7 @@ pub struct FakeOwner {
     /// It takes an eventfd to be unmasked by.
     pub unmasks_by: AtomicBool,
     pub unmasked: AtomicBool,
+    pub closed: AtomicBool,
     /// How many owners have to be asked to stop before any of them does.
     pub meeting: Option<Arc<Meeting>>,
 }
@@ -108,6 +110,7 @@ impl FakeOwner {
             script: Mutex::new(script),
             unmasks_by: AtomicBool::new(true),
             unmasked: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             meeting: None,
         }
     }
@@ -156,6 +159,10 @@ impl FakeOwner {
 }
 
 impl Owner for FakeOwner {
+    fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
     fn name(&self) -> &str {
         &self.name
     }
@@ -208,6 +215,9 @@ impl Owner for FakeOwner {
 
     fn signal(&self, irq: Irq, start: u32, events: &[BorrowedFd<'_>]) -> Result<(), OwnerError> {
         let mut script = self.asked(format!("signal {irq:?} from {start}: {}", events.len()))?;
+        // As the client of vfio-user: one kind is in use at a time.
+        assert!(script.irq.is_none_or(|other| other == irq), "{irq:?} before {:?} was silenced", script.irq);
+        script.irq = Some(irq);
         let start = start as usize;
         for (n, event) in events.iter().enumerate() {
             let event = event.try_clone_to_owned().unwrap();
@@ -220,7 +230,9 @@ impl Owner for FakeOwner {
     }
 
     fn silence(&self, irq: Irq) -> Result<(), OwnerError> {
-        self.asked(format!("silence {irq:?}"))?.signals.clear();
+        let mut script = self.asked(format!("silence {irq:?}"))?;
+        script.signals.clear();
+        script.irq = None;
         Ok(())
     }
 
@@ -236,7 +248,7 @@ impl Owner for FakeOwner {
     }
 
     fn reset(&self) -> Result<(), OwnerError> {
-        self.asked("reset".into())?.signals.clear();
+        drop(self.asked("reset".into())?);
         Ok(())
     }
 
