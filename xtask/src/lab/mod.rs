@@ -31,7 +31,7 @@ use crate::process::Next;
 use crate::tally::Tally;
 
 /// How many emulated machines a lab may use up.
-const MACHINES: u32 = 4;
+const MACHINES: u32 = 8;
 /// What the outer machine prints to show that it lives; see [`report`].
 const TICK: &str = "LAB TICK";
 
