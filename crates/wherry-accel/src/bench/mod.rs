@@ -4,7 +4,7 @@
 //! drifts is the same for both. The device reads and writes a client's memory; the direct call has its input and output in
 //! slices of its own. Both keep from one call to the next what the crate lets them keep.
 //!
-//! - this file: the device and its client. [`operations`]: what is measured.
+//! - this file: the device and its client. `operations`: what is measured.
 
 mod operations;
 
