@@ -11,6 +11,7 @@ use wherry_pci::{
     BarKind, BarMap, ConfigError, ConfigSpace, Doorbells, Msi, MsiError, MsiForm, Msix, MsixError, MsixPlace,
     PciFunction, Written,
 };
+use wherry_state::Once;
 
 use crate::bars::{Bar, GuestMaps, Window, areas};
 use crate::config::{COMMAND, SIZE, STATUS, STATUS_INTX, Split};
@@ -18,7 +19,6 @@ use crate::interrupts::Interrupts;
 use crate::log::DmaLog;
 use crate::owner::{Owner, OwnerError};
 use crate::postcopy::Sharer;
-use crate::unit::Once;
 use crate::worker::{Crew, Member};
 
 const MSI: u8 = 0x05;
@@ -110,6 +110,8 @@ pub struct Function {
     registers: Mutex<Registers>,
     pub(crate) instance: u32,
     pub(crate) once: Once,
+    /// What the owner gave at the stop.
+    pub(crate) given: Mutex<Option<Vec<u8>>>,
     pub(crate) member: Arc<Member>,
     pub(crate) crew: Arc<Crew>,
     log: Arc<DmaLog>,
@@ -148,6 +150,7 @@ impl Function {
                 registers: Mutex::new(Registers { config, bars }),
                 instance,
                 once: Once::default(),
+                given: Mutex::default(),
                 member: Arc::new(Member::new(this.clone())),
                 crew: parts.crew.clone(),
                 log: Arc::new(DmaLog::new(name, this.clone(), parts.ram.clone())),

@@ -2,8 +2,8 @@
 //!
 //! A vector has two eventfds (see [`wherry_interrupt::Vector`]): the device is told which one to signal whenever the guest
 //! masks or unmasks it, and what went to the old one meanwhile is collected after the device has answered. The pin is
-//! level-triggered: the device masks itself when it has signalled, and is unmasked by the eventfd that the hypervisor writes
-//! to when the guest has ended the interrupt.
+//! level-triggered: the device masks itself when it has signalled, and is unmasked when the guest has ended the interrupt: the
+//! hypervisor writes to an eventfd then, which the owner reads, or a thread of ours that asks it (vfio-user has no other way).
 #![expect(unsafe_code, reason = "borrows the descriptors of eventfds, which do not lend them")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -1,7 +1,6 @@
 //! The state units: one for each function, and one where the loading of all of them is waited for.
 
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use wherry_state::{Saved, SavedState, Section, StateError, StateUnit, UnitError, UnitId};
@@ -15,36 +14,12 @@ use crate::worker::{Crew, Late, Step};
 const LOAD_LIMIT: Duration = Duration::from_secs(30);
 const RUN_LIMIT: Duration = Duration::from_secs(5);
 
-/// Refuses a second restore, and one after the start. Keeps what the owner gave at the stop.
-#[derive(Debug, Default)]
-pub(crate) struct Once {
-    step: AtomicU8,
-    given: Mutex<Option<Vec<u8>>>,
-}
-
-impl Once {
-    const NEW: u8 = 0;
-    const RESTORED: u8 = 1;
-    const STARTED: u8 = 2;
-
-    fn restoring(&self) -> Result<(), UnitError> {
-        match self.step.compare_exchange(Self::NEW, Self::RESTORED, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => Ok(()),
-            Err(Self::RESTORED) => Err(UnitError::failed("its state was restored before")),
-            Err(_) => Err(UnitError::failed("it runs already; its state can only be restored before the first start")),
-        }
-    }
-
-    fn keep(&self, given: Option<Vec<u8>>) {
-        *self.given.lock().unwrap_or_else(PoisonError::into_inner) = given;
-    }
-
-    fn take(&self) -> Option<Vec<u8>> {
-        self.given.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-}
-
 impl Function {
+    /// Keeps what the owner gave at the stop; what was kept before.
+    fn keep(&self, given: Option<Vec<u8>>) -> Option<Vec<u8>> {
+        std::mem::replace(&mut *self.given.lock().unwrap_or_else(PoisonError::into_inner), given)
+    }
+
     fn bad(&self, reason: impl Into<String>) -> UnitError {
         StateError::Decode { unit: self.id(), reason: reason.into() }.into()
     }
@@ -90,12 +65,12 @@ impl StateUnit for Function {
     fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
         self.crew.hand(&self.member, &Step::Rest(deadline));
         let stopped = self.member.wait(deadline).map_err(|late| self.late("stop and give its state", late));
-        let stopped = stopped.map(|outcome| self.once.keep(Some(outcome.state)));
+        let stopped = stopped.map(|outcome| self.keep(Some(outcome.state)));
         stopped.and(self.interrupts.rest().map_err(UnitError::failed))
     }
 
     fn save(&self) -> Result<Saved, UnitError> {
-        let device = self.once.take().ok_or_else(|| UnitError::failed("it was not stopped"))?;
+        let device = self.keep(None).ok_or_else(|| UnitError::failed("it was not stopped"))?;
         let mut config = self.registers().config.save();
         config.truncate(config.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
         let saved = SavedPassthrough {
@@ -143,8 +118,8 @@ impl StateUnit for Function {
     /// A device that does not run again is lost to its guest, and named; the machine starts without it, since nobody else can run
     /// that machine any more.
     fn start(&self) -> Result<(), UnitError> {
-        self.once.step.store(Once::STARTED, Ordering::Release);
-        self.once.keep(None);
+        self.once.started();
+        self.keep(None);
         self.interrupts.resume().map_err(UnitError::failed)?;
         self.crew.hand(&self.member, &Step::Run);
         if let Err(late) = self.member.wait(Instant::now() + RUN_LIMIT) {
@@ -163,12 +138,18 @@ impl StateUnit for Function {
 /// is ready.
 pub struct Gathering {
     crew: Arc<Crew>,
+    limit: Duration,
 }
 
 impl Gathering {
     /// Of these functions.
     pub fn new(crew: Arc<Crew>) -> Self {
-        Self { crew }
+        Self::within(crew, LOAD_LIMIT)
+    }
+
+    /// Of these functions, which may take so long to load.
+    pub fn within(crew: Arc<Crew>, limit: Duration) -> Self {
+        Self { crew, limit }
     }
 }
 
@@ -213,13 +194,15 @@ impl StateUnit for Gathering {
             let reason = format!("{} functions of other processes, and there are {}", saved.functions, members.len());
             return Err(StateError::Decode { unit: self.id(), reason }.into());
         }
-        let deadline = Instant::now() + LOAD_LIMIT;
+        let deadline = Instant::now() + self.limit;
         let failures: Vec<_> = members
             .iter()
             .filter_map(|member| match member.wait(deadline) {
                 Ok(_) => None,
                 Err(Late::Failed(reason)) => Some(reason),
-                Err(Late::Deadline) => Some(format!("a device did not take its state within {LOAD_LIMIT:?}")),
+                Err(Late::Deadline) => {
+                    Some(format!("{} did not take its state within {:?}", member.name(), self.limit))
+                }
             })
             .collect();
         if failures.is_empty() { Ok(()) } else { Err(UnitError::failed(failures.join("; "))) }

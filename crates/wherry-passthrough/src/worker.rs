@@ -114,6 +114,11 @@ impl Member {
         *lock(&self.handed) = Some(receiver);
     }
 
+    /// What its function's owner is called.
+    pub(crate) fn name(&self) -> String {
+        self.function.upgrade().map_or_else(|| "a device".into(), |function| function.owner().name().into())
+    }
+
     fn has_step(&self) -> bool {
         lock(&self.handed).is_some()
     }

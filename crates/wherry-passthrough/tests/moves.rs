@@ -167,3 +167,17 @@ fn a_device_that_does_not_run_again_is_lost_and_the_machine_starts_without_it() 
     rig.bus.read(support::BAR0, &mut data);
     assert_eq!((data, rig.owner.take_asked().len()), ([0xff; 4], 0), "it is not asked any more");
 }
+
+#[test]
+fn a_device_that_is_slow_to_take_its_state_is_named_before_the_machine_is_ready() {
+    let here = Rig::new(FakeOwner::new("vfio-user:a"));
+    here.function.finish_stop(here.deadline()).unwrap();
+    let section = section(&*here.function);
+    let slow = FakeOwner::new("vfio-user:slow");
+    slow.script.lock().unwrap().load_time = Duration::from_millis(300);
+    let there = Rig::new(slow);
+    there.function.restore(&section).unwrap();
+    let gathering = Gathering::within(there.crew.clone(), Duration::from_millis(10));
+    let error = gathering.restore(&self::section(&gathering)).unwrap_err().to_string();
+    assert!(error.contains("vfio-user:slow did not take its state"), "{error}");
+}

@@ -5,16 +5,19 @@
 //! - [`Section`] is the saved state of one unit: unit name, instance, schema version and bytes. [`StateFile`] is a
 //!   list of them with a checksum. The bytes are protobuf, derived from a type that exists only for saving
 //!   ([`SavedState`]), so that a newer reader takes older bytes.
+//! - [`Once`] is how a unit refuses state that comes a second time, or too late.
 //!
 //! Contract: a section that nobody claims, a unit that is given none although it saves one, and a section that is
 //! given twice are errors: a machine that would start with half of its state refuses to start.
 //!
 //! Nothing here knows KVM, the wire, or who asks.
 
+mod once;
 mod section;
 mod unit;
 mod units;
 
+pub use once::Once;
 pub use section::{Digest, MAX_SECTION_BYTES, SavedState, Section, StateError, StateFile};
 pub use unit::{Saved, StateUnit, UnitError, UnitId};
 pub use units::{Units, UnitsError};

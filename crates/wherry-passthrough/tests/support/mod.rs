@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, dead_code, reason = "a test that cannot go on fails; each test uses a part of this")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -43,6 +43,8 @@ pub struct Script {
     pub endless: bool,
     pub refuses_load: bool,
     pub refuses_run: bool,
+    /// It takes so long to take a state.
+    pub load_time: Duration,
     pub log: Vec<u64>,
 }
 
@@ -284,7 +286,11 @@ impl Owner for FakeOwner {
     }
 
     fn write_state(&self, data: &[u8]) -> Result<(), OwnerError> {
-        self.asked("write state".into())?.loaded.extend_from_slice(data);
+        let mut script = self.asked("write state".into())?;
+        script.loaded.extend_from_slice(data);
+        let load_time = script.load_time;
+        drop(script);
+        std::thread::sleep(load_time);
         Ok(())
     }
 
@@ -431,8 +437,4 @@ pub fn wait_for(what: &str, done: impl Fn() -> bool) {
         assert!(Instant::now() < deadline, "waited for {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
-}
-
-pub fn same(fd: &OwnedFd, other: BorrowedFd<'_>) -> bool {
-    rustix::fs::fstat(fd).unwrap().st_ino == rustix::fs::fstat(other.as_fd()).unwrap().st_ino
 }

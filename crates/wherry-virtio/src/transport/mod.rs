@@ -22,6 +22,7 @@ use wherry_interrupt::{Input, InterruptError, Intx, Router};
 use wherry_memory::GuestMemory;
 use wherry_pci::bus::{Bus, BusDevice, BusError};
 use wherry_pci::{BarMap, BarTarget, ConfigError, ConfigSpace, Doorbell, Doorbells, Identity, Msix, PciFunction};
+use wherry_state::Once;
 
 use self::common::{Asked, Common, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET, NO_VECTOR, Shown};
 use self::interrupts::Shared;
@@ -87,7 +88,7 @@ pub struct VirtioPci {
     /// Offset of the capability for access through configuration space.
     window: u16,
     instance: u32,
-    once: unit::Once,
+    once: Once,
 }
 
 impl VirtioPci {
@@ -154,7 +155,7 @@ impl VirtioPci {
                 memory: parts.memory.clone(),
                 window,
                 instance,
-                once: unit::Once::default(),
+                once: Once::default(),
             }
         }))
     }

@@ -1,7 +1,7 @@
 //! The state unit of a virtio device: transport and device together.
 
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use wherry_interrupt::InterruptError;
@@ -10,24 +10,6 @@ use wherry_state::{Saved, Section, StateError, StateUnit, UnitError, UnitId};
 use super::VirtioPci;
 use super::common::DRIVER_OK;
 use crate::saved::SavedTransport;
-
-/// Refuses a second restore, and one after the start.
-#[derive(Debug, Default)]
-pub(super) struct Once(AtomicU8);
-
-impl Once {
-    const NEW: u8 = 0;
-    const RESTORED: u8 = 1;
-    const STARTED: u8 = 2;
-
-    fn restoring(&self) -> Result<(), UnitError> {
-        match self.0.compare_exchange(Self::NEW, Self::RESTORED, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => Ok(()),
-            Err(Self::RESTORED) => Err(UnitError::failed("its state was restored before")),
-            Err(_) => Err(UnitError::failed("it runs already; its state can only be restored before the first start")),
-        }
-    }
-}
 
 fn failed(error: InterruptError) -> UnitError {
     UnitError::failed(error)
@@ -140,7 +122,7 @@ impl StateUnit for VirtioPci {
 
     /// Local APICs and the I/O APIC have been restored: vectors first, then the device, which may use them at once.
     fn start(&self) -> Result<(), UnitError> {
-        let restored = self.once.0.swap(Once::STARTED, Ordering::AcqRel) == Once::RESTORED;
+        let restored = self.once.started();
         self.shared.msix.vectors().resume().map_err(failed)?;
         self.shared.intx.resume().map_err(failed)?;
         let status = self.shared.status.load(Ordering::Acquire);
