@@ -86,7 +86,7 @@ enum Task {
 enum Part {
     /// `cargo test` over the workspace.
     Cargo,
-    /// The nested labs, sampled.
+    /// The labs, sampled.
     Lab,
     /// The fuzz targets, sampled.
     Fuzz,
@@ -173,6 +173,7 @@ fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
 fn labs() -> Result<Tally> {
     let mut all = lab::run(lab::Lab::Linux { full: false })?;
     all.add(lab::run(lab::Lab::Devices { full: false, vhost: false })?);
+    all.add(lab::run(lab::Lab::QemuFrontEnd { moves: 1 })?);
     Ok(all)
 }
 

@@ -14,7 +14,7 @@ use crate::device::{Device, Driver, RingGiven};
 use crate::faults::Postcopy;
 use crate::inflight::Parts;
 use crate::log::DirtyLog;
-use crate::memory::{MOST_SLOTS, Regions};
+use crate::memory::{MOST_SLOTS, Place, Regions};
 use crate::payload::{configuration, in_flight, known, pair, slot, table, words};
 use crate::state::{receive, send};
 use crate::wire::{Connection, Event, Message, Request};
@@ -312,8 +312,8 @@ impl<'a> Session<'a> {
             return Ok(Answer::Done);
         }
         let described = table(&message.payload)?;
-        let (listening, fds) = (self.is_listening(), std::mem::take(&mut message.fds));
-        let mut regions = Regions::table(described.clone(), fds, &self.log, listening)?;
+        let place = if self.is_listening() { Place::Locked } else { Place::Anywhere };
+        let mut regions = Regions::table(described.clone(), std::mem::take(&mut message.fds), &self.log, place)?;
         self.rest();
         std::mem::swap(&mut self.regions, &mut regions);
         drop(regions);
@@ -342,7 +342,8 @@ impl<'a> Session<'a> {
         let (described, padding) = slot(&message)?;
         let fd = message.descriptor()?;
         // Nobody uses what was not there before.
-        let region = self.regions.add(described, fd, &self.log, listening)?;
+        let place = if listening { Place::LockedAsTheirs } else { Place::Anywhere };
+        let region = self.regions.add(described, fd, &self.log, place)?;
         let base = region.base();
         if let Some(postcopy) = self.postcopy.as_mut().filter(|postcopy| postcopy.is_listening()) {
             postcopy.lock(region);

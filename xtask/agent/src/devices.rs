@@ -12,6 +12,7 @@ use wherry_netlab::Network;
 
 use crate::checks::Checks;
 use crate::echo::Echo;
+use crate::fio;
 use crate::kernel_log;
 use crate::network::{self, GUEST, TAPS};
 use crate::ping::Ping;
@@ -22,8 +23,6 @@ use crate::wherry::{self, Vmm};
 const BOOT: Duration = Duration::from_secs(240);
 const COMMAND: Duration = Duration::from_secs(240);
 const MIGRATION: Duration = Duration::from_secs(300);
-/// For a pass of fio, from its start to what it verifies last.
-const PASS: Duration = Duration::from_secs(400);
 
 /// Two CPUs share one that is emulated twice, with a disk and a network at work: their kernel would take half a minute without
 /// a turn for a stall. What hangs for longer is found, here and by the deadlines of the checks.
@@ -38,16 +37,9 @@ const MODES: [&str; 3] = ["precopy", "hybrid", "postcopy"];
 const MOVES: [usize; 2] = [3, 12];
 
 /// What must have been done after a move: requests of the disk each way, answers, bytes that came back.
-const REQUESTS: u64 = 20;
+const REQUESTS: u64 = fio::REQUESTS;
 const ANSWERS: u64 = 10;
 const BYTES: u64 = 128 << 10;
-
-/// What fio does in one pass: it writes all of its files and reads all of it back, some of it while it writes. Its jobs
-/// run side by side: many small requests, few large ones, and a page cache that is often told to write back.
-const JOBS: &str = "[global]\\ndirectory=/var/fio\\nrw=randwrite\\nbs=4k\\nverify=crc32c\\nverify_fatal=1\\nverify_backlog=64\\n\
-[deep]\\nioengine=io_uring\\ndirect=1\\niodepth=32\\nsize=2M\\nnumjobs=2\\n\
-[large]\\nioengine=io_uring\\ndirect=1\\niodepth=4\\nbs=256k\\nsize=8M\\n\
-[buffered]\\nioengine=psync\\nsize=2M\\nfsync=16\\n";
 
 /// Runs everything; true if all of it held. With `others` the devices are served by processes of their own.
 pub fn run(full: bool, others: bool) -> bool {
@@ -158,8 +150,8 @@ fn scenario(checks: &mut Checks, moves: usize, others: bool) -> Result<()> {
         Ok(())
     })?;
     drop(ping);
-    checks.check("fio", || fio_ends(&mut guest.serial))?;
-    checks.check("fio-read-again", || fio_reads_again(&mut guest.serial))?;
+    checks.check("fio", || fio::ends(&mut guest.serial))?;
+    checks.check("fio-read-again", || fio::reads_again(&mut guest.serial))?;
     checks.check("kernel-log", || kernel_log(&mut guest))?;
     checks.check("power-off", || power_off(guest))?;
     checks.check("file-system", file_system)
@@ -204,16 +196,7 @@ fn root_on_disk(serial: &mut Serial) -> Result<()> {
 
 /// Starts fio, which repeats its pass until it is told to end, and asks from the other machine for answers.
 fn start(serial: &mut Serial, network: &Network) -> Result<Load> {
-    serial.ask(&format!("printf '{JOBS}' >/var/fio/jobs"), COMMAND)?;
-    // Each pass with data of its own, or what an earlier one wrote would hide what a later one lost.
-    serial.ask(
-        "(n=0; while [ ! -e /tmp/fio.stop ]; do n=$((n+1)); \
-         fio --eta=never --randseed=$n --output=/tmp/fio.log /var/fio/jobs || { echo $? >/tmp/fio.failed; break; }; \
-         echo $n >/tmp/fio.passes; done; echo ended >/tmp/fio.ended) &",
-        COMMAND,
-    )?;
-    let before = requests(serial)?;
-    wait("fio to write", || Ok(requests(serial)?[1] >= before[1] + REQUESTS))?;
+    fio::start(serial)?;
     serial.ask(&format!("ifconfig eth0 {GUEST} netmask 255.255.255.252 up"), COMMAND)?;
     serial.ask(&format!("(nc -ll -p {ECHO_PORT} -e cat) &"), COMMAND)?;
     let features = serial.ask("cat /sys/class/net/eth0/device/features", COMMAND)?;
@@ -255,14 +238,13 @@ fn migrate(guest: Guest, network: &Network, load: &Load, round: usize, mode: &st
 
 /// The disk serves reads and writes, pings are answered, data comes back.
 fn goes_on(serial: &mut Serial, load: &mut Load) -> Result<()> {
-    let disk = requests(serial)?;
+    let disk = fio::requests(serial)?;
     let (answers, bytes) = (load.ping.heard().answers, load.echo.returned());
     let start = Instant::now();
     loop {
         load.echo.check().context("the TCP connection")?;
-        let failed = serial.command("test ! -e /tmp/fio.ended", COMMAND)?.status != 0;
-        ensure!(!failed, "fio has ended: {}", serial.ask("cat /tmp/fio.*", COMMAND)?);
-        let now = requests(serial)?;
+        fio::still_runs(serial)?;
+        let now = fio::requests(serial)?;
         let done = [now[0] - disk[0], now[1] - disk[1]];
         let (answered, returned) = (load.ping.heard().answers - answers, load.echo.returned() - bytes);
         if done.iter().all(|done| *done >= REQUESTS) && answered >= ANSWERS && returned >= BYTES {
@@ -275,36 +257,6 @@ fn goes_on(serial: &mut Serial, load: &mut Load) -> Result<()> {
             );
         }
     }
-}
-
-/// Reads and writes that the disk has completed.
-fn requests(serial: &mut Serial) -> Result<[u64; 2]> {
-    let text = serial.ask("cat /sys/block/vda/stat", COMMAND)?;
-    let fields: Vec<u64> = text.split_whitespace().map_while(|word| word.parse().ok()).collect();
-    ensure!(fields.len() > 4, "the statistics of the disk read {text:?}");
-    Ok([fields[0], fields[4]])
-}
-
-/// Lets fio finish its pass.
-fn fio_ends(serial: &mut Serial) -> Result<()> {
-    serial.ask("touch /tmp/fio.stop", COMMAND)?;
-    let start = Instant::now();
-    while serial.command("test -e /tmp/fio.ended", COMMAND)?.status != 0 {
-        ensure!(start.elapsed() < PASS, "waited {PASS:?} for fio to end: {}", serial.ask("cat /tmp/fio.log", COMMAND)?);
-    }
-    let log = serial.ask("cat /tmp/fio.log", COMMAND)?;
-    let failed = serial.command("test ! -e /tmp/fio.failed", COMMAND)?.status != 0;
-    ensure!(!failed && !log.contains("verify:"), "fio found something wrong: {log}");
-    println!("lab: fio: {} passes, all verified", serial.ask("cat /tmp/fio.passes", COMMAND)?.trim());
-    Ok(())
-}
-
-/// What the last pass wrote is on the disk, and not only in the guest's cache.
-fn fio_reads_again(serial: &mut Serial) -> Result<()> {
-    serial.ask("sync; echo 3 >/proc/sys/vm/drop_caches", COMMAND)?;
-    let log = serial.ask("fio --eta=never --verify_only --randseed=$(cat /tmp/fio.passes) /var/fio/jobs", PASS)?;
-    ensure!(log.contains("READ:") && !log.contains("verify:"), "fio found something wrong: {log}");
-    Ok(())
 }
 
 /// The kernel has not complained.

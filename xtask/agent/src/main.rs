@@ -1,4 +1,4 @@
-//! The lab's hand inside the outer machine (see `docs/lab.md`).
+//! The lab's hand inside the outer machine (see `docs/lab.md`), and on this one where a lab needs no emulated machine.
 //!
 //! Says what it found on the serial port, in lines that `xtask/src/lab/report.rs` reads.
 
@@ -6,14 +6,18 @@ mod blk;
 mod checks;
 mod devices;
 mod echo;
+mod fio;
+mod front_end;
 mod kernel_log;
 mod kvm;
 mod linux;
 mod network;
 mod ping;
+mod qemu;
 mod serial;
 mod wherry;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -54,6 +58,27 @@ enum Command {
         #[arg(long)]
         vhost: bool,
     },
+    /// Run a Linux guest in QEMU with its root on a disk of `wherry device blk`, and have QEMU migrate it.
+    QemuFrontEnd {
+        /// Our program.
+        #[arg(long)]
+        wherry: PathBuf,
+        /// The guest's kernel.
+        #[arg(long)]
+        kernel: PathBuf,
+        /// Its initial RAM file system.
+        #[arg(long)]
+        initrd: PathBuf,
+        /// Its disk, which is written.
+        #[arg(long)]
+        image: PathBuf,
+        /// Where sockets may be made.
+        #[arg(long)]
+        directory: PathBuf,
+        /// Moves in each way.
+        #[arg(long)]
+        moves: usize,
+    },
 }
 
 fn main() -> ExitCode {
@@ -62,6 +87,9 @@ fn main() -> ExitCode {
         Command::Linux { full, kernel, label } => linux::run(full, &kernel, &label),
         Command::Blk => blk::run(),
         Command::Devices { full, vhost } => devices::run(full, vhost),
+        Command::QemuFrontEnd { wherry, kernel, initrd, image, directory, moves } => {
+            front_end::run(&qemu::Parts { wherry, kernel, initrd, image, directory }, moves)
+        }
     };
     if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

@@ -93,6 +93,12 @@ impl Images {
         tree.image(&home().join("root.img"))
     }
 
+    /// A guest with its root on a disk, ready to be started; the caller has the lock.
+    pub fn disk_guest(&self) -> Result<DiskGuest> {
+        let (initrd, image) = (self.inner_root_initramfs()?, self.inner_root()?);
+        Ok(DiskGuest { kernel: self.inner.image.clone(), initrd, image })
+    }
+
     /// A program of a package and the libraries it needs: where each is to be, and where it is now.
     fn program(&self, package: &str, program: &str) -> Result<Vec<(String, PathBuf)>> {
         let mut files = vec![(program.to_owned(), self.packages.tree(package, None)?.join(program))];
@@ -171,6 +177,17 @@ fn add_qemu(archive: &mut Initramfs) -> Result<()> {
     Ok(())
 }
 
+/// A guest whose root is on a disk.
+#[derive(Debug)]
+pub struct DiskGuest {
+    /// Its kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// Its initial RAM file system, which goes to the root.
+    pub initrd: PathBuf,
+    /// The disk.
+    pub image: PathBuf,
+}
+
 /// What is in the outer machine of one lab.
 #[derive(Debug, Default)]
 pub struct Content {
@@ -201,7 +218,7 @@ fn write(path: &Path, archive: Initramfs) -> Result<PathBuf> {
 }
 
 /// Builds the binaries that run in the outer machine, statically linked: it has no shared library.
-fn binaries(packages: &[&str]) -> Result<Vec<PathBuf>> {
+pub fn binaries(packages: &[&str]) -> Result<Vec<PathBuf>> {
     let dir = home().join("static");
     let mut cargo = command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo

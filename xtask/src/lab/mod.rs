@@ -9,6 +9,7 @@
 mod blk;
 mod devices;
 mod fio;
+mod front_end;
 mod images;
 mod initramfs;
 mod linux;
@@ -53,6 +54,12 @@ pub enum Lab {
         #[arg(long)]
         vhost: bool,
     },
+    /// A stock Linux guest of QEMU with its root on a disk of `wherry device blk`, moved by QEMU while fio runs.
+    QemuFrontEnd {
+        /// Moves by each of precopy, postcopy, and postcopy with preemption.
+        #[arg(long, default_value_t = 20)]
+        moves: u32,
+    },
     /// Measure the disk of a guest of Wherry beside that of one of QEMU, in the same machine.
     Blk,
     /// Boot the outer machine with the present Wherry and run a shell script of yours in it.
@@ -94,6 +101,7 @@ pub fn run(lab: Lab) -> Result<Tally> {
     match lab {
         Lab::Linux { full } => linux::run(full),
         Lab::Devices { full, vhost } => devices::run(full, vhost),
+        Lab::QemuFrontEnd { moves } => front_end::run(moves),
         Lab::Blk => blk::run(),
         Lab::Direct => direct(),
         Lab::Kvm => {
