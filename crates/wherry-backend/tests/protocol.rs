@@ -5,7 +5,7 @@ mod support;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
@@ -144,6 +144,31 @@ fn memory_comes_and_goes_region_by_region_under_a_ring_that_is_served() {
     // The memory of the ring itself: it is not served any more, and the front end hears of it.
     assert!(!client.order(38, &slot(0, MIB, USER, 0), &[]));
     assert!(!running.device.serves());
+}
+
+#[test]
+fn there_is_room_for_as_many_regions_as_is_said_and_only_for_such_as_can_be_mapped() {
+    let running = Running::new();
+    let client = running.client();
+    client.agree();
+    let (room, _) = client.ask(36, &[], &[]);
+    let room = u64::from_ne_bytes(room.try_into().unwrap());
+    let memory = memfd(MIB);
+    let slot = |n: u64| words(&[0, n * MIB, 4096, USER + n * MIB, 0]);
+    let (read_only, directory) = (File::open("/dev/null").unwrap(), File::open("/").unwrap());
+    for (wrong, what) in [(OwnedFd::from(read_only), "a device"), (directory.into(), "a directory")] {
+        assert!(!client.order(37, &slot(0), &fd(&wrong)), "{what}");
+    }
+    assert!(!client.order(37, &slot(0), &[lend(&event())]), "an eventfd");
+    assert!(!client.order(37, &slot(0), &[]), "no descriptor");
+    assert!(!client.order(37, &slot(0), &[memory.as_fd(), memory.as_fd()]), "two descriptors");
+    for n in 0..room {
+        assert!(client.order(37, &slot(n), &fd(&memory)), "region {n} of {room}");
+    }
+    assert!(!client.order(37, &slot(room), &fd(&memory)), "one too many");
+    assert!(!client.order(38, &words(&[0, 0, 4096, USER + MIB, 0]), &[]), "one that is mixed of two");
+    assert!(client.order(38, &slot(7), &[]));
+    assert!(client.order(37, &slot(room), &fd(&memory)), "there is room again");
 }
 
 #[test]

@@ -1,4 +1,6 @@
-//! The front end's calls, one function for each, and what the back end said of itself.
+//! The front end's calls, one function for each, and what the back end said of itself. [`memory`] has those about guest memory.
+
+mod memory;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -9,6 +11,7 @@ use rustix::io::Errno;
 use rustix::pipe::PipeFlags;
 use wherry_memory::Ram;
 
+use self::memory::Region;
 use super::wire::{Answer, Connection, Posted, Request, VhostError};
 
 /// The protocol has features of its own.
@@ -25,19 +28,15 @@ pub(super) mod protocol {
     pub(in super::super) const PAGEFAULT: u64 = 1 << 8;
     pub(in super::super) const CONFIG: u64 = 1 << 9;
     pub(in super::super) const INFLIGHT_SHMFD: u64 = 1 << 12;
+    pub(in super::super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub(in super::super) const DEVICE_STATE: u64 = 1 << 19;
-    /// What is used here. Memory slots are not: the blocks of a machine do not change, and with them a table cannot be
-    /// sent in postcopy to back ends that follow the document.
+    /// What is used here.
     pub(in super::super) const WANTED: u64 =
-        MQ | LOG_SHMFD | RARP | REPLY_ACK | PAGEFAULT | CONFIG | INFLIGHT_SHMFD | DEVICE_STATE;
+        MQ | LOG_SHMFD | RARP | REPLY_ACK | PAGEFAULT | CONFIG | INFLIGHT_SHMFD | CONFIGURE_MEM_SLOTS | DEVICE_STATE;
 }
 
 /// How long each message may take.
 const LIMIT: Duration = Duration::from_secs(5);
-/// Regions of a table.
-const MOST_REGIONS: usize = 8;
-/// Bytes of a region in a table.
-const REGION: usize = 32;
 
 /// Where one ring lies, in the addresses of the table.
 #[derive(Clone, Copy, Debug)]
@@ -87,6 +86,10 @@ pub(super) struct Front {
     protocol: u64,
     /// Rings it can serve; 1 if it does not say.
     queues: u64,
+    /// Regions it has room for, if they are shown to it one by one.
+    room: u64,
+    /// What it was shown one by one.
+    shown: Vec<Region>,
 }
 
 impl Front {
@@ -96,7 +99,7 @@ impl Front {
     }
 
     pub(super) fn over(connection: Connection) -> Result<Self, VhostError> {
-        let mut this = Self { connection, features: 0, protocol: 0, queues: 1 };
+        let mut this = Self { connection, features: 0, protocol: 0, queues: 1, room: 0, shown: Vec::new() };
         this.features = this.read(Request::GetFeatures)?;
         if this.features & PROTOCOL_FEATURES != 0 {
             this.protocol = this.read(Request::GetProtocolFeatures)? & protocol::WANTED;
@@ -105,6 +108,9 @@ impl Front {
         }
         if this.has(protocol::MQ) {
             this.queues = this.read(Request::GetQueueNum)?;
+        }
+        if this.has(protocol::CONFIGURE_MEM_SLOTS) {
+            this.room = this.read(Request::GetMaxMemSlots)?;
         }
         this.connection.tell(Request::SetOwner, &[], &[])?;
         Ok(this)
@@ -190,32 +196,6 @@ impl Front {
         self.set(Request::SetFeatures, &features.to_ne_bytes(), &[])
     }
 
-    /// Shows it all of guest memory, under our addresses.
-    pub(super) fn set_memory(&self, ram: &Ram) -> Result<(), VhostError> {
-        self.set(Request::SetMemTable, &self.table(ram)?, &descriptors(ram))?;
-        if !self.has(protocol::REPLY_ACK) {
-            // An answer to anything comes after the table was taken.
-            self.read(Request::GetFeatures)?;
-        }
-        Ok(())
-    }
-
-    fn table(&self, ram: &Ram) -> Result<Vec<u8>, VhostError> {
-        let blocks = ram.blocks();
-        if blocks.len() > MOST_REGIONS {
-            return Err(self.connection.lacks(format!("{} RAM blocks; a table has {MOST_REGIONS}", blocks.len())));
-        }
-        let mut table = Vec::with_capacity(8 + REGION * blocks.len());
-        table.extend((blocks.len() as u64).to_ne_bytes());
-        for block in blocks {
-            let spec = block.spec();
-            for word in [spec.guest_base, spec.size, block.guest_map() as u64, 0] {
-                table.extend(word.to_ne_bytes());
-            }
-        }
-        Ok(table)
-    }
-
     /// Begins postcopy: the back end's userfaultfd.
     pub(super) fn advise(&self) -> Result<OwnedFd, VhostError> {
         let what = Request::PostcopyAdvise;
@@ -229,27 +209,6 @@ impl Front {
     /// What follows is to be registered with its userfaultfd.
     pub(super) fn listen(&self) -> Result<(), VhostError> {
         self.set(Request::PostcopyListen, &[], &[])
-    }
-
-    /// Shows it guest memory that is not there yet: where it has mapped each block. It touches nothing until
-    /// [`acknowledge`](Self::acknowledge).
-    pub(super) fn set_missing_memory(&self, ram: &Ram) -> Result<Vec<u64>, VhostError> {
-        let what = Request::SetMemTable;
-        let table = self.table(ram)?;
-        let answer = self.connection.ask(what, &table, &descriptors(ram))?;
-        if answer.payload.len() != table.len() || !answer.descriptors.is_empty() {
-            let (got, due) = (answer.payload.len(), table.len());
-            return Err(self.connection.wrong(what, format!("an answer of {got} bytes, where {due} are due")));
-        }
-        let regions = |bytes: &[u8]| {
-            let words: Vec<u64> = bytes[8..].as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
-            words.chunks_exact(4).map(|region| [region[0], region[1], region[2], region[3]]).collect::<Vec<_>>()
-        };
-        let (asked, said) = (regions(&table), regions(&answer.payload));
-        if answer.payload[..4] != table[..4] || asked.iter().zip(&said).any(|(a, b)| a[..2] != b[..2]) {
-            return Err(self.connection.wrong(what, "it answers with other regions than it was shown"));
-        }
-        Ok(said.into_iter().map(|region| region[2]).collect())
     }
 
     /// Its faults are served from now on: it may register its memory, and touch it.
@@ -386,8 +345,13 @@ impl Front {
                 post(Request::SetVringEnable, pair(ring.index, 1).to_vec(), None);
             }
         }
+        self.set_all(&messages)
+    }
+
+    /// Has many things done, as [`set`](Self::set) does one.
+    fn set_all(&self, messages: &[Posted<'_>]) -> Result<(), VhostError> {
         match self.has(protocol::REPLY_ACK) {
-            true => self.connection.order_all(&messages),
+            true => self.connection.order_all(messages),
             false => messages.iter().try_for_each(|message| {
                 let fds: Vec<BorrowedFd<'_>> = message.fd.into_iter().collect();
                 self.connection.tell(message.what, &message.payload, &fds)
@@ -443,9 +407,11 @@ impl AsFd for Front {
 
 /// Every request but that for a state, whose end has to be waited for, in the order of a device's life, until one fails.
 pub(super) fn ask_everything(connection: Connection, ram: &Ram, log: BorrowedFd<'_>) -> Result<(), VhostError> {
-    let front = Front::over(connection)?;
+    let mut front = Front::over(connection)?;
     front.config(60)?;
     front.set_features(1 << 32, true)?;
+    front.set_memory(ram)?;
+    front.give_up_slots()?;
     front.set_memory(ram)?;
     front.set_log(log, 4096)?;
     let ours = ram.blocks().first().map_or(0, |block| block.guest_map() as u64);
@@ -541,8 +507,4 @@ fn config_payload(offset: u32, content: &[u8]) -> Vec<u8> {
     }
     payload.extend(content);
     payload
-}
-
-fn descriptors(ram: &Ram) -> Vec<BorrowedFd<'_>> {
-    ram.blocks().iter().map(|block| block.fd()).collect()
 }

@@ -13,7 +13,9 @@ use super::front::Front;
 use super::wire::VhostError;
 
 /// Shows a back end memory that is not all there.
-pub(super) fn share(front: &Front, ram: &Ram, faults: &FaultService) -> Result<SourceId, VhostError> {
+pub(super) fn share(front: &mut Front, ram: &Ram, faults: &FaultService) -> Result<SourceId, VhostError> {
+    front.give_up_slots()?;
+    let front = &*front;
     let failed = |e: wherry_fault::FaultError| front.connection().lacks(e.to_string());
     for block in ram.blocks() {
         // It would see pages that are half received, and old ones of precopy.

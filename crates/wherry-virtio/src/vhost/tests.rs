@@ -3,7 +3,8 @@
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -39,6 +40,7 @@ pub(super) fn honest(request: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
         15 => number(protocol::WANTED),
         42 => number(0x100),
         17 => number(1),
+        36 => number(8),
         6 | 43 => number(0),
         11 | 24 => reply(request, payload),
         _ if flags & 8 != 0 => number(0),
@@ -98,6 +100,9 @@ fn a_back_end_that_does_not_answer_one_of_the_requests_is_given_up_at_the_deadli
         (17, "GetQueueNum"),
         (24, "GetConfig"),
         (2, "SetFeatures"),
+        (36, "GetMaxMemSlots"),
+        (37, "AddMemReg"),
+        (38, "RemMemReg"),
         (5, "SetMemTable"),
         (6, "SetLogBase"),
         (8, "SetVringNum"),
@@ -134,7 +139,7 @@ fn a_back_end_that_hangs_up_at_one_of_the_requests_is_told_of_with_the_request()
 #[test]
 fn answers_of_a_wrong_form_are_refused_with_what_was_wrong() {
     let with = |bytes: Vec<u8>| -> Script { Box::new(move |_, _, _| Some(bytes.clone())) };
-    let cases: [(u32, Vec<u8>, &str); 13] = [
+    let cases: [(u32, Vec<u8>, &str); 17] = [
         (1, reply(2, &[0; 8]), "answers request 2"),
         (1, message(1, 1, &[0; 8]), "flags 0x1"),
         (1, reply(1, &[0; 4]), "4 bytes, where 8 are due"),
@@ -145,6 +150,11 @@ fn answers_of_a_wrong_form_are_refused_with_what_was_wrong() {
             "4294967295 bytes; 4096 are possible",
         ),
         (5, reply(5, &1u64.to_ne_bytes()), "refused, with 0x1"),
+        (36, reply(36, &0u64.to_ne_bytes()), "1 RAM blocks; it has room for 0"),
+        (37, reply(37, &1u64.to_ne_bytes()), "refused, with 0x1"),
+        // As in postcopy, in which nobody is.
+        (37, reply(37, &[0; 40]), "40 bytes, where 8 are due"),
+        (38, reply(38, &1u64.to_ne_bytes()), "refused, with 0x1"),
         (24, reply(24, &[]), "no configuration"),
         (24, reply(24, &[0; 20]), "20 bytes, where 72 are due"),
         (11, reply(11, &[9; 8]), "asked about ring 0"),
@@ -215,13 +225,102 @@ fn a_table_that_comes_back_with_other_regions_is_refused() {
         Some(reply(request, &table))
     };
     let (_directory, path, thread) = back_end(5, Box::new(script));
-    let front = Front::over(Connection::open(&path, LIMIT).unwrap()).unwrap();
+    let mut front = Front::over(Connection::open(&path, LIMIT).unwrap()).unwrap();
     let ram = ram();
+    front.give_up_slots().unwrap();
     front.set_memory(&ram).unwrap();
     let error = front.set_missing_memory(&ram).unwrap_err().to_string();
     assert!(error.contains("other regions"), "{error}");
     drop(front);
     thread.join().unwrap();
+}
+
+#[test]
+fn blocks_are_shown_one_by_one_and_taken_away_when_they_are_no_more() {
+    let (ours, its) = UnixStream::pair().unwrap();
+    let asked = Arc::<Mutex<Vec<(u32, Vec<u8>, bool)>>>::default();
+    let noted = asked.clone();
+    let thread = std::thread::spawn(move || {
+        while let Some((request, flags, payload, fd)) = with_descriptor(&its) {
+            let answer = honest(request, flags, &payload);
+            // Before the other side goes on.
+            if matches!(request, 5 | 37 | 38) {
+                noted.lock().unwrap().push((request, payload, fd.is_some()));
+            }
+            { &its }.write_all(&answer).unwrap();
+        }
+    });
+    let mut front = Front::over(Connection::over(ours, Path::new("a pair"), LIMIT).unwrap()).unwrap();
+    let block = |id, guest_base| BlockSpec { id: BlockId(id), guest_base, size: 1 << 20, page_size: PageSize::Base };
+    let few = Ram::create(&[block(0, 0), block(1, 1 << 32)]).unwrap();
+    // The same is not shown twice.
+    front.set_memory(&few).unwrap();
+    front.set_memory(&few).unwrap();
+    let slot = |ram: &Ram, at: usize| {
+        let block = &ram.blocks()[at];
+        let words = [0, block.spec().guest_base, block.spec().size, block.guest_map() as u64, 0];
+        words.into_iter().flat_map(u64::to_ne_bytes).collect::<Vec<u8>>()
+    };
+    let added = |ram: &Ram, at| (37, slot(ram, at), true);
+    let removed = |ram: &Ram, at| (38, slot(ram, at), false);
+    let take = || std::mem::take(&mut *asked.lock().unwrap());
+    assert_eq!(take(), [added(&few, 0), added(&few, 1)]);
+    // More than a table could hold, and more than there is room for.
+    let many: Vec<_> = (0..9).map(|n| block(n, u64::from(n) << 32)).collect();
+    let error = front.set_memory(&Ram::create(&many).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("9 RAM blocks; it has room for 8"), "{error}");
+    assert!(take().is_empty(), "it is left with what it had");
+    let other = Ram::create(&[block(0, 0)]).unwrap();
+    front.set_memory(&other).unwrap();
+    assert_eq!(take(), [removed(&few, 0), removed(&few, 1), added(&other, 0)]);
+    front.hide_memory().unwrap();
+    front.hide_memory().unwrap();
+    assert_eq!(take(), [removed(&other, 0)]);
+    drop(front);
+    thread.join().unwrap();
+}
+
+#[test]
+fn memory_comes_and_goes_at_a_back_end_that_nobody_here_wrote() {
+    let directory = tempfile::tempdir().unwrap();
+    let (path, image) = (directory.path().join("s"), directory.path().join("disk"));
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let node = format!("driver=file,node-name=f,filename={}", image.display());
+    let export = format!("type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={}", path.display());
+    let mut daemon = std::process::Command::new("qemu-storage-daemon");
+    daemon.args(["--blockdev", &node, "--export", &export]);
+    let Ok(mut daemon) = daemon.spawn() else {
+        println!("SKIPPED: qemu-storage-daemon is not installed (Debian package qemu-utils)");
+        return;
+    };
+    let deadline = std::time::Instant::now() + Duration::from_secs(20);
+    while !path.exists() {
+        assert!(std::time::Instant::now() < deadline, "waited for the socket of qemu-storage-daemon");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mapped = || {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", daemon.id())).unwrap();
+        maps.matches("/memfd:wherry-ram").count()
+    };
+    let mut front = Front::open(&path).unwrap();
+    assert!(front.has(protocol::CONFIGURE_MEM_SLOTS));
+    front.set_features(1 << 32, false).unwrap();
+    let block = |id, guest_base| BlockSpec { id: BlockId(id), guest_base, size: 1 << 20, page_size: PageSize::Base };
+    let ram = Ram::create(&[block(0, 0), block(1, 1 << 32)]).unwrap();
+    for _ in 0..3 {
+        front.set_memory(&ram).unwrap();
+        assert_eq!(mapped(), 2);
+        front.hide_memory().unwrap();
+        assert_eq!(mapped(), 0);
+    }
+    // And in a table.
+    front.set_memory(&ram).unwrap();
+    front.give_up_slots().unwrap();
+    front.set_memory(&ram).unwrap();
+    assert_eq!(mapped(), 2);
+    drop(front);
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
 }
 
 #[test]

@@ -62,6 +62,9 @@ pub(super) enum Request {
     PostcopyEnd = 30,
     GetInflightFd = 31,
     SetInflightFd = 32,
+    GetMaxMemSlots = 36,
+    AddMemReg = 37,
+    RemMemReg = 38,
     SetDeviceStateFd = 42,
     CheckDeviceState = 43,
 }

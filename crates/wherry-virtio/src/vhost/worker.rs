@@ -308,7 +308,7 @@ impl Thread {
 
     /// Features, memory, rings.
     fn show(&mut self) -> Result<(), VhostError> {
-        let (Some(front), Some(active)) = (&self.front, &self.served) else { return Ok(()) };
+        let (Some(front), Some(active)) = (&mut self.front, &self.served) else { return Ok(()) };
         front.set_features(active.features, false)?;
         match self.faults.as_ref().filter(|faults| faults.has_started() && !faults.is_complete()) {
             Some(faults) => {
@@ -423,6 +423,11 @@ impl Thread {
         if let (Some(front), Some(active)) = (&self.front, &self.served) {
             let disabled = active.rings.iter().try_for_each(|ring| front.enable(ring.given.index, false));
             self.judge("disabling its rings", disabled);
+        }
+        if let (Ok(()), Some(front)) = (&settled, &mut self.front) {
+            // Until a driver uses it again, it has no business there.
+            let hidden = front.hide_memory();
+            self.judge("taking memory away from it", hidden);
         }
         self.served = None;
         self.saved = None;
