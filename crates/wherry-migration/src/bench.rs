@@ -119,6 +119,10 @@ impl Machine for Image {
     fn units(&self) -> &Units {
         &self.units
     }
+    fn streams(&self) -> Vec<Arc<dyn wherry_state::StateStream>> {
+        vec![]
+    }
+
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.sources
     }

@@ -103,6 +103,14 @@ pub enum Cause {
     /// State units.
     #[error(transparent)]
     Units(#[from] UnitsError),
+    /// A unit with a stream did not give or take its state.
+    #[error("unit {unit}: {source}")]
+    Unit {
+        /// The unit, and what it is called.
+        unit: String,
+        /// Why not.
+        source: wherry_state::UnitError,
+    },
     /// The machine, outside its units.
     #[error("{doing}: {source}")]
     Machine {
@@ -171,4 +179,10 @@ pub enum Cause {
     /// Decided by `resolve`.
     #[error("resolved by hand: the VM belongs to the {0}")]
     Resolved(&'static str),
+}
+
+impl Cause {
+    pub(crate) fn unit(stream: &dyn wherry_state::StateStream, source: wherry_state::UnitError) -> Self {
+        Self::Unit { unit: format!("{} ({})", stream.id(), stream.name()), source }
+    }
 }

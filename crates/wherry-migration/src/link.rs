@@ -184,6 +184,14 @@ impl Control {
         }
     }
 
+    /// Why a data channel ended: what the peer says of that, if it says something.
+    pub(crate) fn explain(&mut self, cause: Cause) -> Cause {
+        match self.next("say why a data channel ended", Duration::from_millis(200), Duration::ZERO) {
+            Err(said @ (Cause::Peer { .. } | Cause::Cancelled)) => said,
+            _ => cause,
+        }
+    }
+
     /// [`wait_uncancelled`](Self::wait_uncancelled), looking for `spin` before it sleeps.
     pub(crate) fn wait_spinning(&self, deadline: Instant, spin: Duration) -> Result<bool, Cause> {
         let begun = Instant::now();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use wherry_fault::FaultService;
 use wherry_memory::{BlockId, DirtySource, FreePages, Ram};
-use wherry_state::Units;
+use wherry_state::{StateStream, Units};
 
 /// Everything a destination must know to build the same machine, sent in the handshake before any page.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -90,6 +90,9 @@ pub trait Machine: Send + Sync {
     /// thread whose nice value is -20 where that is allowed; threads that a unit makes in `start` would inherit it, so
     /// make them earlier or set theirs.
     fn units(&self) -> &Units;
+
+    /// Those of its units whose state goes in a stream, some of it while the machine runs.
+    fn streams(&self) -> Vec<Arc<dyn StateStream>>;
 
     /// Everyone who knows what was written in RAM: KVM's log, the VMM itself, devices.
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>];

@@ -60,6 +60,17 @@ pub(crate) fn us(d: Duration) -> u64 {
 const GUESS: Duration = Duration::from_micros(200);
 const GUESS_PER_UNIT: Duration = Duration::from_micros(15);
 
+/// What is still to come of the streams of units.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct States {
+    /// Bytes, as far as is known.
+    pub(crate) bytes: u64,
+    /// How long they take from one end to the other.
+    pub(crate) time: Duration,
+    /// More could be given while the machine runs.
+    pub(crate) more: bool,
+}
+
 /// Predicts the blackout from what was measured so far.
 #[derive(Clone, Debug)]
 pub(crate) struct Predictor {
@@ -71,6 +82,8 @@ pub(crate) struct Predictor {
     pub(crate) source_cost: Duration,
     /// Load and start there.
     pub(crate) destination_cost: Duration,
+    /// Of units with streams.
+    pub(crate) states: States,
 }
 
 impl Predictor {
@@ -83,6 +96,7 @@ impl Predictor {
             round_trip: Duration::from_millis(1),
             source_cost: measured(SOURCE.median()),
             destination_cost: measured(load_us.min(10_000_000)),
+            states: States::default(),
         }
     }
 
@@ -108,7 +122,7 @@ impl Predictor {
     /// What the blackout costs besides the last pages.
     pub(crate) fn fixed(&self) -> Duration {
         // Offer to Ready, and Run to Running.
-        self.source_cost + self.destination_cost + self.round_trip * 2
+        self.source_cost + self.destination_cost + self.round_trip * 2 + self.states.time
     }
 
     /// The whole blackout if the guest were stopped now with that much dirty.
@@ -206,6 +220,7 @@ mod tests {
             round_trip: Duration::from_micros(50),
             source_cost: Duration::from_micros(200),
             destination_cost: Duration::from_micros(200),
+            states: States::default(),
         }
     }
 

@@ -74,6 +74,27 @@ pub struct Blackout {
     pub total_us: u64,
 }
 
+/// What a device with a state of its own took of the blackout, in microseconds. Devices stop, save, load and start side by side.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// What it is called, such as `vfio-user:/run/device.sock`.
+    pub name: String,
+    /// Its state unit.
+    pub unit: String,
+    /// Until it was at rest.
+    pub stop_us: u64,
+    /// Giving what was left of its state.
+    pub save_us: u64,
+    /// At the destination: from the end of its state to being loaded.
+    pub load_us: u64,
+    /// At the destination: until it ran.
+    pub start_us: u64,
+    /// Bytes of its state that went while the guest ran.
+    pub early_bytes: u64,
+    /// All bytes of its state.
+    pub bytes: u64,
+}
+
 /// Latencies of one kind, in microseconds; each is at most 1/16 above the true one, and no larger than the largest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Latency {
@@ -236,6 +257,8 @@ pub struct Job {
     pub rounds: Vec<Round>,
     /// Parts of the blackout, when it is over.
     pub blackout: Option<Blackout>,
+    /// What each device with a state of its own took of it.
+    pub devices: Vec<Device>,
     /// How it is while memory follows, from the switch on, and how it was.
     pub postcopy: Option<Postcopy>,
     /// Why it failed, was cancelled or is in doubt.

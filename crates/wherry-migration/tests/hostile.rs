@@ -11,7 +11,7 @@ use support::{FakeMachine, Wire, World, block, random_vm};
 use wherry_migration::JourneyError;
 use wherry_migration::machine::Machine;
 use wherry_state::{SavedState, StateFile, UnitId};
-use wherry_stream::message::{About, Begin, Body, ChannelTotal, Empty, Message, Offer, Poise};
+use wherry_stream::message::{About, Begin, Body, ChannelTotal, Empty, Message, Offer, Poise, UnitState};
 use wherry_stream::{Channel, ChannelKind, Extent, ExtentKind, Hello, IoRange};
 
 const MIB: u64 = 1 << 20;
@@ -208,6 +208,30 @@ fn pages_outside_of_ram_are_named_and_nothing_is_written() {
         });
         assert!(error.contains(says), "{error}");
         assert_eq!(world.built().allocated_pages(), 0);
+    }
+}
+
+#[test]
+fn state_of_a_unit_without_a_stream_or_out_of_order_is_named() {
+    let piece = |unit: &str, instance, offset| {
+        Body::UnitState(UnitState { unit: unit.into(), instance, offset, bytes: vec![1; 100] })
+    };
+    for (bodies, hint) in [
+        (vec![piece("vcpu", 0, 0)], "unit \"vcpu\"[0], which has no stream here"),
+        (vec![piece("fake-stream", 9, 0)], "unit \"fake-stream\"[9], which has no stream here"),
+        (vec![piece("fake-stream", 1, 7)], "unit fake-stream[1] (fake:1): a piece at 7, and 0 are there"),
+        (vec![piece("fake-stream", 1, 0), piece("fake-stream", 1, 99)], "a piece at 99, and 100 are there"),
+        (vec![Body::Run(Empty {})], "Control frame on a data channel"),
+    ] {
+        let (_, error) = meet(|world| {
+            let mut liar = Liar::connect(world, |_| {}).ok().unwrap();
+            for body in bodies {
+                liar.data.writer.write_message(&Message::new(liar.about.clone(), body)).unwrap();
+            }
+            // It hangs up.
+            while liar.control.reader.read_message().is_ok() {}
+        });
+        assert!(error.contains(hint), "{hint}: {error}");
     }
 }
 

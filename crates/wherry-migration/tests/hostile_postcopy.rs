@@ -117,12 +117,12 @@ impl<'a> Impostor<'a> {
                 Body::Poise(_) => this.say(Body::Poised(Empty {})),
                 Body::Ping(_) => this.say(Body::Pong(Empty {})),
                 Body::Follow(_) => {}
-                Body::Offer(_) => this.say(Body::Ready(Ready { load_us: 1, busy_us: 1 })),
+                Body::Offer(_) => this.say(Body::Ready(Ready { load_us: 1, busy_us: 1, ..Ready::default() })),
                 Body::Run(_) => break,
                 other => panic!("{other:?}"),
             }
         }
-        this.say(Body::Running(Running { start_us: 1 }));
+        this.say(Body::Running(Running { start_us: 1, ..Running::default() }));
         this
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
 use wherry_interrupt::{ForeignIntx, Input, InterruptError, Router};
@@ -19,8 +20,15 @@ use crate::interrupts::Interrupts;
 use crate::log::DmaLog;
 use crate::owner::{Owner, OwnerError};
 use crate::postcopy::Sharer;
+use crate::stream::Place;
 use crate::worker::{Crew, Member};
 
+const EXPRESS: u8 = 0x10;
+/// Device Status in that capability, and its bit.
+const DEVICE_STATUS: u64 = 0x0a;
+const TRANSACTIONS_PENDING: u16 = 1 << 5;
+/// What a device at rest may still take for them.
+const PENDING_LIMIT: Duration = Duration::from_millis(100);
 const MSI: u8 = 0x05;
 const MSIX: u8 = 0x11;
 /// Memory type of a BAR register: 64 bits, prefetchable; ports.
@@ -110,8 +118,9 @@ pub struct Function {
     registers: Mutex<Registers>,
     pub(crate) instance: u32,
     pub(crate) once: Once,
-    /// What the owner gave at the stop.
-    pub(crate) given: Mutex<Option<Vec<u8>>>,
+    /// Where its PCI Express capability is.
+    express: Option<u16>,
+    pub(crate) stream: Mutex<Place>,
     pub(crate) member: Arc<Member>,
     pub(crate) crew: Arc<Crew>,
     log: Arc<DmaLog>,
@@ -133,6 +142,7 @@ impl Function {
         E: From<PassthroughError>,
     {
         let (mut config, split, interrupts) = make(&owner, parts)?;
+        let express = config.capabilities().into_iter().find(|(id, _)| *id == EXPRESS).map(|(_, at)| at);
         place(&mut config)?;
         for block in parts.ram.blocks() {
             let spec = block.spec();
@@ -150,7 +160,8 @@ impl Function {
                 registers: Mutex::new(Registers { config, bars }),
                 instance,
                 once: Once::default(),
-                given: Mutex::default(),
+                express,
+                stream: Mutex::default(),
                 member: Arc::new(Member::new(this.clone())),
                 crew: parts.crew.clone(),
                 log: Arc::new(DmaLog::new(name, this.clone(), parts.ram.clone())),
@@ -205,6 +216,23 @@ impl Function {
     pub(crate) fn lose(&self) {
         self.lost.store(true, Ordering::Release);
         self.sharer.end();
+    }
+
+    /// Waits until a device at rest has no transactions pending, where it can tell.
+    pub(crate) fn settle(&self) -> Result<(), String> {
+        let Some(status) = self.express.map(|at| u64::from(at) + DEVICE_STATUS) else { return Ok(()) };
+        let (name, begun) = (self.owner.name(), Instant::now());
+        loop {
+            let mut bytes = [0; 2];
+            self.owner.read_config(status, &mut bytes).map_err(|error| error.to_string())?;
+            if u16::from_le_bytes(bytes) & TRANSACTIONS_PENDING == 0 {
+                return Ok(());
+            }
+            if begun.elapsed() > PENDING_LIMIT {
+                return Err(format!("{name} has transactions pending {PENDING_LIMIT:?} after it was brought to rest"));
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
 
     fn note<T>(&self, what: &str, result: Result<T, OwnerError>) -> Option<T> {

@@ -7,6 +7,8 @@
 //! - [`DmaLog`] is what the device writes, as a dirty source.
 //! - `unit` and `worker` are its migration: the states of `enum vfio_device_mig_state`, on a thread for each device, so that
 //!   several devices stop, save and load side by side. [`Gathering`] is where loading is waited for.
+//! - `stream` is the device's own state, a [`StateStream`](wherry_state::StateStream): in pieces, of which the first can go while
+//!   the device runs (`PRE_COPY`).
 //! - `postcopy` has a device wait for pages that are missing, if it can.
 //!
 //! Contract: the owner is hostile. What it says is checked before it is used; what it does not answer in time is an error with
@@ -24,8 +26,10 @@ mod identity;
 mod interrupts;
 mod log;
 mod owner;
+mod pieces;
 mod postcopy;
 pub mod saved;
+mod stream;
 mod unit;
 mod vfio_user;
 mod worker;

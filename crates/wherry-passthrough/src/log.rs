@@ -30,6 +30,19 @@ impl DmaLog {
         DirtyError { dirty_source: self.name.clone(), what, block, cause: io::Error::other(cause) }
     }
 
+    /// Pages written since it was last read, if it is on. To be asked of a function at rest, when its log has been read at rest.
+    pub(crate) fn late(&self) -> Result<u64, DirtyError> {
+        let mut pages = 0;
+        if self.page.load(Ordering::Acquire) != 0 {
+            for block in self.ram.blocks() {
+                let mut set = PageSet::new(block.pages());
+                self.collect(block, &mut set)?;
+                pages += set.count();
+            }
+        }
+        Ok(pages)
+    }
+
     fn function(&self) -> Option<Arc<Function>> {
         self.function.upgrade().filter(|function| function.owner().facts().logging)
     }

@@ -16,13 +16,16 @@ pub struct SavedPassthrough {
     /// Vectors of MSI.
     #[prost(message, repeated, tag = "3")]
     pub msi: Vec<SavedVector>,
-    /// The state that the owner gave.
+    /// The state that the owner gave. Schema 1 only: since then it goes in a stream.
     #[prost(bytes = "vec", tag = "4")]
     pub device: Vec<u8>,
+    /// Bytes of that stream.
+    #[prost(uint64, tag = "5")]
+    pub streamed: u64,
 }
 
 impl SavedState for SavedPassthrough {
-    const SCHEMA: u32 = 1;
+    const SCHEMA: u32 = 2;
 }
 
 /// Where the loading of all functions is waited for.

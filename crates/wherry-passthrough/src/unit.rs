@@ -1,6 +1,6 @@
 //! The state units: one for each function, and one where the loading of all of them is waited for.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wherry_state::{Saved, SavedState, Section, StateError, StateUnit, UnitError, UnitId};
@@ -11,15 +11,10 @@ use crate::saved::{SavedGathering, SavedPassthrough};
 use crate::worker::{Crew, Late, Step};
 
 /// How long a device may take to load its state, and to run.
-const LOAD_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const LOAD_LIMIT: Duration = Duration::from_secs(30);
 const RUN_LIMIT: Duration = Duration::from_secs(5);
 
 impl Function {
-    /// Keeps what the owner gave at the stop; what was kept before.
-    fn keep(&self, given: Option<Vec<u8>>) -> Option<Vec<u8>> {
-        std::mem::replace(&mut *self.given.lock().unwrap_or_else(PoisonError::into_inner), given)
-    }
-
     fn bad(&self, reason: impl Into<String>) -> UnitError {
         StateError::Decode { unit: self.id(), reason: reason.into() }.into()
     }
@@ -63,21 +58,32 @@ impl StateUnit for Function {
 
     /// vCPUs are at rest. When the device is, too, eventfds can be detached, before local APICs are saved.
     fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.crew.hand(&self.member, &Step::Rest(deadline));
-        let stopped = self.member.wait(deadline).map_err(|late| self.late("stop and give its state", late));
-        let stopped = stopped.map(|outcome| self.keep(Some(outcome.state)));
+        self.crew.hand(&self.member, Step::Rest(deadline));
+        let stopped = self.member.wait(deadline).map_err(|late| self.late("stop", late));
         stopped.and(self.interrupts.rest().map_err(UnitError::failed))
     }
 
     fn save(&self) -> Result<Saved, UnitError> {
-        let device = self.keep(None).ok_or_else(|| UnitError::failed("it was not stopped"))?;
+        let streamed = {
+            let place = self.place();
+            place.whole.then_some(place.offset).ok_or_else(|| UnitError::failed("its state has not all been read"))?
+        };
+        // What it writes now is in no log that anybody reads again.
+        match self.log().late().map_err(UnitError::failed)? {
+            0 => {}
+            pages => {
+                let name = self.owner().name();
+                return Err(UnitError::failed(format!("{name} wrote to {pages} pages after it had come to rest")));
+            }
+        }
         let mut config = self.registers().config.save();
         config.truncate(config.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1));
         let saved = SavedPassthrough {
             config,
             msix: self.interrupts.msix.as_ref().map(|msix| msix.save()),
             msi: self.interrupts.msi.as_ref().map(|msi| msi.vectors().save()).unwrap_or_default(),
-            device,
+            device: Vec::new(),
+            streamed,
         };
         Ok(Saved::Section(saved.to_section(&self.id())))
     }
@@ -85,12 +91,13 @@ impl StateUnit for Function {
     /// Loading goes on when this returns, beside that of other functions: see [`Gathering`].
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
         self.once.restoring()?;
-        let SavedPassthrough { mut config, msix, msi, device } = SavedPassthrough::from_section(section)?;
+        let SavedPassthrough { mut config, msix, msi, device, streamed } = SavedPassthrough::from_section(section)?;
         if config.len() > 4096 {
             return Err(self.bad(format!("configuration space of {} bytes", config.len())));
         }
         config.resize(4096, 0);
-        let mut registers = self.registers();
+        let mut guard = self.registers();
+        let registers = &mut *guard;
         registers.config.restore(&config).map_err(|e| self.bad(e.to_string()))?;
         match (&self.interrupts.msix, &msix) {
             (Some(ours), Some(saved)) => {
@@ -107,9 +114,22 @@ impl StateUnit for Function {
             vectors.restore(&msi).map_err(UnitError::failed)?;
         }
         self.interrupts.rest().map_err(UnitError::failed)?;
-        let registers = &mut *registers;
         registers.bars.follow(&registers.config);
-        self.member.hand(Step::Load(device));
+        drop(guard);
+        let mut place = self.place();
+        if !place.loading {
+            self.begin_to_load(&mut place)?;
+        }
+        // Schema 1 has it in the section.
+        place.offset += device.len() as u64;
+        let (there, said) = (place.offset, streamed + device.len() as u64);
+        drop(place);
+        if there != said {
+            return Err(self.bad(format!("{there} bytes of the device's state came, and {said} were given")));
+        }
+        let put = if device.is_empty() { Ok(()) } else { self.member.pieces.put(device) };
+        put.map_err(|broken| UnitError::failed(broken.reason()))?;
+        self.member.pieces.finish();
         Ok(())
     }
 
@@ -119,9 +139,9 @@ impl StateUnit for Function {
     /// that machine any more.
     fn start(&self) -> Result<(), UnitError> {
         self.once.started();
-        self.keep(None);
+        self.forget_stream();
         self.interrupts.resume().map_err(UnitError::failed)?;
-        self.crew.hand(&self.member, &Step::Run);
+        self.crew.hand(&self.member, Step::Run);
         if let Err(late) = self.member.wait(Instant::now() + RUN_LIMIT) {
             let failed = matches!(late, Late::Failed(_));
             let error = self.late("run again", late);

@@ -3,6 +3,9 @@
 //! Each function has one, `passthrough-N`, which does one step at a time. The steps of a machine's units come one after the
 //! other; so the first function that is asked hands the step to all, and each waits for its own. By then all vCPUs are at rest
 //! (they stop first), and no vCPU runs yet when devices start (they start last).
+//!
+//! A state goes in pieces: the thread of a device that is at rest reads ahead of whoever sends them, and that of a device which is
+//! being loaded takes what has been received, while more of it comes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
@@ -10,35 +13,32 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use wherry_state::StreamTimes;
 use wherry_vfio_user::State;
 
 use crate::function::Function;
+use crate::pieces::{Broken, Pieces};
 
-/// Most bytes of one device's state. It is held in memory.
-const MOST_STATE: usize = 256 << 20;
 /// How often a device that takes part in postcopy is looked at: whether all memory is there.
 const LOOK: Duration = Duration::from_millis(20);
 /// Bytes of state that are asked for at once.
-const PIECE: usize = 1 << 20;
+pub(crate) const PIECE: usize = 1 << 20;
 
 /// What a device is to do.
-#[derive(Clone)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
-    /// Stop, and give its state.
+    /// Stop. After that its state is read, until the deadline.
     Rest(Instant),
     /// Take a state.
-    Load(Vec<u8>),
+    Load {
+        /// It has begun to take another one.
+        anew: bool,
+    },
     /// Run.
     Run,
 }
 
-/// What a step gave.
-#[derive(Debug, Default)]
-pub(crate) struct Outcome {
-    pub(crate) state: Vec<u8>,
-}
-
-type Done = Result<Outcome, String>;
+type Done = Result<(), String>;
 type Orders = Sender<(Step, SyncSender<Done>)>;
 
 /// A function's thread, as others see it.
@@ -47,10 +47,12 @@ pub(crate) struct Member {
     orders: Mutex<Option<Orders>>,
     /// The step that was handed to it and that nobody has waited for yet.
     handed: Mutex<Option<Receiver<Done>>>,
-    /// Whatever reads a state stops that.
-    cancelled: AtomicBool,
     /// The device was told to stop, or to take a state, and not yet to run.
     stopped: AtomicBool,
+    /// State that is on its way out, or in.
+    pub(crate) pieces: Pieces,
+    /// What its last switch took.
+    pub(crate) times: Mutex<StreamTimes>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -64,8 +66,9 @@ impl Member {
             function,
             orders: Mutex::default(),
             handed: Mutex::default(),
-            cancelled: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
+            pieces: Pieces::default(),
+            times: Mutex::default(),
             thread: Mutex::default(),
         }
     }
@@ -95,8 +98,13 @@ impl Member {
                 else {
                     break;
                 };
+                let result = perform(&function, step, &member);
+                let rests = result.is_ok();
                 // Nobody may wait any longer.
-                let _ = done.send(perform(&function, step, &member));
+                let _ = done.send(result);
+                if let (Step::Rest(deadline), true) = (step, rests) {
+                    give(&function, &member, deadline);
+                }
             }
         };
         let thread = std::thread::Builder::new().name(format!("passthrough-{instance}")).spawn(run)?;
@@ -105,7 +113,9 @@ impl Member {
     }
 
     pub(crate) fn hand(&self, step: Step) {
-        self.cancelled.store(matches!(step, Step::Run), Ordering::Release);
+        if step == Step::Run {
+            self.pieces.close();
+        }
         let (done, receiver) = sync_channel(1);
         if let Some(orders) = &*lock(&self.orders) {
             // A thread that has ended leaves the receiver without a sender, which tells.
@@ -119,13 +129,13 @@ impl Member {
         self.function.upgrade().map_or_else(|| "a device".into(), |function| function.owner().name().into())
     }
 
-    fn has_step(&self) -> bool {
+    pub(crate) fn has_step(&self) -> bool {
         lock(&self.handed).is_some()
     }
 
     /// Waits for the step that was handed to it.
-    pub(crate) fn wait(&self, deadline: Instant) -> Result<Outcome, Late> {
-        let Some(receiver) = lock(&self.handed).take() else { return Ok(Outcome::default()) };
+    pub(crate) fn wait(&self, deadline: Instant) -> Result<(), Late> {
+        let Some(receiver) = lock(&self.handed).take() else { return Ok(()) };
         match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(done) => done.map_err(Late::Failed),
             Err(RecvTimeoutError::Timeout) => Err(Late::Deadline),
@@ -133,9 +143,18 @@ impl Member {
         }
     }
 
+    /// The device was told to stop, or to take a state, and not yet to run.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    fn time(&self, note: impl FnOnce(&mut StreamTimes)) {
+        note(&mut lock(&self.times));
+    }
+
     /// Ends the thread. Not when it is the thread itself that lets go of the function last.
     pub(crate) fn quit(&self) {
-        self.cancelled.store(true, Ordering::Release);
+        self.pieces.close();
         *lock(&self.orders) = None;
         if let Some(thread) = lock(&self.thread).take()
             && thread.thread().id() != std::thread::current().id()
@@ -171,9 +190,9 @@ impl Crew {
     }
 
     /// Hands a step to all, unless this one has been handed it already by another one's call.
-    pub(crate) fn hand(&self, own: &Member, step: &Step) {
+    pub(crate) fn hand(&self, own: &Member, step: Step) {
         if !own.has_step() {
-            self.members().iter().for_each(|member| member.hand(step.clone()));
+            self.members().iter().for_each(|member| member.hand(step));
         }
     }
 }
@@ -186,42 +205,22 @@ fn perform(function: &Function, step: Step, member: &Member) -> Done {
         error.to_string()
     };
     match step {
-        Step::Rest(deadline) => {
+        Step::Rest(_) => {
+            member.pieces.reset();
             member.stopped.store(true, Ordering::Release);
             owner.set_state(State::StopCopy).map_err(text)?;
-            let stopped = begun.elapsed();
-            let mut state = Vec::new();
-            loop {
-                let piece = owner.read_state(PIECE).map_err(text)?;
-                if piece.is_empty() {
-                    break;
-                }
-                state.extend_from_slice(&piece);
-                if state.len() > MOST_STATE {
-                    return Err(format!("{} gives more than {MOST_STATE} bytes of state", owner.name()));
-                }
-                if member.cancelled.load(Ordering::Acquire) || Instant::now() >= deadline {
-                    let read = state.len();
-                    return Err(format!("{} has given {read} bytes of state, and there is no end of it", owner.name()));
-                }
-            }
-            let (stop, save) = (us(stopped), us(begun.elapsed() - stopped));
-            tracing::debug!(device = owner.name(), stop_us = stop, save_us = save, bytes = state.len(), "at rest");
-            Ok(Outcome { state })
+            function.settle()?;
+            member.time(|times| times.stop = begun.elapsed());
+            Ok(())
         }
-        Step::Load(state) => {
+        Step::Load { anew } => {
             member.stopped.store(true, Ordering::Release);
-            function.sharer.share(&**owner)?;
-            owner.set_state(State::Resuming).map_err(text)?;
-            owner.write_state(&state).map_err(text)?;
-            owner.set_state(State::Stop).map_err(text)?;
-            function.introduce().map_err(text)?;
-            tracing::debug!(device = owner.name(), load_us = us(begun.elapsed()), bytes = state.len(), "loaded");
-            Ok(Outcome::default())
+            let loaded = load(function, member, anew).inspect_err(|reason| member.pieces.fail(reason.clone()));
+            loaded.inspect(|()| tracing::debug!(device = owner.name(), times = ?*lock(&member.times), "loaded"))
         }
         Step::Run => {
-            if function.is_lost() || !member.stopped.load(Ordering::Acquire) {
-                return Ok(Outcome::default());
+            if function.is_lost() || !member.is_stopped() {
+                return Ok(());
             }
             owner.set_state(State::Running).map_err(text)?;
             member.stopped.store(false, Ordering::Release);
@@ -229,12 +228,66 @@ fn perform(function: &Function, step: Step, member: &Member) -> Done {
                 // Nobody knows its level: a device that still wants service signals again.
                 owner.unmask().map_err(text)?;
             }
-            tracing::debug!(device = owner.name(), start_us = us(begun.elapsed()), "runs");
-            Ok(Outcome::default())
+            member.time(|times| times.start = begun.elapsed());
+            Ok(())
         }
     }
 }
 
-fn us(duration: Duration) -> u64 {
-    duration.as_micros() as u64
+/// Reads what is left of the state of a device at rest, ahead of whoever sends it.
+fn give(function: &Function, member: &Member, deadline: Instant) {
+    let (begun, owner) = (Instant::now(), function.owner());
+    let mut bytes = 0;
+    loop {
+        let piece = match owner.read_state(PIECE) {
+            Ok(piece) => piece,
+            Err(error) => {
+                function.report("reading its state", &error);
+                return member.pieces.fail(error.to_string());
+            }
+        };
+        if piece.is_empty() {
+            break;
+        }
+        bytes += piece.len();
+        if Instant::now() >= deadline {
+            let name = owner.name();
+            return member.pieces.fail(format!("{name} has given {bytes} bytes of state, and there is no end of it"));
+        }
+        if member.pieces.put(piece).is_err() {
+            return;
+        }
+    }
+    member.time(|times| times.save = begun.elapsed());
+    // After that: whoever hears of the end finds the time.
+    member.pieces.finish();
+    tracing::debug!(device = owner.name(), bytes, times = ?*lock(&member.times), "at rest");
+}
+
+/// Takes a state as it comes.
+fn load(function: &Function, member: &Member, anew: bool) -> Done {
+    let owner = function.owner();
+    let text = |error: crate::OwnerError| {
+        function.report("loading it", &error);
+        error.to_string()
+    };
+    if anew {
+        owner.reset().map_err(text)?;
+    }
+    owner.set_state(State::Resuming).map_err(text)?;
+    let (mut bytes, mut took) = (0, Duration::ZERO);
+    while let Some(piece) = member.pieces.take().map_err(Broken::reason)? {
+        let begun = Instant::now();
+        owner.write_state(&piece).map_err(text)?;
+        took += begun.elapsed();
+        bytes += piece.len() as u64;
+    }
+    function.arrived(bytes, took);
+    // It is told to use it now, so memory that is not all there has to be known by then.
+    function.sharer.share(&**owner)?;
+    owner.set_state(State::Stop).map_err(text)?;
+    function.introduce().map_err(text)?;
+    let told = member.pieces.finished();
+    member.time(|times| (times.load, times.bytes) = (told.map_or(Duration::ZERO, |told| told.elapsed()), bytes));
+    Ok(())
 }

@@ -22,6 +22,11 @@ impl Once {
         }
     }
 
+    /// State may still come: neither restored nor started.
+    pub fn is_new(&self) -> bool {
+        self.0.load(Ordering::Acquire) == Self::NEW
+    }
+
     /// Called in every `start`: true for the first one after a restore.
     pub fn started(&self) -> bool {
         self.0.swap(Self::STARTED, Ordering::AcqRel) == Self::RESTORED
@@ -35,7 +40,9 @@ mod tests {
     #[test]
     fn state_is_restored_once_and_before_the_start() {
         let once = Once::default();
+        assert!(once.is_new());
         once.restoring().unwrap();
+        assert!(!once.is_new());
         assert!(once.restoring().unwrap_err().to_string().contains("before"));
         assert!(once.started() && !once.started());
         let once = Once::default();

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use wherry_stream::message::{
     About, Accept, AskPages, Begin, Body, ChannelTotal, Complete, Empty, Follow, Hashes, Message, Offer, PageHashes,
-    Poise, Ready, Reason, Refuse, Running, StatePiece,
+    Poise, Ready, Reason, Refuse, Running, StatePiece, UnitState,
 };
 use wherry_stream::{
     Ack, Channel, ChannelKind, Connection, Extent, ExtentKind, FRAME_HEADER_BYTES, FileRange, FrameHeader, FrameKind,
@@ -49,6 +49,10 @@ fn bodies() -> Vec<(&'static str, Body)> {
         ("ping", Body::Ping(Empty {})),
         ("poise", Body::Poise(Poise { round: 3, ..Poise::default() })),
         ("hashes", Body::Hashes(Hashes { block: 1, first: 7, digests: vec![0xab; 64] })),
+        (
+            "unit-state",
+            Body::UnitState(UnitState { unit: "vfio-user".into(), instance: 1, offset: 5, bytes: vec![3; 60] }),
+        ),
         ("state-piece", Body::StatePiece(StatePiece { bytes: vec![0; 100] })),
         (
             "offer",

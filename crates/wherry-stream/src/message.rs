@@ -13,6 +13,7 @@
 //!     | <- Poised                                   |
 //!     | Continue (it did not: another round), Ping-> |   Pong, and back to the rounds; or:
 //!     | last pages on data channels, or Follow;     |
+//!     | UnitState on data channels, also in rounds; |
 //!     | Hashes,                                     |
 //!     | StatePiece, Offer                        -> |   checks, loads
 //!     | <- Ready, or Abort with the reason          |
@@ -177,6 +178,38 @@ pub struct StatePiece {
     pub bytes: Vec<u8>,
 }
 
+/// A piece of the stream of a state unit. It goes over a data channel: in a round of precopy, while the machine runs, or with the
+/// last pages. Within a round all pieces of a stream go over one channel.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct UnitState {
+    /// Name of the unit.
+    #[prost(string, tag = "1")]
+    pub unit: String,
+    /// Which one of that name.
+    #[prost(uint32, tag = "2")]
+    pub instance: u32,
+    /// Where it is in the stream, in bytes; 0 begins the stream anew.
+    #[prost(uint64, tag = "3")]
+    pub offset: u64,
+    /// The bytes.
+    #[prost(bytes = "vec", tag = "4")]
+    pub bytes: Vec<u8>,
+}
+
+/// What a unit with a stream took of the blackout at the destination, beside others.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct UnitTime {
+    /// Name of the unit.
+    #[prost(string, tag = "1")]
+    pub unit: String,
+    /// Which one of that name.
+    #[prost(uint32, tag = "2")]
+    pub instance: u32,
+    /// Microseconds of the step that the message tells of.
+    #[prost(uint64, tag = "3")]
+    pub us: u64,
+}
+
 /// The whole VM is with the destination now, if it finds so.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct Offer {
@@ -209,6 +242,9 @@ pub struct Ready {
     /// Of the time between offer and answer, microseconds spent working (loading, comparing).
     #[prost(uint64, tag = "2")]
     pub busy_us: u64,
+    /// Loading, of each unit with a stream.
+    #[prost(message, repeated, tag = "3")]
+    pub units: Vec<UnitTime>,
 }
 
 /// The VM runs at the destination.
@@ -217,6 +253,9 @@ pub struct Running {
     /// Locks and start took that long, in microseconds.
     #[prost(uint64, tag = "1")]
     pub start_us: u64,
+    /// Starting, of each unit with a stream.
+    #[prost(message, repeated, tag = "2")]
+    pub units: Vec<UnitTime>,
 }
 
 /// A reason in words.
@@ -334,7 +373,7 @@ pub struct Message {
     /// What it says.
     #[prost(
         oneof = "Body",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30"
     )]
     pub body: Option<Body>,
 }
@@ -426,6 +465,9 @@ pub enum Body {
     /// Destination: the VM has ended there; nothing more of it is needed.
     #[prost(message, tag = "29")]
     Ended(Reason),
+    /// Source, on a data channel: a piece of a unit's stream.
+    #[prost(message, tag = "30")]
+    UnitState(UnitState),
 }
 
 impl Body {
@@ -460,6 +502,7 @@ impl Body {
             Body::Resume(_) => "Resume",
             Body::Resumed(_) => "Resumed",
             Body::Ended(_) => "Ended",
+            Body::UnitState(_) => "UnitState",
         }
     }
 }
@@ -560,6 +603,7 @@ mod tests {
             Body::Resume(Empty {}),
             Body::Resumed(Empty {}),
             Body::Ended(Reason::default()),
+            Body::UnitState(UnitState::default()),
         ];
         let page = include_str!("../../../docs/wire.md");
         let rows = page.lines().skip_while(|l| !l.starts_with("| message |")).skip(2);

@@ -355,8 +355,10 @@ fn vfio_user() {
         msix: Some(SavedMsix { table: (0..32).collect(), vectors: vec![vector(0), vector(1)] }),
         msi: vec![vector(2)],
         device: (50..150).collect(),
+        streamed: 0,
     };
     check("vfio-user", 1, &state);
+    check("vfio-user", 2, &SavedPassthrough { device: vec![], streamed: 3 << 20, ..state });
 }
 
 #[test]

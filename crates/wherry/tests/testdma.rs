@@ -131,6 +131,64 @@ fn a_ring_at_full_rate_moves_and_no_buffer_is_lost_doubled_or_wrong() {
     }
 }
 
+/// What a move says of a device.
+fn of_device<'a>(job: &'a Value, process: &Process) -> &'a Value {
+    let name = format!("vfio-user:{}", process.socket.display());
+    job["devices"].as_array().unwrap().iter().find(|device| device["name"] == name.as_str()).unwrap()
+}
+
+#[test]
+fn several_devices_move_side_by_side_with_what_they_can_give_before_the_stop_and_each_says_what_it_took() {
+    if !kvm("several_devices_move_side_by_side_with_what_they_can_give_before_the_stop_and_each_says_what_it_took") {
+        return;
+    }
+    // The guest drives the first; a third takes its time at either end.
+    let kinds: [&[&str]; 3] = [
+        &["--state-size", "3M"],
+        &["--state-size", "24M", "--pre-copy"],
+        &["--state-size", "1M", "--save-time", "300", "--load-time", "250"],
+    ];
+    for mode in ["hybrid", "postcopy"] {
+        let place = Place::new();
+        let devices = |side: &str| {
+            let one = |(n, more): (usize, &&[&str])| device(&place, &format!("{side}{n}"), more);
+            kinds.iter().enumerate().map(one).unzip::<_, _, Vec<_>, Vec<_>>()
+        };
+        let options = |all: &[String]| all.iter().flat_map(|o| ["--device".to_owned(), o.clone()]).collect::<Vec<_>>();
+        let (here, given) = devices("a");
+        let given = options(&given);
+        let cmdline = "data=4M rate=1M testdma=ring";
+        let mut arguments = vec!["--memory", "64M", "--cmdline", cmdline];
+        arguments.extend(given.iter().map(String::as_str));
+        let mut vm = place.run_guest("0", &arguments, &[]);
+        let memory = Memory::of(&place, "0");
+        wait_for_more(&memory, BUFFERS, "before the move");
+        let (mut there, taken) = devices("b");
+        let taken = options(&taken);
+        let (next, address) = place.receive("1", &taken.iter().map(String::as_str).collect::<Vec<_>>());
+        let output = place.control("0", &["migrate", "--to", &address, "--json", "--mode", mode]);
+        assert_eq!(output.status.code(), Some(0), "{mode}: {}\n{}", stderr(&output), next.log());
+        assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
+        let job: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let number = |n: usize, what: &str| of_device(&job, &here[n])[what].as_u64().unwrap();
+        let early = if mode == "hybrid" { 24 << 20 } else { 0 };
+        assert_eq!((number(0, "early_bytes"), number(2, "early_bytes")), (0, 0), "{}", job["devices"]);
+        assert!(
+            number(1, "early_bytes") >= early && number(1, "early_bytes") < early + (1 << 20),
+            "{}",
+            job["devices"]
+        );
+        assert!((0..3).all(|n| number(n, "bytes") > [3 << 20, 24 << 20, 1 << 20][n]), "{}", job["devices"]);
+        assert!(number(2, "stop_us") >= 300_000 && number(2, "load_us") >= 250_000, "{}", job["devices"]);
+        println!("{mode}: blackout {}, devices {}", job["blackout"], job["devices"]);
+        let memory = Memory::of(&place, "1");
+        wait_for_more(&memory, BUFFERS, "after the move");
+        finish(next, &memory, there.remove(0));
+        let loads: Vec<_> = there.into_iter().map(|process| process.summary()["loads"].clone()).collect();
+        assert_eq!(loads, [1, 1]);
+    }
+}
+
 #[test]
 fn letters_move_and_no_interrupt_is_lost_also_while_vectors_are_masked() {
     if !kvm("letters_move_and_no_interrupt_is_lost_also_while_vectors_are_masked") {

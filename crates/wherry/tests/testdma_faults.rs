@@ -54,6 +54,7 @@ fn a_device_that_fails_while_it_is_saved_keeps_the_vm_where_it_is() {
         ("wrong-state", "d1", "refused", true),
         ("short-state", "d1", "refused", true),
         ("endless-state", "d0", "bytes of state", true),
+        ("stuck-transaction", "d0", "transactions pending", true),
         ("crash=stop-copy", "d0", "closed", false),
         ("disconnect=stop-copy", "d0", "closed", false),
         ("crash=mig-data-read", "d0", "closed", false),

@@ -1,9 +1,10 @@
 //! What the ownership state machine has the destination do.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use wherry_stream::message::{Body, Complete, Ready, Running};
+use wherry_state::{StateStream, StreamTimes};
+use wherry_stream::message::{Body, Complete, Ready, Running, UnitTime};
 
 use super::{Destination, no_setup, since};
 use crate::error::Cause;
@@ -14,6 +15,7 @@ use crate::ownership::{
     Attempt, DestinationDriver, DestinationHost, DestinationInput, DestinationState, Message, Notice, StartError, VmId,
     Word,
 };
+use crate::predict::us;
 use crate::records::{RecordError, Records};
 use crate::testpoint::{Point, reach};
 
@@ -48,6 +50,15 @@ impl Host {
         self.control.as_mut().ok_or_else(no_setup)
     }
 
+    /// What each unit with a stream took.
+    fn times(&self, of: impl Fn(&StreamTimes) -> Duration) -> Vec<UnitTime> {
+        let time = |stream: Arc<dyn StateStream>| {
+            let id = stream.id();
+            UnitTime { unit: id.name, instance: id.instance, us: us(of(&stream.times())) }
+        };
+        self.machine.iter().flat_map(|machine| machine.streams()).map(time).collect()
+    }
+
     /// Why an effect failed.
     pub(super) fn trouble(&mut self, otherwise: &str) -> Cause {
         Cause::Ownership(self.trouble.take().unwrap_or_else(|| otherwise.into()))
@@ -64,9 +75,13 @@ impl DestinationHost for Host {
         let body = match message.word {
             Word::Ready if !self.said_ready => {
                 self.said_ready = true;
-                Some(Body::Ready(Ready { load_us: self.load_us, busy_us: self.busy_us }))
+                let units = self.times(|times| times.load);
+                Some(Body::Ready(Ready { load_us: self.load_us, busy_us: self.busy_us, units }))
             }
-            Word::Running => Some(Body::Running(Running { start_us: self.start_us })),
+            Word::Running => {
+                let units = self.times(|times| times.start);
+                Some(Body::Running(Running { start_us: self.start_us, units }))
+            }
             Word::NotRun => word_with_reason(message.word, self.trouble.as_ref().unwrap_or(&self.why)),
             word => word_with_reason(word, &self.why),
         };

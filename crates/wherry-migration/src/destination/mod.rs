@@ -146,7 +146,7 @@ impl<'a> Destination<'a> {
         self.incarnation = random_id()?;
         let (agreed, begun) = self.setup()?;
         let machine = self.host.machine.clone().ok_or_else(no_setup)?;
-        let place = Arc::new(Place::new(machine.ram().clone()));
+        let place = Arc::new(Place::new(machine.ram().clone(), machine.streams()));
         self.receiving = Some(Receiving {
             receivers: Receivers::new(agreed.data, place.clone())?,
             place,

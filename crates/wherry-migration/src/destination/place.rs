@@ -16,6 +16,8 @@ use std::sync::{Arc, OnceLock};
 use rustix::mm::Advice;
 use wherry_fault::{FaultService, Way};
 use wherry_memory::{Block, BlockId, GRANULE, MemoryError, PageSize, Ram};
+use wherry_state::{Piece, StateStream};
+use wherry_stream::message::UnitState;
 use wherry_stream::{Channel, Extent, ExtentKind, FrameReader, IoRange};
 
 use crate::dirty::Known;
@@ -28,14 +30,17 @@ pub(crate) struct Place {
     known: Vec<Known>,
     pub(crate) normal: AtomicU64,
     pub(crate) zero: AtomicU64,
+    /// Units whose state comes in streams.
+    streams: Vec<Arc<dyn StateStream>>,
     /// The guest runs, or is about to: a page is claimed before it is touched.
     faults: OnceLock<Arc<FaultService>>,
 }
 
 impl Place {
-    pub(crate) fn new(ram: Arc<Ram>) -> Self {
+    pub(crate) fn new(ram: Arc<Ram>, streams: Vec<Arc<dyn StateStream>>) -> Self {
         let known = ram.blocks().iter().map(|b| Known::new(b.pages())).collect();
-        Self { ram, known, normal: AtomicU64::new(0), zero: AtomicU64::new(0), faults: OnceLock::new() }
+        let (normal, zero) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { ram, known, normal, zero, streams, faults: OnceLock::new() }
     }
 
     /// From now on the guest may touch its memory.
@@ -46,6 +51,27 @@ impl Place {
 
     pub(crate) fn is_following(&self) -> bool {
         self.faults.get().is_some()
+    }
+
+    /// Gives a piece of state to its unit.
+    pub(crate) fn take_state(&self, state: UnitState) -> Result<(), Cause> {
+        let of = |stream: &&Arc<dyn StateStream>| {
+            let id = stream.id();
+            (&id.name, id.instance) == (&state.unit, state.instance)
+        };
+        let Some(stream) = self.streams.iter().find(of) else {
+            let unit: String = state.unit.chars().take(100).collect();
+            let what = format!("a piece of state of unit {unit:?}[{}], which has no stream here", state.instance);
+            return Err(Cause::Protocol { peer: "source", what });
+        };
+        let piece = Piece { offset: state.offset, bytes: state.bytes };
+        stream.write(piece).map_err(|source| Cause::unit(&**stream, source))
+    }
+
+    /// Waits until the units have taken what came.
+    pub(crate) fn flush_state(&self) -> Result<(), Cause> {
+        let flush = |stream: &Arc<dyn StateStream>| stream.flush().map_err(|source| Cause::unit(&**stream, source));
+        self.streams.iter().try_for_each(flush)
     }
 
     /// Takes the content of a pages frame from the channel into memory.
@@ -283,7 +309,7 @@ mod tests {
         ];
         for (extents, pages_sent) in frames {
             let faults = FaultService::new(ram.clone()).unwrap();
-            let place = Place::new(ram.clone());
+            let place = Place::new(ram.clone(), vec![]);
             place.follow(faults.clone());
             let (near, far) = UnixStream::pair().unwrap();
             let deadline = std::time::Instant::now() + Duration::from_secs(5);

@@ -77,10 +77,9 @@ impl Destination<'_> {
 
     /// A data channel that ends may only be the first sign of a source that says why on the control channel.
     pub(super) fn explain(&mut self, cause: Cause) -> Cause {
-        let Ok(control) = self.host.control() else { return cause };
-        match control.next("say why a data channel ended", Duration::from_millis(200), Duration::ZERO) {
-            Err(said @ (Cause::Peer { .. } | Cause::Cancelled)) => said,
-            _ => cause,
+        match self.host.control() {
+            Ok(control) => control.explain(cause),
+            Err(_) => cause,
         }
     }
 }

@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use wherry_stream::message::Body;
 use wherry_stream::{Ack, Channel, ChannelStats, Closer, Frame, Meter};
 
 use super::place::Place;
@@ -200,7 +201,7 @@ fn work(shared: &Shared, slot: &Slot, mut channel: Channel) {
                 *lock(&slot.stats) = channel.reader.stats();
                 // Told before it is acknowledged: whoever hears what the source does next has the news, too.
                 tell(News::Round(round));
-                if let Err(cause) = acknowledge(&mut channel, round) {
+                if let Err(cause) = shared.place.flush_state().and_then(|()| acknowledge(&mut channel, round)) {
                     return tell(News::Failed(cause));
                 }
             }
@@ -243,6 +244,11 @@ pub(crate) fn receive_round(place: &Place, channel: &mut Channel) -> Result<u32,
         match channel.reader.read_frame().map_err(|source| Cause::Stream { doing, source })? {
             Frame::Pages { extents, .. } => place.receive(channel, &extents)?,
             Frame::RoundEnd(end) => return Ok(end.round),
+            Frame::Message { body, .. } if matches!(*body, Body::UnitState(_)) => {
+                if let Body::UnitState(state) = *body {
+                    place.take_state(state)?;
+                }
+            }
             other => {
                 let what = format!("{:?} frame on a data channel", other.kind());
                 return Err(Cause::Protocol { peer: "source", what });

@@ -18,6 +18,7 @@ mod precopy;
 mod round;
 mod senders;
 mod setup;
+mod streams;
 mod switchover;
 mod window;
 
@@ -25,6 +26,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wherry_memory::{FreePages, GRANULE};
+use wherry_state::StateStream;
+use wherry_stream::message::UnitTime;
 use wherry_stream::{Channel, Endpoint};
 
 use self::host::Host;
@@ -41,8 +44,8 @@ use crate::journey::{EventKind, Journey};
 use crate::machine::Machine;
 use crate::options::SourceOptions;
 use crate::ownership::{SourceDriver, SourceInput, SourceState, Word};
-use crate::predict::{Convergence, Predictor};
-use crate::progress::{Blackout, Job, Phase};
+use crate::predict::{Convergence, Predictor, us};
+use crate::progress::{Blackout, Device, Job, Phase};
 use crate::records::Claim;
 
 /// Moves `machine` to the destination that listens at `to`, and returns when it runs there, or is known not to.
@@ -74,6 +77,10 @@ pub fn send(
         };
         phase = match next {
             Ok(next) => next,
+            Err(cause @ Cause::Stream { .. }) if matches!(phase, Phase::Precopy | Phase::Switchover) => {
+                let cause = source.explain(cause);
+                return Err(source.fail(cause));
+            }
             Err(cause) => return Err(source.fail(cause)),
         };
     }
@@ -104,6 +111,8 @@ struct Running {
     collected: Instant,
     started: Instant,
     rounds: u32,
+    /// Of these, made only because a unit had more state to give.
+    grown: u32,
     surprises: u32,
 }
 
@@ -117,6 +126,9 @@ struct Source {
     owner: Option<SourceDriver>,
     running: Option<Running>,
     blackout: Blackout,
+    /// What units with streams took of it there: loading and starting.
+    loads: Vec<UnitTime>,
+    starts: Vec<UnitTime>,
     /// When the first sharer was told to stop.
     stopped_at: Option<Instant>,
     /// Why the VM ended at the destination before all of its memory was there.
@@ -144,6 +156,8 @@ impl Source {
             owner: None,
             running: None,
             blackout: Blackout::default(),
+            loads: vec![],
+            starts: vec![],
             stopped_at: None,
             ended: None,
         }
@@ -155,14 +169,25 @@ impl Source {
         self.running = None;
         let blackout = self.blackout;
         let ended = self.ended.take();
+        let devices = self.devices();
         self.journey.tell(EventKind::Phase, |job| {
             job.blackout = Some(blackout);
+            job.devices = devices;
             job.downtime_us = blackout.total_us;
             job.error = ended.map(|why| format!("the VM has ended there before all of its memory had followed: {why}"));
             job.memory_remaining = 0;
             job.data_remaining = 0;
         });
         self.journey.job()
+    }
+
+    /// A data channel that ends may only be the first sign of a destination that says why on the control channel.
+    fn explain(&mut self, cause: Cause) -> Cause {
+        let undecided = !matches!(self.state(), Some(SourceState::RunRecorded | SourceState::InDoubt));
+        match &mut self.host.control {
+            Some(control) if undecided && !control.broken => control.explain(cause),
+            _ => cause,
+        }
     }
 
     /// Ends a journey that failed: the VM runs on here, unless that cannot be.
@@ -197,6 +222,8 @@ impl Source {
         // Threads and dirty logs go while the guest runs. Pages of a failed round need not be given back to anyone: the
         // next journey starts from all that is allocated.
         self.running = None;
+        // Nobody reads a stream any more.
+        self.machine.streams().iter().for_each(|stream| stream.end());
         if let Some(undo) = self.host.resume_error.take() {
             return self.end(Phase::Failed, JourneyError::Stuck { cause: cause.into(), undo });
         }
@@ -215,6 +242,27 @@ impl Source {
             job.error = Some(error.to_string());
         });
         error
+    }
+
+    /// What each unit with a stream took of the blackout.
+    fn devices(&self) -> Vec<Device> {
+        let device = |stream: &Arc<dyn StateStream>| {
+            let (id, times) = (stream.id(), stream.times());
+            let there = |all: &[UnitTime]| {
+                all.iter().find(|t| (&t.unit, t.instance) == (&id.name, id.instance)).map_or(0, |t| t.us)
+            };
+            Device {
+                name: stream.name(),
+                unit: id.to_string(),
+                stop_us: us(times.stop),
+                save_us: us(times.save),
+                load_us: there(&self.loads),
+                start_us: there(&self.starts),
+                early_bytes: times.early,
+                bytes: times.bytes,
+            }
+        };
+        self.machine.streams().iter().map(device).collect()
     }
 
     /// Since the stop, in microseconds.

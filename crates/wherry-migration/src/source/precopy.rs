@@ -18,6 +18,8 @@ use crate::testpoint::{Point, reach};
 
 /// A round of so many pages is sent by this thread over one channel: waking others takes longer than sending it.
 pub(super) const ALONE_PAGES: u64 = 512;
+/// So many rounds are made only because units have more state to give while the guest runs: there may be no end of it.
+const GROWN: u32 = 16;
 /// How often subscribers hear of progress.
 const PROGRESS: Duration = Duration::from_millis(100);
 
@@ -50,6 +52,9 @@ impl Source {
             running.tracker.collect(&mut running.pending)?;
             if let Some(left) = &left {
                 running.pending.union(left);
+            }
+            if let Some(streams) = &round.streams {
+                running.predictor.states = streams.outlook(running.predictor.bandwidth);
             }
             let dirty = running.pending.pages();
             let dirty_rate = (dirty as f64 / since.as_secs_f64().max(1e-6)) as u64;
@@ -94,7 +99,10 @@ impl Source {
                 self.options.auto_converge && !can_follow,
             );
             if verdict == Verdict::Stop && left.is_none() {
-                return Ok(Phase::Switchover);
+                if !running.predictor.states.more || running.grown == GROWN {
+                    return Ok(Phase::Switchover);
+                }
+                running.grown += 1;
             }
             let late = Instant::now() > late;
             let dirtied = (dirty_rate * GRANULE) as f64;
@@ -148,7 +156,9 @@ impl Running {
         cut: Cut,
     ) -> Result<(Arc<Round>, u64, Option<Dirty>), Cause> {
         journey.update(|job| job.memory_iteration = self.rounds);
-        let (round, sent, left) = if set.pages() <= ALONE_PAGES {
+        // A device may take its time, and the destination must hear from us meanwhile.
+        let waits_for_nobody = self.shared.machine.streams().is_empty();
+        let (round, sent, left) = if set.pages() <= ALONE_PAGES && waits_for_nobody {
             let before = self.senders.wire_bytes();
             let round = Arc::new(Round::new(&self.shared, self.rounds, set, true).without(self.free.take()));
             let mut channel = self.senders.channel(0);
@@ -180,7 +190,7 @@ impl Running {
     ) -> Result<(Arc<Round>, u64, Option<Dirty>), Cause> {
         let before = self.senders.wire_bytes();
         let pages = set.pages();
-        let round = Round::new(&self.shared, self.rounds, set, cut.is_some());
+        let round = Round::new(&self.shared, self.rounds, set, cut.is_some()).with_streams(&self.shared);
         // Those of the first round that the guest lives through.
         let round = Arc::new(round.without(self.free.take().filter(|_| cut.is_some())));
         self.senders.begin(&round, self.senders.len());

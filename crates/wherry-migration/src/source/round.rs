@@ -9,8 +9,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use wherry_memory::{Block, BlockId, FreePages, GRANULE, MemoryError, PageSet, PageSize};
+use wherry_stream::message::About;
 use wherry_stream::{Channel, Extent, ExtentKind, Frame, IoRange, MAX_EXTENTS};
 
+use super::streams::Streams;
 use crate::bandwidth::Bucket;
 use crate::dirty::{Dirty, Known, Tracker};
 use crate::error::Cause;
@@ -55,6 +57,8 @@ pub(crate) struct Round {
     /// Pages are freed when they have been handed to the kernel: for each chunk, whether that is so. Whoever reads a chunk
     /// holds its lock.
     released: Option<Vec<RwLock<bool>>>,
+    /// State of units that goes with it.
+    pub(crate) streams: Option<Streams>,
     /// In the first round: knows pages that need not go.
     free: Option<Arc<dyn FreePages>>,
     journey: Journey,
@@ -70,6 +74,8 @@ pub(crate) struct Shared {
     pub(crate) journey: Journey,
     pub(crate) bandwidth: Option<u64>,
     pub(crate) bucket: Arc<Bucket>,
+    /// Whom messages on data channels are about.
+    pub(crate) about: About,
 }
 
 impl Round {
@@ -97,11 +103,17 @@ impl Round {
             live,
             stop: AtomicBool::new(false),
             released: None,
+            streams: None,
             free: None,
             journey: shared.journey.clone(),
             bandwidth: shared.bandwidth,
             bucket: shared.bucket.clone(),
         }
+    }
+
+    /// With the state that units can give now: while the guest runs, or at rest.
+    pub(crate) fn with_streams(self, shared: &Shared) -> Self {
+        Self { streams: Some(Streams::new(&*self.machine, &shared.about, self.live)), ..self }
     }
 
     /// The first round, without the pages that the guest says it does not use.
@@ -220,6 +232,9 @@ impl Round {
     }
 
     fn send_share(&self, channel: &mut Channel, batch: &mut Batch) -> Result<(), Cause> {
+        if let Some(streams) = &self.streams {
+            streams.send(channel, &|bytes| self.hold_back(bytes, self.limit(batch)))?;
+        }
         let mut used = None;
         while let Some((index, range)) = self.next_chunk() {
             let block = &self.machine.ram().blocks()[index];
@@ -450,21 +465,25 @@ impl Round {
         if runs && !batch.urgent { self.journey.bandwidth(self.bandwidth) } else { None }
     }
 
+    /// Waits until so many bytes may go.
+    fn hold_back(&self, bytes: u64, limit: Option<u64>) -> Result<(), Cause> {
+        let mut wait = limit.map_or(Duration::ZERO, |rate| self.bucket.take(bytes, rate, Instant::now()));
+        while !wait.is_zero() {
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Cause::Cancelled);
+            }
+            let nap = wait.min(Duration::from_millis(20));
+            std::thread::sleep(nap);
+            wait -= nap;
+        }
+        Ok(())
+    }
+
     fn flush(&self, channel: &mut Channel, batch: &mut Batch) -> Result<(), Cause> {
         if batch.extents.is_empty() {
             return Ok(());
         }
-        if let Some(rate) = self.limit(batch) {
-            let mut wait = self.bucket.take(batch.bytes + 64, rate, Instant::now());
-            while !wait.is_zero() {
-                if self.stop.load(Ordering::Relaxed) {
-                    return Err(Cause::Cancelled);
-                }
-                let nap = wait.min(Duration::from_millis(20));
-                std::thread::sleep(nap);
-                wait -= nap;
-            }
-        }
+        self.hold_back(batch.bytes + 64, self.limit(batch))?;
         channel
             .writer
             .write_pages(&batch.extents, &batch.ranges)

@@ -115,6 +115,7 @@ impl Source {
             journey: self.journey.clone(),
             bandwidth: self.options.bandwidth,
             bucket: Bucket::new().into(),
+            about,
         };
         let bytes = pending.pages() * wherry_memory::GRANULE;
         let setup = begun.elapsed();
@@ -141,6 +142,7 @@ impl Source {
             collected,
             started: Instant::now(),
             rounds: 0,
+            grown: 0,
             surprises: 0,
         });
         reach(&self.journey, Point::SourceTracking);

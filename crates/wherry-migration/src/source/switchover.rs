@@ -25,6 +25,8 @@ use crate::verify;
 
 /// The last pages go over one channel, from this thread, if there are no more of them than this is predicted to be.
 const NARROW_PAGES: u64 = 1024;
+/// And no more state of units.
+const NARROW_STATE: u64 = 4 << 20;
 /// How long to look for an answer again and again before sleeping: longer than any answer should take.
 pub(super) const SPIN: Duration = Duration::from_millis(20);
 /// More pages than twice the prediction are no surprise below this.
@@ -44,7 +46,8 @@ impl Source {
         let predicted = running.pending.pages();
         let follow = running.follow;
         // What goes before a switch that memory follows is a handful of pages.
-        let narrow = predicted <= NARROW_PAGES || follow;
+        let few = predicted <= NARROW_PAGES && running.predictor.states.bytes <= NARROW_STATE;
+        let narrow = few || follow;
 
         let _urgent = Urgent::new();
         let draining = Instant::now();
@@ -140,6 +143,7 @@ impl Source {
         let load = if self.options.verify { timeouts.load * 4 } else { timeouts.load };
         let ready = self.await_ready(load)?;
         self.blackout.load_us = ready.load_us;
+        self.loads = ready.units;
         reach(&self.journey, Point::SourceReady);
         // A link that is known to be gone need not become a doubt.
         let control = self.host.control()?;
@@ -294,6 +298,7 @@ impl Source {
         self.hear(Word::Running);
         let b = &mut self.blackout;
         b.start_us = running.start_us.min(total);
+        self.starts = running.units;
         b.total_us = total;
         let known = b.stop_us + b.last_pages_us + b.state_us + b.load_us + b.start_us;
         b.network_us = total.saturating_sub(known);
@@ -309,9 +314,10 @@ impl Source {
 
     /// The blackout is over, the journey is not.
     fn blackout_over(&self) {
-        let blackout = self.blackout;
+        let (blackout, devices) = (self.blackout, self.devices());
         self.journey.update(|job| {
             job.blackout = Some(blackout);
+            job.devices = devices;
             job.downtime_us = blackout.total_us;
         });
     }
@@ -325,7 +331,7 @@ impl Running {
     /// Sends the last pages over channel 0 from this thread. Nobody waits for an acknowledgement: `Ready` is one.
     fn send_last_alone(&mut self, last: Dirty) -> Result<(u64, u64, u64), Cause> {
         let before = self.senders.wire_bytes();
-        let round = Round::new(&self.shared, self.rounds, last, false);
+        let round = Round::new(&self.shared, self.rounds, last, false).with_streams(&self.shared);
         round.send(&mut self.senders.channel(0))?;
         Ok((round.normal(), round.zero(), self.senders.wire_bytes() - before))
     }

@@ -6,6 +6,7 @@
 
 pub mod proxy;
 mod sources;
+mod stream;
 mod world;
 
 use std::collections::BTreeSet;
@@ -22,10 +23,12 @@ use wherry_migration::machine::{
     BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, VcpuThread, Wants,
 };
 use wherry_migration::testpoint::Point;
-use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId, Units};
+use wherry_state::{Saved, SavedState, Section, StateStream, StateUnit, UnitError, UnitId, Units};
 
 #[allow(unused_imports, reason = "each test binary uses a part of it")]
 pub use sources::{FakeFree, FakeLog};
+#[allow(unused_imports, reason = "each test binary uses a part of it")]
+pub use stream::FakeStream;
 #[allow(unused_imports, reason = "each test binary uses a part of it")]
 pub use world::{Received, Sent, Wire, World, short};
 
@@ -278,6 +281,9 @@ pub struct FakeMachine {
     ram: Arc<Ram>,
     units: Units,
     sources: Vec<Arc<dyn DirtySource>>,
+    pub streams: [Arc<FakeStream>; 3],
+    /// Units have streams: always where it arrives, elsewhere if a test says so.
+    pub has_streams: AtomicBool,
     pub log: Arc<FakeLog>,
     pub free: Arc<FakeFree>,
     pub cpu: Arc<Cpu>,
@@ -334,6 +340,8 @@ impl FakeMachine {
             ram,
             units,
             sources,
+            has_streams: AtomicBool::new(false),
+            streams: [0, 1, 2].map(|n| FakeStream::new(cpu.clone(), n)),
             log,
             free: Arc::default(),
             cpu,
@@ -434,6 +442,10 @@ impl Machine for FakeMachine {
     fn units(&self) -> &Units {
         &self.units
     }
+    fn streams(&self) -> Vec<Arc<dyn StateStream>> {
+        let streams = self.streams.iter().filter(|_| self.has_streams.load(Ordering::SeqCst));
+        streams.map(|stream| stream.clone() as Arc<dyn StateStream>).collect()
+    }
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
         &self.sources
     }
@@ -508,6 +520,7 @@ impl Builder for FakeBuilder {
             None => Err("not asked for".into()),
         };
         let machine = FakeMachine::build(d.vm.clone().try_into().unwrap(), &specs, self.script.clone(), faults);
+        machine.has_streams.store(true, Ordering::SeqCst);
         *self.built.lock().unwrap() = Some(machine.clone());
         Ok(machine)
     }

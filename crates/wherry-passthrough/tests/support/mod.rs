@@ -38,6 +38,9 @@ pub struct Script {
     pub state: Option<State>,
     pub data: Vec<u8>,
     pub given: usize,
+    /// Of its state, what it gives while it runs.
+    pub early: usize,
+    pub estimate: Option<u64>,
     pub loaded: Vec<u8>,
     pub gone: bool,
     pub endless: bool,
@@ -250,7 +253,9 @@ impl Owner for FakeOwner {
     }
 
     fn reset(&self) -> Result<(), OwnerError> {
-        drop(self.asked("reset".into())?);
+        let mut script = self.asked("reset".into())?;
+        script.state = Some(State::Running);
+        script.loaded.clear();
         Ok(())
     }
 
@@ -259,7 +264,13 @@ impl Owner for FakeOwner {
     }
 
     fn set_state(&self, state: State) -> Result<(), OwnerError> {
-        self.asked(format!("{state:?}"))?.state = Some(state);
+        let mut script = self.asked(format!("{state:?}"))?;
+        // A stream that was left is begun anew.
+        if matches!(state, State::PreCopy | State::Running) {
+            script.given = 0;
+        }
+        script.state = Some(state);
+        drop(script);
         if let (State::StopCopy, Some(meeting)) = (state, &self.meeting) {
             meeting.wait();
         }
@@ -280,7 +291,8 @@ impl Owner for FakeOwner {
         if script.endless {
             return Ok(vec![1]);
         }
-        let piece = script.data[script.given..].iter().take(most).copied().collect::<Vec<_>>();
+        let end = if script.state == Some(State::PreCopy) { script.early } else { script.data.len() };
+        let piece = script.data[script.given..end].iter().take(most).copied().collect::<Vec<_>>();
         script.given += piece.len();
         Ok(piece)
     }
@@ -295,7 +307,7 @@ impl Owner for FakeOwner {
     }
 
     fn estimate(&self) -> Result<Option<u64>, OwnerError> {
-        Ok(None)
+        Ok(self.script().estimate)
     }
 
     fn start_log(&self, ranges: &[(u64, u64)]) -> Result<u64, OwnerError> {

@@ -12,7 +12,7 @@ use wherry_guest::report;
 use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, GuestMemory};
 use wherry_passthrough::{Crew, PassthroughParts};
-use wherry_state::StateUnit;
+use wherry_state::{StateStream, StateUnit};
 use wherry_virtio::PciParts;
 use wherry_virtio::balloon::Balloon;
 
@@ -141,6 +141,11 @@ impl Devices {
     /// What devices in other processes write.
     pub(super) fn logs(&self) -> &[Arc<dyn DirtySource>] {
         self.pci_devices.logs()
+    }
+
+    /// Units whose state goes in streams.
+    pub(super) fn streams(&self) -> Vec<Arc<dyn StateStream>> {
+        self.pci_devices.streams()
     }
 
     /// Why the machine cannot be moved, if so.

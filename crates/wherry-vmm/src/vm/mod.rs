@@ -31,7 +31,7 @@ use prost::Message;
 use wherry_fault::FaultService;
 use wherry_memory::{BlockId, DirtySource, FreePages, GRANULE, PageSize, Ram, VmmWrites};
 use wherry_migration::machine::{Machine, MachineDescription, MachineError, VcpuThread};
-use wherry_state::{StateUnit, Units};
+use wherry_state::{StateStream, StateUnit, Units};
 
 pub(crate) use assemble::needs_scaling;
 pub use devices::DeviceConfig;
@@ -354,6 +354,10 @@ impl Machine for Vm {
 
     fn units(&self) -> &Units {
         &self.units
+    }
+
+    fn streams(&self) -> Vec<Arc<dyn StateStream>> {
+        self.devices.streams()
     }
 
     fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {

@@ -8,7 +8,7 @@ use wherry_memory::DirtySource;
 use wherry_passthrough::{
     Crew, Function, FunctionIdentity, Gathering, Owner, OwnerError, PassthroughError, PassthroughParts, VfioUser,
 };
-use wherry_state::StateUnit;
+use wherry_state::{StateStream, StateUnit};
 
 use super::VmError;
 use crate::description::DeviceDescription;
@@ -126,6 +126,11 @@ impl Functions {
     /// What they write.
     pub(super) fn logs(&self) -> impl Iterator<Item = Arc<dyn DirtySource>> + '_ {
         self.functions.iter().map(|function| function.log().clone() as Arc<dyn DirtySource>)
+    }
+
+    /// Those whose state goes in streams: all of them.
+    pub(super) fn streams(&self) -> Vec<Arc<dyn StateStream>> {
+        self.functions.iter().map(|function| function.clone() as Arc<dyn StateStream>).collect()
     }
 
     pub(super) fn units(&self) -> impl Iterator<Item = Arc<dyn StateUnit>> + '_ {

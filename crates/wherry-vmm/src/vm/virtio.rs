@@ -9,7 +9,7 @@ use wherry_fault::FaultService;
 use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, PageSize, Ram};
 use wherry_passthrough::{OwnerError, PassthroughParts};
-use wherry_state::StateUnit;
+use wherry_state::{StateStream, StateUnit};
 use wherry_virtio::balloon::Balloon;
 use wherry_virtio::blk::{Blk, Image, ImageError};
 use wherry_virtio::console::{Console, Outside, OutsideError};
@@ -384,6 +384,11 @@ impl PciDevices {
     pub(super) fn units(&self) -> impl Iterator<Item = Arc<dyn StateUnit>> + '_ {
         let virtio = self.virtio.iter().map(|function| function.clone() as Arc<dyn StateUnit>);
         virtio.chain(self.passthrough.units())
+    }
+
+    /// Units whose state goes in streams.
+    pub(super) fn streams(&self) -> Vec<Arc<dyn StateStream>> {
+        self.passthrough.streams()
     }
 
     /// Why the machine cannot be moved, if so.
