@@ -59,6 +59,10 @@ impl Device for Fake {
         vec![0; 64]
     }
 
+    fn changed(&self) -> Option<&EventFd> {
+        None
+    }
+
     fn write_config(&self, _offset: u32, _content: &[u8]) -> Result<(), String> {
         Ok(())
     }

@@ -86,6 +86,10 @@ pub trait Device: Send + Sync {
     /// Its configuration.
     fn config(&self) -> Vec<u8>;
 
+    /// Becomes readable when the configuration is another one, of itself; none if that never happens. Whoever serves the
+    /// device reads it, and tells the front end.
+    fn changed(&self) -> Option<&EventFd>;
+
     /// A driver has written its configuration.
     fn write_config(&self, offset: u32, content: &[u8]) -> Result<(), String>;
 

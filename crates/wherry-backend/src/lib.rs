@@ -15,6 +15,7 @@
 //! answer, and loses its connection where it has none; the log says why. The next one is served then. A device touches guest
 //! memory only between [`Device::serve`] and the end of [`Device::rest`].
 
+mod channel;
 mod device;
 mod error;
 mod faults;

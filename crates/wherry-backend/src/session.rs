@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::BackendError;
+use crate::channel::Channel;
 use crate::device::{Device, Driver, RingGiven};
 use crate::faults::Postcopy;
 use crate::inflight::Parts;
@@ -30,6 +31,7 @@ mod protocol {
     pub(super) const LOG_SHMFD: u64 = 1 << 1;
     pub(super) const RARP: u64 = 1 << 2;
     pub(super) const REPLY_ACK: u64 = 1 << 3;
+    pub(super) const BACKEND_REQ: u64 = 1 << 5;
     pub(super) const PAGEFAULT: u64 = 1 << 8;
     pub(super) const CONFIG: u64 = 1 << 9;
     pub(super) const INFLIGHT_SHMFD: u64 = 1 << 12;
@@ -40,6 +42,7 @@ mod protocol {
         | LOG_SHMFD
         | RARP
         | REPLY_ACK
+        | BACKEND_REQ
         | PAGEFAULT
         | CONFIG
         | INFLIGHT_SHMFD
@@ -91,6 +94,8 @@ pub(crate) struct Session<'a> {
     postcopy: Option<Postcopy>,
     /// Where a state comes from.
     state: Option<OwnedFd>,
+    /// Where the front end hears requests of ours.
+    channel: Option<Channel>,
     /// The device serves rings.
     serves: bool,
 }
@@ -110,6 +115,7 @@ impl<'a> Session<'a> {
             in_flight: None,
             postcopy: None,
             state: None,
+            channel: None,
             serves: false,
         }
     }
@@ -138,7 +144,13 @@ impl<'a> Session<'a> {
         let silent = |ring: &&mut Ring| !ring.rung && (ring.enabled || self.features & PROTOCOL_FEATURES == 0);
         let mut silent: Vec<_> = self.rings.iter_mut().filter(silent).collect();
         let bells: Vec<_> = silent.iter().map(|ring| ring.kick.clone()).collect();
-        match self.connection.wait(&bells)? {
+        match self.connection.wait(&bells, self.device.changed())? {
+            Event::Changed => {
+                if let Some(channel) = self.channel.as_ref().filter(|_| self.has(protocol::CONFIG)) {
+                    channel.config_changed();
+                }
+                Ok(true)
+            }
             Event::Rung(bells) => {
                 bells.into_iter().for_each(|bell| silent[bell].rung = true);
                 self.again().map_err(|reason| BackendError::Refused { request: "a ring".into(), reason })?;
@@ -250,6 +262,7 @@ impl<'a> Session<'a> {
                 let [a, b, c, d, e, f, _, _] = address.to_ne_bytes();
                 self.device.announce([a, b, c, d, e, f])?;
             }
+            Request::SetBackendReqFd => self.channel = Some(Channel::adopt(message.descriptor()?)?),
             Request::GetConfig => return self.config(&message),
             Request::SetConfig => {
                 let (offset, content) = configuration(&message)?;

@@ -71,6 +71,7 @@ requests! {
     GetQueueNum = 17,
     SetVringEnable = 18,
     SendRarp = 19,
+    SetBackendReqFd = 21,
     GetConfig = 24,
     SetConfig = 25,
     PostcopyAdvise = 28,
@@ -130,6 +131,8 @@ pub(crate) enum Event {
     Message,
     /// These of the bells were rung; nothing was read of them.
     Rung(Vec<usize>),
+    /// The device has said that its configuration is another one.
+    Changed,
 }
 
 /// A connection to a front end.
@@ -145,8 +148,12 @@ impl<'a> Connection<'a> {
         Ok(Self { stream, quit })
     }
 
-    /// Waits for a message or for bells.
-    pub(crate) fn wait(&self, bells: &[Option<Arc<EventFd>>]) -> Result<Event, BackendError> {
+    /// Waits for a message, for a change of the configuration if there may be one, or for bells.
+    pub(crate) fn wait(
+        &self,
+        bells: &[Option<Arc<EventFd>>],
+        changed: Option<&EventFd>,
+    ) -> Result<Event, BackendError> {
         loop {
             let mut events = vec![
                 PollFd::new(&self.stream, PollFlags::IN),
@@ -154,6 +161,7 @@ impl<'a> Connection<'a> {
             ];
             let there = || bells.iter().enumerate().filter_map(|(n, bell)| Some((n, bell.as_deref()?)));
             events.extend(there().map(|(_, bell)| PollFd::from_borrowed_fd(borrow(bell), PollFlags::IN)));
+            events.extend(changed.map(|changed| PollFd::from_borrowed_fd(borrow(changed), PollFlags::IN)));
             match poll(&mut events, None) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
@@ -161,6 +169,12 @@ impl<'a> Connection<'a> {
             }
             if events[..2].iter().any(|event| !event.revents().is_empty()) {
                 return Ok(Event::Message);
+            }
+            if let (Some(changed), Some(event)) = (changed, events.last())
+                && !event.revents().is_empty()
+            {
+                let _ = changed.read();
+                return Ok(Event::Changed);
             }
             let rung = there().zip(&events[2..]).filter(|(_, event)| !event.revents().is_empty());
             return Ok(Event::Rung(rung.map(|((n, _), _)| n).collect()));

@@ -7,7 +7,9 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use support::{Running, event, fd, lend, memfd, pair, start_ring, table, until, words};
 use vm_memory::{Bytes, GuestAddress};
@@ -169,6 +171,36 @@ fn there_is_room_for_as_many_regions_as_is_said_and_only_for_such_as_can_be_mapp
     assert!(!client.order(38, &words(&[0, 0, 4096, USER + MIB, 0]), &[]), "one that is mixed of two");
     assert!(client.order(38, &slot(7), &[]));
     assert!(client.order(37, &slot(room), &fd(&memory)), "there is room again");
+}
+
+#[test]
+fn a_configuration_that_changes_of_itself_is_told_by_the_channel_for_requests() {
+    let running = Running::new();
+    let client = running.client();
+    client.agree();
+    // Nobody hears of it, and it is no trouble.
+    running.device.changed.0.write(1).unwrap();
+    until("a change to be taken note of", || running.device.changed.0.read().is_err());
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    assert!(!client.order(21, &[], &[lend(&event())]), "an eventfd is no socket");
+    let datagrams = UnixDatagram::unbound().unwrap();
+    assert!(!client.order(21, &[], &[datagrams.as_fd()]), "datagrams");
+    assert!(!client.order(21, &[], &[theirs.as_fd(), theirs.as_fd()]), "two of them");
+    assert!(client.order(21, &[], &[theirs.as_fd()]));
+    drop(theirs);
+    ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    for _ in 0..2 {
+        running.device.changed.0.write(1).unwrap();
+        let mut message = [0; 12];
+        { &ours }.read_exact(&mut message).unwrap();
+        let words: Vec<u8> = [2u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
+        assert_eq!(message[..], words[..]);
+    }
+    // Whoever does not hear it any more is served on.
+    drop(ours);
+    running.device.changed.0.write(1).unwrap();
+    let (features, _) = client.ask(1, &[], &[]);
+    assert_eq!(features.len(), 8);
 }
 
 #[test]

@@ -20,6 +20,7 @@ use serde_json::Value;
 use support::disk::Memory;
 use support::{Place, kvm, wait_for};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 use wherry_backend::{Device, Driver, RingGiven, Server};
 use wherry_memory::GuestMemory;
 use wherry_virtio::Device as _;
@@ -75,6 +76,10 @@ impl Device for Traitor {
         let mut config = vec![0; 256];
         self.disk.read_config(0, &mut config);
         config
+    }
+
+    fn changed(&self) -> Option<&EventFd> {
+        None
     }
 
     fn write_config(&self, _offset: u32, _content: &[u8]) -> Result<(), String> {

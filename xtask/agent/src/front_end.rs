@@ -4,8 +4,9 @@
 //! This runs on the machine itself, not in an emulated one.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -19,7 +20,7 @@ const COMMAND: Duration = Duration::from_secs(120);
 
 /// Runs everything, with so many moves in each way; true if all of it held.
 pub fn run(parts: &Parts, moves: usize) -> bool {
-    let mut names: Vec<String> = ["boot", "load"].map(str::to_owned).to_vec();
+    let mut names: Vec<String> = ["boot", "load", "grows"].map(str::to_owned).to_vec();
     for (round, way) in rounds(moves) {
         names.extend([format!("{}-{round}", way.name()), format!("goes-on-{round}")]);
     }
@@ -46,6 +47,7 @@ struct Guest {
 fn scenario(checks: &mut Checks, parts: &Parts, moves: usize) -> Result<()> {
     let mut guest = checks.check("boot", || boot(parts))?;
     checks.check("load", || fio::start(&mut guest.serial))?;
+    checks.check("grows", || grows(&mut guest, parts))?;
     let mut seen: BTreeMap<&str, Vec<Moved>> = BTreeMap::new();
     for (round, way) in rounds(moves) {
         let (next, moved) = checks.check(&format!("{}-{round}", way.name()), || migrate(guest, parts, round, way))?;
@@ -79,6 +81,22 @@ fn boot(parts: &Parts) -> Result<Guest> {
     let boot_lines: usize = lines.trim().parse().with_context(|| format!("a count of lines: {lines:?}"))?;
     ensure!(boot_lines > 50, "the kernel log has {boot_lines} lines, too few to be one");
     Ok(Guest { qemu, serial, boot_lines })
+}
+
+/// The image grows, and the guest hears of it.
+fn grows(guest: &mut Guest, parts: &Parts) -> Result<()> {
+    let image = File::options().write(true).open(&parts.image).context("opening the image")?;
+    let bytes = image.metadata().context("looking at the image")?.len() + (1 << 20);
+    image.set_len(bytes).context("making the image larger")?;
+    guest.qemu.look_again()?;
+    let start = Instant::now();
+    loop {
+        let size = guest.serial.ask("cat /sys/block/vda/size", COMMAND)?;
+        if size.trim() == (bytes / 512).to_string() {
+            return Ok(());
+        }
+        ensure!(start.elapsed() < COMMAND, "waited {COMMAND:?} for a disk of {bytes} bytes; it has {size} sectors");
+    }
 }
 
 /// Moves the guest to a fresh QEMU, whose disk a fresh back end serves from the same image.

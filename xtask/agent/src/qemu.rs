@@ -187,6 +187,14 @@ impl Qemu {
         })
     }
 
+    /// Has the back end look at its image again.
+    pub fn look_again(&self) -> Result<()> {
+        let status = Command::new("kill").args(["-HUP", &self.back_end.0.id().to_string()]).status();
+        let status = status.context("cannot start kill")?;
+        ensure!(status.success(), "kill -HUP of the back end: {status}");
+        Ok(())
+    }
+
     /// Fails if the back end has ended.
     pub fn back_end_lives(&mut self) -> Result<()> {
         match self.back_end.0.try_wait()? {

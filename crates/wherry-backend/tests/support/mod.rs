@@ -40,6 +40,16 @@ pub struct Fake {
     pub busy: Mutex<bool>,
     /// It was asked to.
     pub asked: AtomicBool,
+    pub changed: Bell,
+}
+
+/// An eventfd that nobody has rung.
+pub struct Bell(pub EventFd);
+
+impl Default for Bell {
+    fn default() -> Self {
+        Self(EventFd::new(EFD_NONBLOCK).unwrap())
+    }
 }
 
 impl Fake {
@@ -77,6 +87,10 @@ impl Device for Fake {
 
     fn config(&self) -> Vec<u8> {
         (0..64).collect()
+    }
+
+    fn changed(&self) -> Option<&EventFd> {
+        Some(&self.changed.0)
     }
 
     fn write_config(&self, offset: u32, content: &[u8]) -> Result<(), String> {

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::SECTOR;
 use super::qcow2::Qcow2;
@@ -27,7 +28,7 @@ pub struct Image {
     qcow2: Option<Qcow2>,
     path: PathBuf,
     read_only: bool,
-    sectors: u64,
+    sectors: AtomicU64,
 }
 
 /// An image cannot be used.
@@ -84,7 +85,7 @@ impl Image {
         if sectors == 0 {
             return Err(ImageError::Unfit { path: path.into(), reason: "it has less than one sector of 512 bytes" });
         }
-        Ok(Self { file, qcow2, path: path.into(), read_only, sectors })
+        Ok(Self { file, qcow2, path: path.into(), read_only, sectors: sectors.into() })
     }
 
     /// Where it is.
@@ -99,7 +100,21 @@ impl Image {
 
     /// Its size in sectors of 512 bytes.
     pub fn sectors(&self) -> u64 {
-        self.sectors
+        self.sectors.load(Ordering::Acquire)
+    }
+
+    /// Looks whether the file has become larger, and is of that size from now on. True if it has. One that has become smaller
+    /// is an error, and keeps its size: a guest has data there.
+    pub fn grow(&self) -> Result<bool, ImageError> {
+        if self.qcow2.is_some() {
+            return Ok(false);
+        }
+        let error = |source| ImageError::Io { path: self.path.clone(), what: "finding its size again", source };
+        let sectors = (&self.file).seek(SeekFrom::End(0)).map_err(error)? / SECTOR;
+        if sectors < self.sectors() {
+            return Err(ImageError::Unfit { path: self.path.clone(), reason: "it has become smaller" });
+        }
+        Ok(self.sectors.swap(sectors, Ordering::AcqRel) < sectors)
     }
 
     pub(super) fn fd(&self) -> RawFd {

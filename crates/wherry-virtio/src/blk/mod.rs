@@ -65,7 +65,6 @@ impl Blk {
         let worker = Worker::spawn(format!("virtio-blk-{instance}"), requests)?;
         let mut config = [0; 60];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0x00, &image.sectors().to_le_bytes());
         put(0x0c, &SEGMENTS.to_le_bytes());
         put(0x14, &(SECTOR as u32).to_le_bytes());
         put(0x24, &RANGE_SECTORS.to_le_bytes());
@@ -104,7 +103,10 @@ impl Device for Blk {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_config(&self.config, offset, data);
+        let mut config = self.config;
+        // An image may grow.
+        config[..8].copy_from_slice(&self.image.sectors().to_le_bytes());
+        read_config(&config, offset, data);
     }
 
     fn write_config(&self, _offset: u64, _data: &[u8]) {}

@@ -3,6 +3,7 @@
 mod memory;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -25,14 +26,23 @@ pub(super) mod protocol {
     pub(in super::super) const LOG_SHMFD: u64 = 1 << 1;
     pub(in super::super) const RARP: u64 = 1 << 2;
     pub(in super::super) const REPLY_ACK: u64 = 1 << 3;
+    pub(in super::super) const BACKEND_REQ: u64 = 1 << 5;
     pub(in super::super) const PAGEFAULT: u64 = 1 << 8;
     pub(in super::super) const CONFIG: u64 = 1 << 9;
     pub(in super::super) const INFLIGHT_SHMFD: u64 = 1 << 12;
     pub(in super::super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub(in super::super) const DEVICE_STATE: u64 = 1 << 19;
     /// What is used here.
-    pub(in super::super) const WANTED: u64 =
-        MQ | LOG_SHMFD | RARP | REPLY_ACK | PAGEFAULT | CONFIG | INFLIGHT_SHMFD | CONFIGURE_MEM_SLOTS | DEVICE_STATE;
+    pub(in super::super) const WANTED: u64 = MQ
+        | LOG_SHMFD
+        | RARP
+        | REPLY_ACK
+        | BACKEND_REQ
+        | PAGEFAULT
+        | CONFIG
+        | INFLIGHT_SHMFD
+        | CONFIGURE_MEM_SLOTS
+        | DEVICE_STATE;
 }
 
 /// How long each message may take.
@@ -90,6 +100,8 @@ pub(super) struct Front {
     room: u64,
     /// What it was shown one by one.
     shown: Vec<Region>,
+    /// Where requests of its own come, until it makes no more.
+    pub(super) channel: Option<Connection>,
 }
 
 impl Front {
@@ -99,7 +111,8 @@ impl Front {
     }
 
     pub(super) fn over(connection: Connection) -> Result<Self, VhostError> {
-        let mut this = Self { connection, features: 0, protocol: 0, queues: 1, room: 0, shown: Vec::new() };
+        let mut this =
+            Self { connection, features: 0, protocol: 0, queues: 1, room: 0, shown: Vec::new(), channel: None };
         this.features = this.read(Request::GetFeatures)?;
         if this.features & PROTOCOL_FEATURES != 0 {
             this.protocol = this.read(Request::GetProtocolFeatures)? & protocol::WANTED;
@@ -113,6 +126,14 @@ impl Front {
             this.room = this.read(Request::GetMaxMemSlots)?;
         }
         this.connection.tell(Request::SetOwner, &[], &[])?;
+        if this.has(protocol::BACKEND_REQ) {
+            let what = Request::SetBackendReqFd;
+            let failed = |e: std::io::Error| this.connection.wrong(what, format!("making a socket: {e}"));
+            let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+            let channel = Connection::over(ours, this.path(), this.limit()).map_err(failed)?;
+            this.set(what, &[], &[theirs.as_fd()])?;
+            this.channel = Some(channel);
+        }
         Ok(this)
     }
 

@@ -82,7 +82,8 @@ pub struct VhostSpec {
 pub struct Backend {
     spec: VhostSpec,
     features: u64,
-    config: Vec<u8>,
+    /// As the guest sees it. The device that is made of it keeps it true.
+    config: Arc<Mutex<Vec<u8>>>,
     can_fault: bool,
     /// Taken by the device that is made of it.
     front: Mutex<Option<Front>>,
@@ -103,10 +104,10 @@ impl Backend {
             return Err(front.connection().lacks(reason));
         }
         let mut features = front.features() & !NOT_HERE;
-        let mut config = match (front.has(protocol::CONFIG), spec.id) {
-            (true, BLK) => front.config(BLK_CONFIG)?,
+        let config = match (front.has(protocol::CONFIG), spec.id) {
+            (true, BLK) => told_config(&front, spec)?,
             // It may have less than is asked for, or nothing at all.
-            (true, _) => front.config(CONFIG).unwrap_or_default(),
+            (true, _) => told_config(&front, spec).unwrap_or_default(),
             (false, BLK) => return Err(front.connection().lacks("it does not tell its configuration (CONFIG)")),
             (false, _) => Vec::new(),
         };
@@ -116,15 +117,11 @@ impl Backend {
                 features &= !NET_TOLD;
             }
         }
-        if spec.id == BLK {
-            if spec.queues == 1 {
-                features &= !(1 << VIRTIO_BLK_F_MQ);
-            }
-            if let Some(queues) = config.get_mut(BLK_QUEUES..BLK_QUEUES + 2) {
-                queues.copy_from_slice(&spec.queues.to_le_bytes());
-            }
+        if spec.id == BLK && spec.queues == 1 {
+            features &= !(1 << VIRTIO_BLK_F_MQ);
         }
         let can_fault = front.has(protocol::PAGEFAULT);
+        let config = Arc::new(Mutex::new(config));
         Ok(Self { spec: spec.clone(), features, config, can_fault, front: Mutex::new(Some(front)) })
     }
 
@@ -138,15 +135,26 @@ impl Backend {
         self.features
     }
 
-    /// The device's configuration, as the guest sees it.
-    pub fn config(&self) -> &[u8] {
-        &self.config
+    /// The device's configuration, as the guest sees it now.
+    pub fn config(&self) -> Vec<u8> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether it takes part in postcopy.
     pub fn can_fault(&self) -> bool {
         self.can_fault
     }
+}
+
+/// What it tells of the configuration, as the guest is to see it.
+fn told_config(front: &Front, spec: &VhostSpec) -> Result<Vec<u8>, VhostError> {
+    let mut config = front.config(if spec.id == BLK { BLK_CONFIG } else { CONFIG })?;
+    if spec.id == BLK
+        && let Some(queues) = config.get_mut(BLK_QUEUES..BLK_QUEUES + 2)
+    {
+        queues.copy_from_slice(&spec.queues.to_le_bytes());
+    }
+    Ok(config)
 }
 
 fn kind(id: u16) -> Kind {
@@ -180,7 +188,6 @@ pub struct VhostUser {
     id: u16,
     features: u64,
     sizes: Vec<u16>,
-    config: Mutex<Vec<u8>>,
     /// The guest has come from elsewhere, and has not been started yet.
     arrived: AtomicBool,
     log: Arc<VhostLog>,
@@ -219,7 +226,6 @@ impl VhostUser {
             id: spec.id,
             features: backend.features,
             sizes: vec![RING; spec.queues.into()],
-            config: Mutex::new(backend.config.clone()),
             arrived: AtomicBool::new(false),
             log: Arc::new(log),
         })
@@ -236,7 +242,7 @@ impl VhostUser {
     }
 
     fn config(&self) -> std::sync::MutexGuard<'_, Vec<u8>> {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+        self.worker.orders.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -267,7 +273,7 @@ impl Device for VhostUser {
         };
         there.copy_from_slice(data);
         drop(config);
-        self.worker.orders.config(offset as u32, data.to_vec());
+        self.worker.orders.write_config(offset as u32, data.to_vec());
     }
 
     fn activate(&self, activation: Activation) -> Result<(), UnitError> {

@@ -39,14 +39,17 @@ pub(super) struct Orders {
     pub(super) positions: Mutex<Vec<(u16, Position)>>,
     /// What the back end keeps itself, since it came to rest.
     pub(super) state: Mutex<Vec<u8>>,
+    /// The device's configuration, as the guest sees it. No other lock is taken under it.
+    pub(super) config: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Orders {
     /// With the other end of its orders, for the thread.
-    pub(super) fn new() -> std::io::Result<(Self, Receiver<Order>)> {
+    pub(super) fn new(config: Arc<Mutex<Vec<u8>>>) -> std::io::Result<(Self, Receiver<Order>)> {
         let (sender, orders) = channel();
         let (sender, wake) = (Mutex::new(sender), EventFd::new(EFD_NONBLOCK)?);
-        Ok((Self { sender, wake, positions: Mutex::default(), state: Mutex::default() }, orders))
+        let (positions, state) = (Mutex::default(), Mutex::default());
+        Ok((Self { sender, wake, positions, state, config }, orders))
     }
 
     pub(super) fn send(&self, order: Order) {
@@ -84,7 +87,7 @@ impl Orders {
         self.wait(|done| Order::Log(log, done), Instant::now() + RESET_LIMIT, late)
     }
 
-    pub(super) fn config(&self, offset: u32, content: Vec<u8>) {
+    pub(super) fn write_config(&self, offset: u32, content: Vec<u8>) {
         self.send(Order::Config(offset, content));
     }
 

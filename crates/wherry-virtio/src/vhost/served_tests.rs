@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_interrupt::fake::FakeRouter;
 use wherry_interrupt::{Intx, Vector, Vectors};
+use wherry_memory::DirtySource;
 
 use super::front::LOG_ALL;
-use super::tests::{honest, ram, reply, with_descriptor, with_descriptors};
+use super::tests::{honest, message, ram, reply, with_descriptor, with_descriptors};
 use super::{BLK, Backend, NET, VhostSpec, VhostUser};
 use crate::device::{Activation, Device, Driver, Interrupts, Position, RingGiven, RingSetup};
 use crate::saved::SavedTransport;
@@ -36,6 +37,8 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 struct Told {
     rung: AtomicU32,
     vector: Mutex<Option<Arc<Vector>>>,
+    /// How often its configuration changed.
+    changed: AtomicU32,
 }
 
 impl Driver for Told {
@@ -43,7 +46,9 @@ impl Driver for Told {
         self.rung.fetch_add(1, Ordering::SeqCst);
     }
 
-    fn configuration(&self) {}
+    fn configuration(&self) {
+        self.changed.fetch_add(1, Ordering::SeqCst);
+    }
 
     fn needs_reset(&self, what: &str, why: &dyn std::fmt::Display) {
         panic!("{what}: {why}");
@@ -65,6 +70,9 @@ struct Honest {
     requests: Arc<Mutex<Vec<u32>>>,
     calls: Arc<Mutex<Vec<OwnedFd>>>,
     announced: Arc<Mutex<Vec<Vec<u8>>>>,
+    /// Where it makes requests of its own, and with which number its configuration begins.
+    channel: Arc<Mutex<Option<OwnedFd>>>,
+    first: Arc<AtomicU8>,
     thread: JoinHandle<()>,
 }
 
@@ -77,6 +85,8 @@ impl Honest {
         let (requests, calls) = (Arc::<Mutex<Vec<u32>>>::default(), Arc::<Mutex<Vec<OwnedFd>>>::default());
         let announced = Arc::<Mutex<Vec<Vec<u8>>>>::default();
         let (its_requests, its_calls, its_announced) = (requests.clone(), calls.clone(), announced.clone());
+        let (channel, first) = (Arc::<Mutex<Option<OwnedFd>>>::default(), Arc::<AtomicU8>::default());
+        let (its_channel, its_first) = (channel.clone(), first.clone());
         let thread = std::thread::spawn(move || {
             let stream: UnixStream = listener.accept().unwrap().0;
             let mut kept = Vec::new();
@@ -86,6 +96,9 @@ impl Honest {
                 }
                 match request {
                     13 => its_calls.lock().unwrap().extend(fd),
+                    21 => *its_channel.lock().unwrap() = fd,
+                    // A state of no bytes: this end of its pipe is closed.
+                    42 => drop(fd),
                     _ => kept.extend(fd),
                 }
                 match request {
@@ -95,7 +108,8 @@ impl Honest {
                     }
                     24 => {
                         // Header, and a configuration that counts up.
-                        let content = (0..=u8::MAX).cycle().take(payload.len() - 12);
+                        let first = its_first.load(Ordering::SeqCst);
+                        let content = (0..=u8::MAX).cycle().skip(first.into()).take(payload.len() - 12);
                         let answer: Vec<u8> = payload[..12].iter().copied().chain(content).collect();
                         { &stream }.write_all(&reply(request, &answer)).unwrap();
                     }
@@ -105,7 +119,7 @@ impl Honest {
                 its_requests.lock().unwrap().push(request);
             }
         });
-        Self { _directory: directory, path, requests, calls, announced, thread }
+        Self { _directory: directory, path, requests, calls, announced, channel, first, thread }
     }
 
     fn asked(&self, request: u32) -> usize {
@@ -187,4 +201,57 @@ fn a_network_device_offers_nothing_that_needs_commands_and_announces_a_guest_tha
     drop(here);
     destination.thread.join().unwrap();
     assert_eq!(*destination.announced.lock().unwrap(), [[0, 1, 2, 3, 4, 5, 0, 0]], "once, its address");
+}
+
+#[test]
+fn a_configuration_that_changes_is_read_again_and_the_driver_told_but_not_while_the_device_is_at_rest() {
+    let back_end = Honest::start(0);
+    let ram = Arc::new(ram());
+    let spec = VhostSpec { socket: back_end.path.clone(), id: BLK, queues: 1 };
+    let backend = Backend::connect(&spec).unwrap();
+    let device = VhostUser::new(&backend, 0, &ram, None).unwrap();
+    let driver = Arc::<Told>::default();
+    let (kick, interrupts) = (Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), Interrupts::new(driver.clone()));
+    let position = Position::default();
+    let setup = RingSetup { size: 16, descriptors: 0x1000, available: 0x2000, used: 0x3000, position };
+    let ring = RingGiven { index: 0, setup, kick, resumes: false, in_flight: None };
+    device.activate(Activation { memory: ram.memory().clone(), features: 0, rings: vec![ring], interrupts }).unwrap();
+    until("the ring to be started", || back_end.asked(18) == 1);
+    let say = |number: u32| {
+        let channel = back_end.channel.lock().unwrap();
+        rustix::io::write(channel.as_ref().unwrap(), &message(number, 1, &[])).unwrap();
+    };
+    let first = || {
+        let mut byte = [0];
+        device.read_config(0, &mut byte);
+        byte[0]
+    };
+    let told = |times: u32| until("the driver to be told", || driver.changed.load(Ordering::SeqCst) == times);
+    assert_eq!((first(), backend.config()[0]), (0, 0));
+    back_end.first.store(7, Ordering::SeqCst);
+    say(2);
+    told(1);
+    assert_eq!((first(), backend.config()[0]), (7, 7));
+    // The same again is nothing new.
+    let read = back_end.asked(24);
+    say(2);
+    until("it to be read again", || back_end.asked(24) > read);
+
+    // At rest it is kept for later.
+    device.serving().stop(Instant::now() + LIMIT).unwrap();
+    back_end.first.store(9, Ordering::SeqCst);
+    let read = back_end.asked(24);
+    say(2);
+    let log = device.log();
+    log.start().and_then(|()| log.stop()).unwrap();
+    assert_eq!((back_end.asked(24), first()), (read, 7), "the orders that came after it were obeyed");
+    device.start();
+    told(2);
+    assert_eq!(first(), 9);
+
+    // What it may not ask for ends it: the device goes without it.
+    say(5);
+    until("the back end to be given up", || back_end.thread.is_finished());
+    drop(device);
+    back_end.thread.join().unwrap();
 }

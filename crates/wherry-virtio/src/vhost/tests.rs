@@ -100,6 +100,7 @@ fn a_back_end_that_does_not_answer_one_of_the_requests_is_given_up_at_the_deadli
         (17, "GetQueueNum"),
         (24, "GetConfig"),
         (2, "SetFeatures"),
+        (21, "SetBackendReqFd"),
         (36, "GetMaxMemSlots"),
         (37, "AddMemReg"),
         (38, "RemMemReg"),
@@ -321,6 +322,40 @@ fn memory_comes_and_goes_at_a_back_end_that_nobody_here_wrote() {
     drop(front);
     daemon.kill().unwrap();
     daemon.wait().unwrap();
+}
+
+#[test]
+fn a_back_end_may_say_that_its_configuration_has_changed_and_nothing_else() {
+    let over = |stream| Connection::over(stream, Path::new("a pair"), LIMIT).unwrap();
+    for (request, words) in [
+        (message(3, 1, &[]), "request 3 with 0 bytes"),
+        (message(0, 1, &[]), "request 0 with 0 bytes"),
+        (message(2, 1, &[0; 8]), "request 2 with 8 bytes"),
+        (message(2, 5, &[]), "request 2 with flags 0x5"),
+        (message(2, 0, &[]), "flags 0x0"),
+        ([2, 1, u32::MAX].into_iter().flat_map(u32::to_ne_bytes).collect(), "4294967295 bytes"),
+        (message(2, 1, &[])[..11].to_vec(), "no answer to a request of its own within 300ms"),
+    ] {
+        let (ours, mut its) = UnixStream::pair().unwrap();
+        its.write_all(&request).unwrap();
+        let error = over(ours).asked().unwrap_err().to_string();
+        assert!(error.contains(words) && error.contains("a pair"), "{error}");
+    }
+    let (ours, its) = UnixStream::pair().unwrap();
+    with_descriptors(&its, &message(2, 1, &[]), 1);
+    let error = over(ours).asked().unwrap_err().to_string();
+    assert!(error.contains("1 descriptors"), "{error}");
+
+    let (ours, mut its) = UnixStream::pair().unwrap();
+    let channel = over(ours);
+    its.write_all(&[message(2, 1, &[]), message(2, 9, &[])].concat()).unwrap();
+    assert!(channel.asked().unwrap() && channel.asked().unwrap());
+    // The second one asked for an answer.
+    let mut answer = [0; 20];
+    its.read_exact(&mut answer).unwrap();
+    assert_eq!(answer[..], reply(2, &[0; 8])[..]);
+    drop(its);
+    assert!(!channel.asked().unwrap(), "it makes no more requests");
 }
 
 #[test]

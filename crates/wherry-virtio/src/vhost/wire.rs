@@ -4,6 +4,7 @@
 //! A message is a header of 12 bytes (request, flags, bytes that follow) and its payload, with descriptors beside it.
 //! Numbers are those of QEMU's document "Vhost-user Protocol"; the byte order is the host's.
 
+use std::fmt::{self, Debug};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -35,6 +36,19 @@ const HEADER: usize = 12;
 /// other to read.
 const MOST_POSTED: usize = 16;
 
+/// The request of a back end that its configuration has changed, in the numbers of its own requests.
+const CONFIG_CHANGE: u32 = 2;
+
+/// A request of the back end's own, in an error.
+#[derive(Clone, Copy)]
+struct Own;
+
+impl Debug for Own {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a request of its own")
+    }
+}
+
 /// What a front end asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -55,6 +69,7 @@ pub(super) enum Request {
     GetQueueNum = 17,
     SetVringEnable = 18,
     SendRarp = 19,
+    SetBackendReqFd = 21,
     GetConfig = 24,
     SetConfig = 25,
     PostcopyAdvise = 28,
@@ -247,7 +262,7 @@ impl Connection {
         }
     }
 
-    pub(super) fn wrong(&self, what: Request, reason: impl Into<String>) -> VhostError {
+    pub(super) fn wrong(&self, what: impl Debug, reason: impl Into<String>) -> VhostError {
         VhostError::Protocol { path: self.path.clone(), what: format!("{what:?}"), reason: reason.into() }
     }
 
@@ -267,8 +282,20 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> Result<(), VhostError> {
+        self.send_numbered(what, what as u32, flags, payload, fds, deadline)
+    }
+
+    fn send_numbered(
+        &self,
+        what: impl Debug + Copy,
+        number: u32,
+        flags: u32,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<(), VhostError> {
         let mut message = Vec::with_capacity(HEADER + payload.len());
-        for word in [what as u32, flags, payload.len() as u32] {
+        for word in [number, flags, payload.len() as u32] {
             message.extend(word.to_ne_bytes());
         }
         message.extend(payload);
@@ -292,7 +319,7 @@ impl Connection {
         Ok(())
     }
 
-    fn closed(&self, what: Request) -> VhostError {
+    fn closed(&self, what: impl Debug) -> VhostError {
         VhostError::Closed { path: self.path.clone(), what: format!("{what:?}") }
     }
 
@@ -316,10 +343,35 @@ impl Connection {
         Ok(Answer { payload, descriptors })
     }
 
+    /// Takes a request of the back end's own: that the configuration of its device has changed. There is no other that it may
+    /// make. False: it makes no more.
+    pub(super) fn asked(&self) -> Result<bool, VhostError> {
+        let (what, deadline) = (Own, Instant::now() + self.limit);
+        let mut descriptors = Vec::new();
+        let mut header = [0; HEADER];
+        match self.fill(what, &mut header, &mut descriptors, deadline) {
+            Err(VhostError::Closed { .. }) => return Ok(false),
+            result => result?,
+        }
+        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let (number, flags, bytes) = (word(0), word(4), word(8));
+        if flags & 3 != VERSION || flags & REPLY != 0 {
+            return Err(self.wrong(what, format!("request {number} with flags {flags:#x}")));
+        }
+        if number != CONFIG_CHANGE || bytes != 0 || !descriptors.is_empty() {
+            let with = format!("request {number} with {bytes} bytes and {} descriptors", descriptors.len());
+            return Err(self.wrong(what, format!("{with}; it may only say that its configuration has changed")));
+        }
+        if flags & NEED_REPLY != 0 {
+            self.send_numbered(what, number, VERSION | REPLY, &0u64.to_ne_bytes(), &[], deadline)?;
+        }
+        Ok(true)
+    }
+
     /// Reads bytes, and whatever descriptors come with them.
     fn fill(
         &self,
-        what: Request,
+        what: impl Debug + Copy,
         bytes: &mut [u8],
         descriptors: &mut Vec<OwnedFd>,
         deadline: Instant,
@@ -354,7 +406,7 @@ impl Connection {
         Ok(())
     }
 
-    fn wait(&self, event: PollFlags, what: Request, deadline: Instant) -> Result<(), VhostError> {
+    fn wait(&self, event: PollFlags, what: impl Debug, deadline: Instant) -> Result<(), VhostError> {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             let (path, what) = (self.path.clone(), format!("{what:?}"));

@@ -9,9 +9,9 @@ mod lost;
 mod rest;
 
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -23,12 +23,12 @@ use wherry_memory::{GuestMemory, Ram};
 use wherry_state::UnitError;
 
 use self::lost::{FIRST_PAUSE, Missing};
-use super::VhostSpec;
 use super::front::{Front, InFlight, RingAddresses, RingStart, protocol};
 use super::log::Log;
 use super::orders::{Order, Orders, RESET_LIMIT};
 use super::postcopy;
-use super::wire::VhostError;
+use super::wire::{Connection, VhostError};
+use super::{VhostSpec, told_config};
 use crate::device::{Activation, Interrupts, Position, RingGiven};
 
 /// Between two looks whether all memory is there.
@@ -44,19 +44,18 @@ impl Worker {
     pub(super) fn spawn(
         name: String,
         spec: VhostSpec,
-        config: Vec<u8>,
+        config: Arc<Mutex<Vec<u8>>>,
         front: Front,
         ram: Arc<Ram>,
         faults: Option<Arc<FaultService>>,
     ) -> std::io::Result<Self> {
-        let (shared, orders) = Orders::new()?;
+        let (shared, orders) = Orders::new(config)?;
         let shared = Arc::new(shared);
         let its = shared.clone();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let mut thread = Thread {
                 path: front.path().into(),
                 spec,
-                config,
                 in_flight: None,
                 missing: None,
                 shared: its,
@@ -130,8 +129,6 @@ struct Active {
 struct Thread {
     path: std::path::PathBuf,
     spec: VhostSpec,
-    /// The device's configuration, as the guest sees it.
-    config: Vec<u8>,
     /// Where the back end notes what is under way.
     in_flight: Option<InFlight>,
     /// It is being looked for; the guest waits.
@@ -231,6 +228,10 @@ impl Thread {
             if let Some(front) = &self.front {
                 events.push(PollFd::new(front, PollFlags::IN));
             }
+            // At rest nothing is told to the driver.
+            let channel = self.front.as_ref().and_then(|front| front.channel.as_ref()).filter(|_| !self.held);
+            let with_front = events.len();
+            events.extend(channel.map(|channel| PollFd::new(channel, PollFlags::IN)));
             let first = events.len();
             if let Some(active) = &self.served {
                 for ring in &active.rings {
@@ -256,7 +257,7 @@ impl Thread {
             // Interrupted or not, what has happened is looked at.
             let _ = poll(&mut events, limit.as_ref());
             let is = |at: usize| events.get(at).is_some_and(|event| !event.revents().is_empty());
-            let (ordered, spoke) = (is(0), first == 2 && is(1));
+            let (ordered, spoke, asks) = (is(0), with_front == 2 && is(1), first > with_front && is(with_front));
             let rung: Vec<bool> = (0..=relays.len()).map(|n| is(first + n)).collect();
             drop(events);
             if let Some(active) = &self.served {
@@ -277,6 +278,10 @@ impl Thread {
                 let what = "it closed the connection, or spoke unasked";
                 self.lose(&what);
             }
+            if asks {
+                let result = self.hear();
+                self.judge("hearing a request of its own", result);
+            }
             self.end_postcopy();
             if self.missing.as_ref().is_some_and(|missing| Instant::now() >= missing.next) {
                 self.find();
@@ -285,6 +290,34 @@ impl Thread {
                 return;
             }
         }
+    }
+
+    /// The back end says that its configuration has changed: the driver is told, and reads it.
+    fn hear(&mut self) -> Result<(), VhostError> {
+        let Some(front) = &mut self.front else { return Ok(()) };
+        match front.channel.as_ref().map(Connection::asked).transpose()? {
+            Some(true) => {}
+            Some(false) => front.channel = None,
+            None => return Ok(()),
+        }
+        if front.channel.is_none() || !front.has(protocol::CONFIG) {
+            return Ok(());
+        }
+        let told = told_config(front, &self.spec)?;
+        {
+            let mut config = self.shared.config.lock().unwrap_or_else(PoisonError::into_inner);
+            if told == *config {
+                return Ok(());
+            }
+            *config = told;
+        }
+        // It may be part of what was saved.
+        self.saved = None;
+        tracing::info!(socket = %self.path.display(), "the configuration of a vhost-user device has changed");
+        if let Some(active) = &self.served {
+            active.interrupts.configuration();
+        }
+        Ok(())
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), VhostError> {

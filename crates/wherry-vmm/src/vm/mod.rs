@@ -339,11 +339,13 @@ impl Drop for Vm {
 
 impl Machine for Vm {
     fn description(&self) -> MachineDescription {
+        // The boot id is that of where it is now, not of where it was first started.
+        let mut vmm = VmDescription { boot_id: self.boot_id.clone(), ..self.description.clone() };
+        self.devices.backing().refresh(&mut vmm.devices);
         MachineDescription {
             vm: self.identity.to_vec(),
             name: self.name.clone(),
-            // The boot id is that of where it is now, not of where it was first started.
-            vmm: VmDescription { boot_id: self.boot_id.clone(), ..self.description.clone() }.encode_to_vec(),
+            vmm: vmm.encode_to_vec(),
             ..MachineDescription::of(&self.ram, &self.units)
         }
     }

@@ -104,7 +104,7 @@ impl Backing {
             virtio_id: backend.spec().id.into(),
             queues: backend.spec().queues.into(),
             features: backend.features(),
-            config: backend.config().to_vec(),
+            config: backend.config(),
             ..Default::default()
         });
         let console = self.console.iter().map(|outside| DeviceDescription {
@@ -122,6 +122,12 @@ impl Backing {
             .chain(balloon)
             .chain(self.owners.describe())
             .collect()
+    }
+
+    /// Has a description say what may have changed since it was made: the configuration of what other processes serve.
+    pub(super) fn refresh(&self, described: &mut [DeviceDescription]) {
+        let others = described.iter_mut().filter(|device| device.kind == VHOST_USER);
+        others.zip(&self.backends).for_each(|(device, backend)| device.config = backend.config());
     }
 
     /// What a described machine needs and this is not.
@@ -275,7 +281,7 @@ fn lacking_backend(n: usize, backend: &Backend, described: &DeviceDescription) -
     // Its size in sectors, at the beginning of its configuration.
     if *id == vhost::BLK && described.config.get(..8) != backend.config().get(..8) {
         let sectors = |config: &[u8]| config.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        let (wanted, here) = (sectors(&described.config), sectors(backend.config()));
+        let (wanted, here) = (sectors(&described.config), sectors(&backend.config()));
         reasons.push(at(format!("with {wanted} sectors, not {here}")));
     }
     reasons

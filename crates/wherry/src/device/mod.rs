@@ -34,7 +34,10 @@ pub fn device(options: &Device) -> Result<u8> {
 
 fn blk(options: &DeviceBlk) -> Result<u8> {
     let image = Arc::new(Image::open(&options.image.path, options.image.read_only)?);
-    serve(&options.socket, &Served::blk(image).context("making the disk")?)
+    let device = Arc::new(Served::blk(image).context("making the disk")?);
+    let its = device.clone();
+    hangups(move || its.look_again())?;
+    serve(&options.socket, &device)
 }
 
 fn net(options: &DeviceNet) -> Result<u8> {
@@ -57,6 +60,25 @@ fn serve(socket: &Path, device: &Served) -> Result<u8> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// Has each SIGHUP do something, rather than end the process.
+fn hangups(mut work: impl FnMut() + Send + 'static) -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = crate::runtime()?;
+    let mut hangup = {
+        let _guard = runtime.enter();
+        signal(SignalKind::hangup()).context("listening for SIGHUP")?
+    };
+    let wait = move || {
+        runtime.block_on(async {
+            while hangup.recv().await.is_some() {
+                work();
+            }
+        });
+    };
+    std::thread::Builder::new().name("hangups".into()).spawn(wait).context("starting the thread for SIGHUP")?;
+    Ok(())
 }
 
 /// Has SIGINT and SIGTERM end a server.

@@ -12,6 +12,7 @@ use prost::Message;
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE,
 };
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_backend as backend;
 use wherry_interrupt::{Intx, Vector};
 use wherry_memory::GuestMemory;
@@ -43,6 +44,7 @@ pub struct Served {
     medium: Medium,
     features: u64,
     rings: u16,
+    changed: EventFd,
 }
 
 impl Served {
@@ -50,14 +52,29 @@ impl Served {
     pub fn blk(image: Arc<Image>) -> io::Result<Self> {
         let device = Blk::new(image.clone(), 0)?;
         let features = device.features();
-        Ok(Self { device: Box::new(device), medium: Medium::Image(image), features, rings: 1 })
+        let changed = EventFd::new(EFD_NONBLOCK)?;
+        Ok(Self { device: Box::new(device), medium: Medium::Image(image), features, rings: 1, changed })
     }
 
     /// A network device.
     pub fn net(tap: Arc<Tap>, mac: [u8; 6]) -> io::Result<Self> {
         let device = Net::new(tap.clone(), mac, 0)?;
         let features = device.features() & !COMMANDS;
-        Ok(Self { device: Box::new(device), medium: Medium::Tap(tap), features, rings: 2 })
+        let changed = EventFd::new(EFD_NONBLOCK)?;
+        Ok(Self { device: Box::new(device), medium: Medium::Tap(tap), features, rings: 2, changed })
+    }
+
+    /// Looks whether a disk has grown; its front end is told then.
+    pub fn look_again(&self) {
+        let Medium::Image(image) = &self.medium else { return };
+        match image.grow() {
+            Ok(true) => {
+                tracing::info!(image = %image.path().display(), sectors = image.sectors(), "the disk has grown");
+                let _ = self.changed.write(1);
+            }
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "the disk keeps its size"),
+        }
     }
 }
 
@@ -78,6 +95,10 @@ impl backend::Device for Served {
         let mut config = vec![0; CONFIG];
         self.device.read_config(0, &mut config);
         config
+    }
+
+    fn changed(&self) -> Option<&EventFd> {
+        Some(&self.changed)
     }
 
     fn write_config(&self, offset: u32, content: &[u8]) -> Result<(), String> {
@@ -174,7 +195,7 @@ impl Driver for Front {
         self.0.ring(index);
     }
 
-    /// No device of this kind changes its configuration.
+    /// No device of this kind changes its configuration of itself; a disk that grows is told of by whoever has it grow.
     fn configuration(&self) {}
 
     fn needs_reset(&self, what: &str, why: &dyn Display) {

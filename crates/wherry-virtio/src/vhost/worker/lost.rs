@@ -49,11 +49,12 @@ impl Thread {
         let backend = Backend::connect(&self.spec)?;
         let Some(front) = backend.front.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         let Some(active) = &mut self.served else { return Ok(()) };
+        let config = self.shared.config.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let lost = active.features & !(backend.features | VERSION_1);
         if lost != 0 {
             return Err(front.connection().lacks(format!("it has not the features {lost:#x}, which its driver uses")));
         }
-        if self.spec.id == BLK && backend.config.get(..8) != self.config.get(..8) {
+        if self.spec.id == BLK && backend.config().get(..8) != config.get(..8) {
             return Err(front.connection().lacks("its disk has another size than that before"));
         }
         if !front.has(protocol::INFLIGHT_SHMFD) {
