@@ -21,6 +21,7 @@ fn main() {
         "src/params.rs",
         "src/data.rs",
         "src/disk.rs",
+        "src/hotplug.rs",
         "src/ram.rs",
         "src/testdma.rs",
     ] {

@@ -22,7 +22,7 @@
 //! | [`mmio`], [`port`], [`serial`] | device access, the probe port, text output |
 //! | [`time`] | the TSC and its frequency |
 //! | [`pci`], [`virtio`] | PCI functions, and virtio devices with their rings |
-//! | [`report`], [`params`], [`data`], [`disk`], [`ram`], [`testdma`] | shared with the host side of this crate |
+//! | [`report`], [`params`], [`data`], [`disk`], [`hotplug`], [`ram`], [`testdma`] | shared with the host side of this crate |
 //!
 //! Drivers come as modules beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
 //! [`interrupt::count`] for it from ring 3.
@@ -38,6 +38,8 @@ pub mod data;
 pub mod disk;
 pub mod fault;
 pub mod gate;
+#[path = "../src/hotplug.rs"]
+pub mod hotplug;
 pub mod interrupt;
 mod mem;
 pub mod memory;

@@ -16,6 +16,11 @@ impl Function {
         (0..32u8).map(|number| Self(number << 3)).filter(move |function| function.read(0) == id)
     }
 
+    /// Its device number.
+    pub fn device(self) -> u8 {
+        self.0 >> 3
+    }
+
     /// Reads a dword of configuration space at a multiple of 4 below 256.
     pub fn read(self, offset: u8) -> u32 {
         gate::outl(ADDRESS, 1 << 31 | u32::from(self.0) << 8 | u32::from(offset & 0xfc));

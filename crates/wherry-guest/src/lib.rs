@@ -8,12 +8,14 @@
 //! - [`params`]: what may stand on its command line
 //! - [`data`]: what its data pages hold
 //! - [`disk`]: what it writes to a disk
+//! - [`hotplug`]: the ports by which devices come and go
 //! - [`ram`]: which RAM it uses
 //! - [`testdma`]: the test device for DMA, as its driver sees it
 //! - [`snapshot`]: the report pages decoded, for programs that do not map them
 
 pub mod data;
 pub mod disk;
+pub mod hotplug;
 pub mod params;
 pub mod ram;
 pub mod report;

@@ -110,6 +110,11 @@ pub struct Params {
     pub testdma_pool: u64,
     /// `testdma_mask=on|off`: mask and unmask the vectors now and then. Default off.
     pub testdma_mask: bool,
+    /// `testdma_plug=on|off`: that device comes and goes while the guest runs: it is looked for at the ports of hot plug, taken
+    /// when it comes and let go when that is asked for. Default off: it is there, and stays.
+    pub testdma_plug: bool,
+    /// `testdma_eject=`: milliseconds that letting it go takes. Default 0.
+    pub testdma_eject: u32,
     /// `fault=`: on purpose, for tests of the failure path: `page`, `gp`, `panic` or `registers`, after the fill.
     pub fault: Option<InjectedFault>,
 }
@@ -183,6 +188,8 @@ impl Default for Params {
             testdma_buffer: 4096,
             testdma_pool: 8 << 20,
             testdma_mask: false,
+            testdma_plug: false,
+            testdma_eject: 0,
             fault: None,
         }
     }
@@ -207,7 +214,7 @@ impl core::error::Error for ParamError<'_> {}
 
 const NAMES: &str = "one of data, from, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
                      disk, disk_depth, disk_wait, testdma, testdma_interrupt, testdma_vectors, testdma_entries, testdma_buffer, \
-                     testdma_pool, testdma_mask, fault, each with '=' and a value";
+                     testdma_pool, testdma_mask, testdma_plug, testdma_eject, fault, each with '=' and a value";
 const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
 const PERCENT: &str = "a percentage from 0% to 100%";
 const NUMBER: &str = "a number";
@@ -326,6 +333,11 @@ impl Params {
             }
             "testdma_pool" => self.testdma_pool = size(value).ok_or(SIZE)?,
             "testdma_mask" => self.testdma_mask = switch(value)?,
+            "testdma_plug" => self.testdma_plug = switch(value)?,
+            "testdma_eject" => {
+                self.testdma_eject =
+                    number(value).filter(|ms| *ms <= 1 << 20).ok_or("a number of milliseconds up to 1048576")? as u32;
+            }
             "fault" => {
                 self.fault = Some(match value {
                     "page" => InjectedFault::Page,

@@ -377,8 +377,8 @@ pub struct TestdmaReport {
     pub first_found: AtomicU64,
     /// 1 while the vectors are masked.
     pub masked: AtomicU32,
-    /// 0.
-    pub testdma_pad: AtomicU32,
+    /// 1 while the device is there and driven.
+    pub plugged: AtomicU32,
 }
 
 /// Words that the host may write. The guest fills them from its parameters before any vCPU is [`Phase::Filling`].

@@ -277,6 +277,8 @@ pub struct TestdmaSnapshot {
     pub first_expected: u64,
     pub first_found: u64,
     pub masked: bool,
+    /// The device is there and driven.
+    pub plugged: bool,
 }
 
 /// Words at offsets in a page.
@@ -439,6 +441,7 @@ fn testdma(header: &Words<'_>) -> Option<TestdmaSnapshot> {
         first_expected: long(offset_of!(TestdmaReport, first_expected)),
         first_found: long(offset_of!(TestdmaReport, first_found)),
         masked: short(offset_of!(TestdmaReport, masked)) != 0,
+        plugged: short(offset_of!(TestdmaReport, plugged)) != 0,
     })
 }
 

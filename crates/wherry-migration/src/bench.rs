@@ -94,18 +94,18 @@ impl From<UnitsError> for BenchError {
 /// RAM and nothing else.
 struct Image {
     ram: Arc<Ram>,
-    units: Units,
-    sources: Vec<Arc<dyn DirtySource>>,
+    units: Arc<Units>,
+    sources: Arc<[Arc<dyn DirtySource>]>,
     description: MachineDescription,
 }
 
 impl Image {
     fn new(ram: Arc<Ram>, vm: &[u8]) -> Result<Self, UnitsError> {
-        let units = Units::new(vec![])?;
+        let units = Arc::new(Units::new(vec![])?);
         let mut description = MachineDescription::of(&ram, &units);
         description.vm = vm.to_vec();
         let sources: Vec<Arc<dyn DirtySource>> = vec![Arc::new(VmmWrites::new(ram.clone()))];
-        Ok(Self { ram, units, sources, description })
+        Ok(Self { ram, units, sources: sources.into(), description })
     }
 }
 
@@ -116,15 +116,15 @@ impl Machine for Image {
     fn ram(&self) -> &Arc<Ram> {
         &self.ram
     }
-    fn units(&self) -> &Units {
-        &self.units
+    fn units(&self) -> Arc<Units> {
+        self.units.clone()
     }
     fn streams(&self) -> Vec<Arc<dyn wherry_state::StateStream>> {
         vec![]
     }
 
-    fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
-        &self.sources
+    fn dirty_sources(&self) -> Arc<[Arc<dyn DirtySource>]> {
+        self.sources.clone()
     }
     fn free_pages(&self) -> Option<Arc<dyn FreePages>> {
         None

@@ -76,7 +76,7 @@ impl Tracker {
             free.hold();
             self.free = Some(free);
         }
-        for source in self.machine.dirty_sources() {
+        for source in self.machine.dirty_sources().iter() {
             // Counted before, so that one that failed half way is stopped too.
             self.started += 1;
             source.start()?;

@@ -86,16 +86,17 @@ pub trait Machine: Send + Sync {
     /// Its RAM.
     fn ram(&self) -> &Arc<Ram>;
 
-    /// Its state units. The engine drains, stops, saves, restores and starts through them. In a switchover it does so on a
-    /// thread whose nice value is -20 where that is allowed; threads that a unit makes in `start` would inherit it, so
-    /// make them earlier or set theirs.
-    fn units(&self) -> &Units;
+    /// Its state units; the same ones for as long as a journey lasts. The engine drains, stops, saves, restores and starts
+    /// through them. In a switchover it does so on a thread whose nice value is -20 where that is allowed; threads that a
+    /// unit makes in `start` would inherit it, so make them earlier or set theirs.
+    fn units(&self) -> Arc<Units>;
 
     /// Those of its units whose state goes in a stream, some of it while the machine runs.
     fn streams(&self) -> Vec<Arc<dyn StateStream>>;
 
-    /// Everyone who knows what was written in RAM: KVM's log, the VMM itself, devices.
-    fn dirty_sources(&self) -> &[Arc<dyn DirtySource>];
+    /// Everyone who knows what was written in RAM: KVM's log, the VMM itself, devices. The same ones for as long as a journey
+    /// lasts.
+    fn dirty_sources(&self) -> Arc<[Arc<dyn DirtySource>]>;
 
     /// Who knows which pages its guest does not use, and gives memory back, if there is one.
     fn free_pages(&self) -> Option<Arc<dyn FreePages>>;

@@ -235,6 +235,21 @@ impl Function {
         }
     }
 
+    /// Its machine lets it go: what was memory of the machine is that no more for its owner, and who comes next finds it as new.
+    /// The guest has ended with it. An owner that does not answer is left as it is: the connection ends anyway.
+    pub fn release(&self) {
+        if self.is_lost() {
+            return;
+        }
+        let released = self.interrupts.silence(&self.owner).and_then(|()| {
+            for block in self.sharer.ram().blocks() {
+                self.owner.unmap_dma(block.spec().guest_base, block.spec().size)?;
+            }
+            if self.owner.facts().resettable { self.owner.reset() } else { Ok(()) }
+        });
+        self.note("letting it go", released);
+    }
+
     fn note<T>(&self, what: &str, result: Result<T, OwnerError>) -> Option<T> {
         result.inspect_err(|error| self.report(what, error)).ok()
     }

@@ -24,6 +24,11 @@ impl Sharer {
         Self { ram, faults, source: Mutex::new(None) }
     }
 
+    /// The machine's memory.
+    pub(crate) fn ram(&self) -> &Arc<Ram> {
+        &self.ram
+    }
+
     /// Memory may follow, and some of it is missing.
     fn following(&self) -> Option<&Arc<FaultService>> {
         self.faults.as_ref().filter(|faults| faults.has_started() && !faults.is_complete())

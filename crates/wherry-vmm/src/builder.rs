@@ -92,7 +92,7 @@ impl VmBuilder {
         let name = description.name.clone();
         let made = Vm::make(&host, ram, faults, vmm, identity, name, backing);
         let vm = made.map_err(|e| one(format!("the machine as described: {e}")))?.started_by_engine();
-        let reasons = lacking_units(&description.units, vm.units());
+        let reasons = lacking_units(&description.units, &vm.units());
         if !reasons.is_empty() {
             return Err(Refusal(reasons));
         }

@@ -40,6 +40,9 @@ pub struct VmDescription {
     /// Devices beside those that every machine has, in the order of their places on the bus.
     #[prost(message, repeated, tag = "8")]
     pub devices: Vec<DeviceDescription>,
+    /// Devices of it come and go: it has the registers of hot plug, and its ACPI tables tell of them.
+    #[prost(bool, tag = "9")]
+    pub hotplug: bool,
 }
 
 /// A device. One that an older reader does not know has a state unit that it does not know either.
@@ -72,6 +75,28 @@ pub struct DeviceDescription {
     /// Of a network device: its address, 6 bytes.
     #[prost(bytes = "vec", tag = "9")]
     pub mac: Vec<u8>,
+    /// Where it is. Older writers have no such thing: each device is at the next free place.
+    #[prost(message, optional, tag = "10")]
+    pub place: Option<Place>,
+}
+
+/// Where a device of a machine is. It stays there as long as it is plugged.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Place {
+    /// Its slot: device number of PCI bus 0, 1 to 31.
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    /// Its number among the devices of its kind, which is in its name. Of a function that another process owns, it numbers its
+    /// state unit, too.
+    #[prost(uint32, tag = "2")]
+    pub instance: u32,
+}
+
+impl DeviceDescription {
+    /// What the device is called, such as `vfio-user0`.
+    pub fn name(&self) -> String {
+        format!("{}{}", self.kind, self.place.unwrap_or_default().instance)
+    }
 }
 
 /// An MSR that tells features.
@@ -101,6 +126,13 @@ impl VmDescription {
         if this.devices.len() > MAX_DEVICES {
             return Err(format!("{} devices (there is room for {MAX_DEVICES})", this.devices.len()));
         }
+        let mut taken = 1u32;
+        for Place { slot, .. } in this.devices.iter().filter_map(|device| device.place) {
+            if !(1..=MAX_DEVICES as u32).contains(&slot) || taken & 1 << slot != 0 {
+                return Err(format!("a device in slot {slot} (1 to {MAX_DEVICES} are possible, each once)"));
+            }
+            taken |= 1 << slot;
+        }
         if this.tsc_khz == 0 {
             return Err("a TSC frequency".into());
         }
@@ -125,6 +157,12 @@ mod tests {
         assert!(refused(VmDescription { cpus: 255, ..good() }).contains("255 vCPUs"));
         assert!(refused(VmDescription { cpuid: Vec::new(), ..good() }).contains("CPUID"));
         assert!(refused(VmDescription { tsc_khz: 0, ..good() }).contains("TSC"));
+        let at = |slot| DeviceDescription { place: Some(Place { slot, instance: 0 }), ..Default::default() };
+        let with = |devices| VmDescription { devices, ..good() };
+        assert!(VmDescription::from_bytes(&with(vec![at(31), at(1)]).encode_to_vec()).is_ok());
+        for impossible in [vec![at(0)], vec![at(32)], vec![at(3), at(3)]] {
+            assert!(refused(with(impossible)).contains("slot"));
+        }
         assert!(VmDescription::from_bytes(&[0xff; 5]).is_err());
         assert!(VmDescription::from_bytes(&[]).is_err());
     }

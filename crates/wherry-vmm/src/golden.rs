@@ -34,6 +34,7 @@ const UNITS: &[(&str, u32)] = &[
     ("rtc", crate::rtc::SavedRtc::SCHEMA),
     ("pci-host", SavedPciHost::SCHEMA),
     ("acpi", crate::power::SavedAcpi::SCHEMA),
+    ("pci-hotplug", crate::hotplug::SavedHotplug::SCHEMA),
     ("virtio-blk", SavedBlk::SCHEMA),
     ("virtio-net", SavedNet::SCHEMA),
     ("virtio-console", SavedConsole::SCHEMA),

@@ -3,7 +3,7 @@
 //! - [`vm`]: the machine, made from a [`config`] and driven; [`builder`] makes the one that arrives, from a
 //!   [`description`].
 //! - `vcpu`, [`cpu_model`], [`units`], `dirty_log`: KVM's side of it.
-//! - [`boot`], [`mod@line`], [`layout`], [`acpi`], [`pci`], [`power`], [`rtc`], [`serial`]: the platform the guest sees.
+//! - [`boot`], [`mod@line`], [`layout`], [`acpi`], [`pci`], [`hotplug`], [`power`], [`rtc`], [`serial`]: the platform the guest sees.
 //! - [`service`], [`api`]: where a process knows where its VM stands, and how others ask.
 
 pub mod acpi;
@@ -16,6 +16,7 @@ pub mod description;
 mod dirty_log;
 #[cfg(test)]
 mod golden;
+pub mod hotplug;
 pub mod layout;
 pub mod line;
 pub mod pci;

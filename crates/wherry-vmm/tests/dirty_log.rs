@@ -24,8 +24,8 @@ fn booted(cmdline: &str, memory: u64, cpus: u32) -> Arc<Vm> {
     vm
 }
 
-fn source<'a>(vm: &'a Vm, name: &str) -> &'a dyn DirtySource {
-    &**vm.dirty_sources().iter().find(|s| s.name() == name).unwrap()
+fn source(vm: &Vm, name: &str) -> Arc<dyn DirtySource> {
+    vm.dirty_sources().iter().find(|s| s.name() == name).unwrap().clone()
 }
 
 fn collect(source: &dyn DirtySource, block: &Block) -> PageSet {
@@ -52,20 +52,20 @@ fn a_page_written_between_reading_and_clearing_is_not_lost() {
     vm.pause().unwrap();
     log.start().unwrap();
     one_beat(&vm);
-    let all = collect(log, block);
+    let all = collect(&*log, block);
     assert!(all.contains(BEAT));
     log.rearm(block, 0..block.pages(), &all).unwrap();
-    let taken = collect(log, block);
+    let taken = collect(&*log, block);
     assert!(taken.is_empty(), "everything was cleared: {:?}", taken.runs(0..u64::MAX).collect::<Vec<_>>());
 
     one_beat(&vm);
     log.rearm(block, 0..block.pages(), &taken).unwrap();
-    assert!(collect(log, block).contains(BEAT), "clearing what was taken leaves what came later");
+    assert!(collect(&*log, block).contains(BEAT), "clearing what was taken leaves what came later");
 
     // What would happen if more were cleared than was taken: this test can fail.
     one_beat(&vm);
     log.rearm(block, 0..block.pages(), &PageSet::full(block.pages())).unwrap();
-    assert!(!collect(log, block).contains(BEAT));
+    assert!(!collect(&*log, block).contains(BEAT));
 }
 
 #[test]
@@ -75,15 +75,15 @@ fn a_page_is_reported_again_only_after_it_was_rearmed_and_written() {
     vm.pause().unwrap();
     log.start().unwrap();
     one_beat(&vm);
-    let taken = collect(log, block);
-    assert_eq!(collect(log, block), taken, "reading does not clear");
+    let taken = collect(&*log, block);
+    assert_eq!(collect(&*log, block), taken, "reading does not clear");
     let word = BEAT / 64 * 64;
     log.rearm(block, word..word + 64, &taken).unwrap();
-    let left = collect(log, block);
+    let left = collect(&*log, block);
     assert!(!left.contains(BEAT));
     assert!(taken.runs(0..u64::MAX).flatten().all(|p| left.contains(p) != (word..word + 64).contains(&p)));
     one_beat(&vm);
-    assert!(collect(log, block).contains(BEAT));
+    assert!(collect(&*log, block).contains(BEAT));
     log.stop().unwrap();
     assert!(log.collect(block, &mut PageSet::new(block.pages())).is_err(), "a log that is off does not claim silence");
 }
@@ -98,8 +98,8 @@ fn writes_of_the_vmm_are_in_its_own_source_and_not_in_kvms() {
     vmm.start().unwrap();
     let page = block.pages() - 3;
     vm.ram().memory().write_obj(1u64, GuestAddress(page * GRANULE)).unwrap();
-    assert!(!collect(kvm, block).contains(page));
-    let own = collect(vmm, block);
+    assert!(!collect(&*kvm, block).contains(page));
+    let own = collect(&*vmm, block);
     assert_eq!((own.count(), own.contains(page)), (1, true));
 }
 
@@ -169,11 +169,11 @@ fn a_log_that_is_started_twice_forgets_what_came_before() {
     let (log, block) = (source(&vm, "kvm"), &vm.ram().blocks()[0]);
     log.start().unwrap();
     one_beat(&vm);
-    assert!(collect(log, block).contains(BEAT));
+    assert!(collect(&*log, block).contains(BEAT));
     log.start().unwrap();
-    assert!(collect(log, block).is_empty());
+    assert!(collect(&*log, block).is_empty());
     one_beat(&vm);
-    assert!(collect(log, block).contains(BEAT));
+    assert!(collect(&*log, block).contains(BEAT));
     log.stop().unwrap();
     log.stop().unwrap();
 }

@@ -13,7 +13,7 @@ use wherry_netlab::Shape;
 pub use self::accel::DeviceAccel;
 pub use self::testdma::DeviceTestdma;
 pub use self::values::{DeviceSpec, identity, size};
-use self::values::{address, console, cpu_model, device, disk, link, mac, mode, net, raw_disk, serial, side};
+use self::values::{address, console, cpu_model, device, disk, link, mac, mode, net, plug, raw_disk, serial, side};
 
 /// Runs virtual machines and moves them, running, from process to process and from host to host.
 #[derive(Debug, Parser)]
@@ -59,7 +59,11 @@ pub enum Command {
     Resolve(Resolve),
     /// Show how much RAM a guest with a balloon is left with, or set it
     Balloon(Balloon),
-    /// Show where a VM and its migration stand
+    /// Plug a device into a running VM
+    DeviceAdd(DeviceAdd),
+    /// Have the guest let a device go, and take it away
+    DeviceRemove(DeviceRemove),
+    /// Show where a VM, its devices and its migration stand
     Status(Control),
     /// End a VM and its process
     Stop(Stop),
@@ -362,6 +366,31 @@ pub struct Balloon {
     /// RAM that the guest is to be left with, such as 512M; it follows in its own time
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub size: Option<u64>,
+}
+
+/// Options of `device-add`.
+#[derive(Debug, Args)]
+pub struct DeviceAdd {
+    /// Which process, and how to report.
+    #[command(flatten)]
+    pub control: Control,
+    /// A function that another process owns: vfio-user=SOCKET
+    #[arg(value_name = "KIND=SOCKET", value_parser = plug)]
+    pub device: String,
+}
+
+/// Options of `device-remove`.
+#[derive(Debug, Args)]
+pub struct DeviceRemove {
+    /// Which process, and how to report.
+    #[command(flatten)]
+    pub control: Control,
+    /// What the device is called: see `wherry status`
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// Seconds that the guest has to let it go
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub timeout: u64,
 }
 
 /// Options of `recover`.

@@ -1,4 +1,4 @@
-//! Commands that one request does: pause, resume, balloon, cancel, switch, recover, resolve, status, stop.
+//! Commands that one request does: pause, resume, balloon, device-add, device-remove, cancel, switch, recover, resolve, status, stop.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,16 +9,22 @@ use wherry_migration::Side;
 use wherry_migration::ownership::VmId;
 use wherry_migration::progress::{Job, Phase};
 use wherry_vmm::api::types::{
-    BalloonInfo, BalloonRequest, ErrorCode, RecoverRequest, ResolveRequest, StopRequest, VmInfo, VmState,
+    BalloonInfo, BalloonRequest, DeviceAddRequest, DeviceInfo, DeviceRemoveRequest, ErrorCode, RecoverRequest,
+    ResolveRequest, StopRequest, VmInfo, VmState,
 };
 
-use crate::args::{ANSWER, Balloon, Control, Recover, Resolve, Stop};
+use crate::args::{ANSWER, Balloon, Control, DeviceAdd, DeviceRemove, Recover, Resolve, Stop};
 use crate::client::{Client, ClientError};
 use crate::migrate::{End, intervene};
 use crate::{DID_NOT, HAPPENED, IN_DOUBT, records, report, runtime};
 
 /// How long a stop may take: the server gives a journey 15 s to give the VM back.
 const STOP: Duration = Duration::from_secs(20);
+/// How long plugging a device may take: its process has 5 s for each of some dozen answers, and is asked no more after the first
+/// that does not come.
+const PLUG: Duration = Duration::from_secs(60);
+/// How much longer than the guest may take, unplugging may: the process of the device is let go then.
+const LET_GO: Duration = Duration::from_secs(70);
 
 /// What `status --json` prints.
 #[derive(Serialize)]
@@ -27,6 +33,8 @@ struct Status<'a> {
     info: &'a VmInfo,
     /// The last journey; absent if there was none.
     job: Option<&'a Job>,
+    /// The devices on the PCI bus of the VM.
+    devices: &'a [DeviceInfo],
 }
 
 /// Prints a value as JSON on stdout.
@@ -74,6 +82,37 @@ pub fn balloon(options: &Balloon) -> Result<u8> {
     Ok(HAPPENED)
 }
 
+/// `wherry device-add`
+pub fn device_add(options: &DeviceAdd) -> Result<u8> {
+    let api = &options.control.api;
+    let request = DeviceAddRequest { device: options.device.clone() };
+    let device: DeviceInfo = runtime()?
+        .block_on(Client::new(api).put_json("/devices/add", &request, PLUG))
+        .with_context(|| at("plugging a device into the VM", api))?;
+    if options.control.json {
+        print_json(&device)?;
+    } else {
+        print(&format!("{} is at {}\n", device.name, device.address));
+    }
+    Ok(HAPPENED)
+}
+
+/// `wherry device-remove`
+pub fn device_remove(options: &DeviceRemove) -> Result<u8> {
+    let api = &options.control.api;
+    let request = DeviceRemoveRequest { name: options.name.clone(), timeout_s: Some(options.timeout) };
+    let limit = Duration::from_secs(options.timeout) + LET_GO;
+    let device: DeviceInfo = runtime()?
+        .block_on(Client::new(api).put_json("/devices/remove", &request, limit))
+        .with_context(|| at("unplugging a device of the VM", api))?;
+    if options.control.json {
+        print_json(&device)?;
+    } else {
+        print(&format!("{} is gone\n", device.name));
+    }
+    Ok(HAPPENED)
+}
+
 fn change(options: &Control, path: &str, doing: &'static str) -> Result<u8> {
     let info: VmInfo =
         runtime()?.block_on(Client::new(&options.api).put(path, ANSWER)).with_context(|| at(doing, &options.api))?;
@@ -92,15 +131,20 @@ fn at(doing: &str, api: &Path) -> String {
 /// `wherry status`
 pub fn status(options: &Control) -> Result<u8> {
     let client = Client::new(&options.api);
-    let (info, job): (VmInfo, Job) = runtime()?
+    let (info, job, devices): (VmInfo, Job, Vec<DeviceInfo>) = runtime()?
         .block_on(async {
-            Ok::<_, ClientError>((client.get("/vm", ANSWER).await?, client.get("/migration", ANSWER).await?))
+            let devices = match client.get("/devices", ANSWER).await {
+                // A process of an older version.
+                Err(ClientError::Refused { code: ErrorCode::NotFound, .. }) => Vec::new(),
+                devices => devices?,
+            };
+            Ok::<_, ClientError>((client.get("/vm", ANSWER).await?, client.get("/migration", ANSWER).await?, devices))
         })
         .with_context(|| at("asking for the status of the VM", &options.api))?;
     if options.json {
-        print_json(&Status { info: &info, job: (job.phase != Phase::None).then_some(&job) })?;
+        print_json(&Status { info: &info, job: (job.phase != Phase::None).then_some(&job), devices: &devices })?;
     } else {
-        print(&report::status(&info, &job));
+        print(&report::status(&info, &devices, &job));
     }
     Ok(if info.state == VmState::InDoubt || job.phase == Phase::Paused { IN_DOUBT } else { HAPPENED })
 }

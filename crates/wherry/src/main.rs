@@ -62,6 +62,8 @@ fn main() -> ExitCode {
         Command::Pause(options) => control::pause(&options),
         Command::Resume(options) => control::resume(&options),
         Command::Balloon(options) => control::balloon(&options),
+        Command::DeviceAdd(options) => control::device_add(&options),
+        Command::DeviceRemove(options) => control::device_remove(&options),
         Command::Switch(options) => control::switch(&options),
         Command::Recover(options) => control::recover(&options),
         Command::Resolve(options) => control::resolve(&options),

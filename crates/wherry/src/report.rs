@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use wherry_migration::progress::{Faults, Job, Latency, Phase, Postcopy};
-use wherry_vmm::api::types::{BalloonInfo, VmInfo};
+use wherry_vmm::api::types::{BalloonInfo, DeviceInfo, DeviceState, VmInfo};
 
 /// Bytes with a binary unit.
 pub fn bytes(n: u64) -> String {
@@ -222,7 +222,7 @@ pub fn balloon(info: &BalloonInfo) -> String {
 }
 
 /// A VM as `status` shows it.
-pub fn status(info: &VmInfo, job: &Job) -> String {
+pub fn status(info: &VmInfo, devices: &[DeviceInfo], job: &Job) -> String {
     let mut text = String::new();
     let _ = writeln!(text, "state      {}", info.state);
     if let Some(reason) = &info.reason {
@@ -236,6 +236,16 @@ pub fn status(info: &VmInfo, job: &Job) -> String {
         let _ = writeln!(text, "id         {}", vm.id);
         let _ = writeln!(text, "vCPUs      {} ({})", vm.cpus, vm.cpu_model);
         let _ = writeln!(text, "memory     {}", bytes(vm.memory));
+    }
+    for (n, device) in devices.iter().enumerate() {
+        let DeviceInfo { name, address, connected_to, .. } = device;
+        let state = match device.state {
+            DeviceState::Present => "",
+            DeviceState::Unplugging => ", the guest is asked to let it go",
+            DeviceState::Ejected => ", the guest has let it go",
+        };
+        let head = if n == 0 { "devices" } else { "" };
+        let _ = writeln!(text, "{head:<10} {name} at {address}, {connected_to}{state}");
     }
     let _ = writeln!(text, "process    {} (wherry {})", info.pid, info.version);
     if job.phase != Phase::None {

@@ -5,6 +5,9 @@
 //! what it received until its turn comes again, and is verified once more then, so that a page that was lost on a move, or written
 //! late, is found. **Stop and wait.** Each letter is verified and acknowledged; the vCPU halts in between.
 //!
+//! **Hot plug.** The device comes and goes, if that is what the parameters say. What the buffers hold stays, and is verified when the
+//! next device fills them.
+//!
 //! Memory is looked at after an interrupt alone. One that does not come within ten looks, 100 ms apart, is lost: so a jump of the
 //! clock, as a move can make it, is none.
 
@@ -14,6 +17,7 @@ use core::sync::atomic::{AtomicU64, compiler_fence, fence};
 
 use wherry_guest_kernel::fault::{self, die, header};
 use wherry_guest_kernel::memory::Allocator;
+use wherry_guest_kernel::hotplug::{DOWN, EJECT, UP};
 use wherry_guest_kernel::params::{DmaInterrupt, DmaLoad, Params};
 use wherry_guest_kernel::pci::Function;
 use wherry_guest_kernel::report::{FailureKind, TestdmaReport};
@@ -21,7 +25,7 @@ use wherry_guest_kernel::testdma::{
     COMPLETION_BYTES, DESCRIPTOR_BYTES, DESCRIPTORS, DEVICE, Form, ID, Interrupt, LETTER_BYTES, MSIX_BAR,
     REGISTERS_BAR, SCRATCH, VENDOR, VERSION, area, area_bytes, buffer_word, completions, register,
 };
-use wherry_guest_kernel::{interrupt, mmio};
+use wherry_guest_kernel::{gate, interrupt, mmio};
 
 const MSI_CAPABILITY: u8 = 0x05;
 const MSIX_CAPABILITY: u8 = 0x11;
@@ -31,12 +35,15 @@ const VECTOR: u8 = interrupt::DEVICE_VECTORS.start + 0x10;
 const LOOKS: u32 = 10;
 /// Words of the scratch page that are written and compared.
 const SCRATCH_WORDS: u64 = 16;
+/// How often the ports of hot plug are looked at in a second.
+const PORT_LOOKS: u64 = 100;
 /// How often vectors are masked and unmasked in a second.
 const TOGGLES: u64 = 200;
 
 /// The load. Set up by the first vCPU before the data set is laid out.
 pub struct Testdma {
-    function: Function,
+    /// The device, while it is there.
+    function: Option<Function>,
     registers: u64,
     kind: Interrupt,
     /// Offset of its capability, or address of its MSI-X table.
@@ -68,6 +75,12 @@ pub struct Testdma {
     next_look: u64,
     tsc_hz: u64,
     stopped: bool,
+    /// Whether it comes and goes, when the ports are looked at next, and how many ticks letting it go takes.
+    plug: bool,
+    next_ports: u64,
+    eject: u64,
+    /// When it is ejected.
+    leaves: Option<u64>,
     /// Next slot to verify at the end.
     end: u64,
 }
@@ -103,9 +116,10 @@ impl Testdma {
             DmaLoad::Wait => Form::Wait,
         };
         let fail = |what: &str| -> ! { die(0, FailureKind::Testdma, format_args!("test device for DMA: {what}")) };
-        let Some(function) = Function::find(VENDOR, DEVICE).next() else { fail("there is none on PCI bus 0") };
-        let Some(registers) = function.bar(REGISTERS_BAR) else { fail("its registers lie where nothing is mapped") };
-        function.enable();
+        let function = Function::find(VENDOR, DEVICE).next();
+        if function.is_none() && !params.testdma_plug {
+            fail("there is none on PCI bus 0");
+        }
         let kind = match params.testdma_interrupt {
             DmaInterrupt::Msix => Interrupt::Msix,
             DmaInterrupt::Msi => Interrupt::Msi,
@@ -128,8 +142,8 @@ impl Testdma {
         let pool = take(slots * buffer);
         let held = take(slots * 8);
         let mut this = Self {
-            function,
-            registers,
+            function: None,
+            registers: 0,
             kind,
             messages: 0,
             vectors: if kind == Interrupt::Intx { 1 } else { params.testdma_vectors },
@@ -155,28 +169,14 @@ impl Testdma {
             next_look: 0,
             tsc_hz,
             stopped: false,
+            plug: params.testdma_plug,
+            next_ports: 0,
+            eject: u64::from(params.testdma_eject) * (tsc_hz / 1000),
+            leaves: None,
             end: 0,
         };
-        if this.read(register::ID) != ID || this.read(register::VERSION) != VERSION {
-            fail("its registers are not those of this version");
-        }
-        this.connect().unwrap_or_else(|what| fail(what));
-        for word in 0..SCRATCH_WORDS {
-            this.write(SCRATCH + 4 * word, this.scratch_word(word));
-        }
-        for (offset, value) in [
-            (register::INTERRUPT, kind as u32),
-            (register::VECTORS, this.vectors),
-            (register::AREA, area as u32),
-            (register::AREA_HIGH, (area >> 32) as u32),
-            (register::ENTRIES, entries),
-            (register::SEED, params.seed as u32),
-            (register::SEED_HIGH, (params.seed >> 32) as u32),
-        ] {
-            this.write(offset, value);
-            if this.read(offset) != value {
-                fail("it does not take its set-up: are there so many vectors of that kind?");
-            }
+        if let Some(function) = function {
+            this.attach(function).unwrap_or_else(|what| fail(what));
         }
         let report = this.report;
         report.form.store(form as u32, Relaxed);
@@ -190,8 +190,94 @@ impl Testdma {
         Some(this)
     }
 
+    /// Sets the device up, which is as new, and so is the area.
+    fn attach(&mut self, function: Function) -> Result<(), &'static str> {
+        self.registers = function.bar(REGISTERS_BAR).ok_or("its registers lie where nothing is mapped")?;
+        function.enable();
+        if self.read(register::ID) != ID || self.read(register::VERSION) != VERSION {
+            return Err("its registers are not those of this version");
+        }
+        self.connect(function)?;
+        // SAFETY: the area is the driver's as long as the device has not begun.
+        unsafe { (self.area as *mut u8).write_bytes(0, area_bytes(self.entries) as usize) };
+        for word in 0..SCRATCH_WORDS {
+            self.write(SCRATCH + 4 * word, self.scratch_word(word));
+        }
+        for (offset, value) in [
+            (register::INTERRUPT, self.kind as u32),
+            (register::VECTORS, self.vectors),
+            (register::AREA, self.area as u32),
+            (register::AREA_HIGH, (self.area >> 32) as u32),
+            (register::ENTRIES, self.entries),
+            (register::SEED, self.seed as u32),
+            (register::SEED_HIGH, (self.seed >> 32) as u32),
+        ] {
+            self.write(offset, value);
+            if self.read(offset) != value {
+                return Err("it does not take its set-up: are there so many vectors of that kind?");
+            }
+        }
+        (self.posted, self.taken, self.untold, self.looks) = (0, 0, 0, 0);
+        (self.seen, self.cleared) = (self.interrupts(), self.interrupts());
+        (self.masked, self.stopped, self.end, self.leaves) = (false, false, 0, None);
+        self.function = Some(function);
+        self.report.masked.store(0, Relaxed);
+        self.report.plugged.store(1, Relaxed);
+        Ok(())
+    }
+
+    /// Looks whether a device has come or is to go.
+    fn look_at_ports(&mut self, now: u64) {
+        if now < self.next_ports {
+            return;
+        }
+        self.next_ports = now + self.tsc_hz / PORT_LOOKS;
+        let up = gate::inl(UP);
+        if up != 0 {
+            gate::outl(UP, up);
+        }
+        if up != 0
+            && self.function.is_none()
+            && let Some(function) = Function::find(VENDOR, DEVICE).next()
+        {
+            match self.attach(function) {
+                Ok(()) => self.begin(now),
+                Err(what) => {
+                    add(&self.report.errors, 1);
+                    self.fails(format_args!("it has come, and {what}"));
+                }
+            }
+        }
+        let down = gate::inl(DOWN);
+        if down != 0 {
+            gate::outl(DOWN, down);
+        }
+        let ours = self.function.map_or(0, |function| 1u32 << function.device());
+        if down & ours != 0 && self.leaves.is_none() {
+            self.leaves = Some(now + self.eject);
+        }
+        if down & !ours != 0 {
+            gate::outl(EJECT, down & !ours);
+        }
+    }
+
+    /// Verifies what the device has written, and ejects it.
+    fn leave(&mut self) {
+        while self.finish() {}
+        self.leaves = None;
+        self.report.plugged.store(0, Relaxed);
+        if let Some(function) = self.function.take() {
+            // It decodes nothing and writes nothing any more.
+            function.write(4, 0);
+            gate::outl(EJECT, 1u32 << function.device());
+        }
+    }
+
     /// Begins. To be called when this vCPU can take interrupts and goes to work.
     pub fn begin(&mut self, now: u64) {
+        if self.function.is_none() {
+            return;
+        }
         self.last = now;
         self.next_toggle = now;
         if self.form == Form::Ring {
@@ -211,7 +297,8 @@ impl Testdma {
 
     /// TSC at which it wants to be looked at even without an interrupt.
     pub fn next_turn(&self) -> u64 {
-        if self.masks { self.next_toggle } else { u64::MAX }
+        let toggle = if self.masks && self.function.is_some() { self.next_toggle } else { u64::MAX };
+        if self.plug { toggle.min(self.next_ports) } else { toggle }
     }
 
     fn read(&self, offset: u64) -> u32 {
@@ -244,8 +331,8 @@ impl Testdma {
     }
 
     /// Has its interrupts reach this vCPU.
-    fn connect(&mut self) -> Result<(), &'static str> {
-        let (function, apic_id) = (self.function, interrupt::local_apic_id());
+    fn connect(&mut self, function: Function) -> Result<(), &'static str> {
+        let apic_id = interrupt::local_apic_id();
         match self.kind {
             Interrupt::Msix => {
                 let at = function.capabilities(MSIX_CAPABILITY).next().ok_or("it has no MSI-X")?;
@@ -279,6 +366,7 @@ impl Testdma {
 
     /// Masks or unmasks all its vectors.
     fn set_masked(&mut self, masked: bool) {
+        let Some(function) = self.function else { return };
         self.masked = masked;
         match self.kind {
             Interrupt::Msix => {
@@ -289,11 +377,11 @@ impl Testdma {
             }
             Interrupt::Msi => {
                 let mask = if masked { (1 << self.vectors.next_power_of_two()) - 1 } else { 0 };
-                self.function.write(self.messages as u8 + 16, mask);
+                function.write(self.messages as u8 + 16, mask);
             }
             _ => {
-                let command = self.function.read(4) & 0xffff & !(1 << 10);
-                self.function.write(4, command | u32::from(masked) << 10);
+                let command = function.read(4) & 0xffff & !(1 << 10);
+                function.write(4, command | u32::from(masked) << 10);
             }
         }
         self.report.masked.store(masked.into(), Relaxed);
@@ -306,7 +394,14 @@ impl Testdma {
 
     /// Does one thing that there is to do. False if there is nothing.
     pub fn work(&mut self, now: u64) -> bool {
-        if self.stopped {
+        if self.plug {
+            self.look_at_ports(now);
+        }
+        if self.leaves.is_some_and(|at| now >= at) {
+            self.leave();
+            return true;
+        }
+        if self.stopped || self.function.is_none() {
             return false;
         }
         if self.masks && now >= self.next_toggle {
@@ -502,7 +597,8 @@ impl Testdma {
 
     /// Takes what has come, and verifies all that is held once more. To be called until it is false; between the calls `tick`.
     pub fn finish(&mut self) -> bool {
-        if !self.stopped {
+        // One whose process has died reads as ones.
+        if !self.stopped && self.function.is_some() && self.read(register::ID) == ID {
             self.stop();
             for word in 0..SCRATCH_WORDS {
                 let (expected, found) = (self.scratch_word(word), self.read(SCRATCH + 4 * word));
@@ -515,7 +611,7 @@ impl Testdma {
         if self.form != Form::Ring {
             return false;
         }
-        if self.word(area::COMPLETED).load(SeqCst) > self.taken && self.taken < self.posted {
+        if self.word(area::COMPLETED).load(SeqCst) > self.taken && self.taken < self.posted && self.function.is_some() {
             add(&self.report.received, 1);
             self.accept();
             return true;

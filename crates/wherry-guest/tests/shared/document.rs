@@ -73,7 +73,7 @@ fn the_tables_list_every_field_with_offset_and_size() {
         2,
         fields!(TestdmaReport: present, form, interrupt, vectors, entries, buffer, received, verified, rechecked, errors,
             spurious, interrupts, lost, longest_ns, toggles, area_gpa, pool_gpa, first_sequence, first_word,
-            first_expected, first_found, masked, testdma_pad),
+            first_expected, first_found, masked, plugged),
         size_of::<TestdmaReport>(),
     );
     check(

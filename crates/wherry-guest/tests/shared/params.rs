@@ -17,7 +17,7 @@ fn every_parameter_is_understood() {
     let line = "data=512M from=3G rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
                 cpus=2 idle=halt tsc_khz=2600000 run=1500 disk=1G disk_depth=64 disk_wait=poll testdma=wait \
                 testdma_interrupt=intx testdma_vectors=16 testdma_entries=2 testdma_buffer=64K testdma_pool=1M \
-                testdma_mask=on fault=gp";
+                testdma_mask=on testdma_plug=on testdma_eject=500 fault=gp";
     let expected = Params {
         data: Some(512 << 20),
         from: 3 << 30,
@@ -43,6 +43,8 @@ fn every_parameter_is_understood() {
         testdma_buffer: 64 << 10,
         testdma_pool: 1 << 20,
         testdma_mask: true,
+        testdma_plug: true,
+        testdma_eject: 500,
         fault: Some(InjectedFault::Gp),
     };
     assert_eq!(Params::parse(line), Ok(expected));
@@ -91,6 +93,8 @@ fn words_that_are_not_parameters_are_named_with_what_would_be_right() {
         ("testdma_buffer=12", "multiple of 8"),
         ("testdma_buffer=128K", "16 to 64K"),
         ("testdma_mask=yes", "on or off"),
+        ("testdma_plug=1", "on or off"),
+        ("testdma_eject=1s", "milliseconds"),
         ("fault=all", "page, gp, panic or registers"),
     ] {
         let line = format!("seed=1 {word} cpus=1");

@@ -279,8 +279,8 @@ pub struct FakeMachine {
     description: MachineDescription,
     faults: Result<Arc<FaultService>, String>,
     ram: Arc<Ram>,
-    units: Units,
-    sources: Vec<Arc<dyn DirtySource>>,
+    units: Arc<Units>,
+    sources: Arc<[Arc<dyn DirtySource>]>,
     pub streams: [Arc<FakeStream>; 3],
     /// Units have streams: always where it arrives, elsewhere if a test says so.
     pub has_streams: AtomicBool,
@@ -322,7 +322,7 @@ impl FakeMachine {
             script: script.clone(),
         });
         let units: Vec<Arc<dyn StateUnit>> = vec![Arc::new(CpuUnit(cpu.clone())), Arc::new(Board(script.clone()))];
-        let units = Units::new(units).unwrap();
+        let units = Arc::new(Units::new(units).unwrap());
         let mut description = MachineDescription::of(&ram, &units);
         description.vm = vm.to_vec();
         description.name = "fake".into();
@@ -339,7 +339,7 @@ impl FakeMachine {
             faults,
             ram,
             units,
-            sources,
+            sources: sources.into(),
             has_streams: AtomicBool::new(false),
             streams: [0, 1, 2].map(|n| FakeStream::new(cpu.clone(), n)),
             log,
@@ -439,15 +439,15 @@ impl Machine for FakeMachine {
     fn ram(&self) -> &Arc<Ram> {
         &self.ram
     }
-    fn units(&self) -> &Units {
-        &self.units
+    fn units(&self) -> Arc<Units> {
+        self.units.clone()
     }
     fn streams(&self) -> Vec<Arc<dyn StateStream>> {
         let streams = self.streams.iter().filter(|_| self.has_streams.load(Ordering::SeqCst));
         streams.map(|stream| stream.clone() as Arc<dyn StateStream>).collect()
     }
-    fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
-        &self.sources
+    fn dirty_sources(&self) -> Arc<[Arc<dyn DirtySource>]> {
+        self.sources.clone()
     }
     fn free_pages(&self) -> Option<Arc<dyn FreePages>> {
         Some(self.free.clone())

@@ -4,7 +4,7 @@ use acpi_tables::fadt::{FADT, FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 
 use super::{OEM, OEM_REVISION, OEM_TABLE, RTC_CENTURY, SCI};
-use crate::power;
+use crate::{hotplug, power};
 
 /// There is no VGA to probe for, and no link to save power on.
 const BOOT_VGA_NOT_PRESENT: u16 = 1 << 2;
@@ -41,6 +41,9 @@ pub(super) fn fadt(facs: u64, dsdt: u64) -> FADT {
     fadt.pm_tmr_blk = u32::from(power::PM_TIMER).into();
     fadt.pm_tmr_len = 4;
     fadt.x_pm_tmr_blk = ports(power::PM_TIMER, 32, AccessSize::DwordAccess);
+    fadt.gpe0_blk = u32::from(hotplug::GPE0).into();
+    fadt.gpe0_blk_len = 2;
+    fadt.x_gpe0_blk = ports(hotplug::GPE0, 16, AccessSize::ByteAccess);
     fadt.p_lvl2_lat = NO_C2.into();
     fadt.p_lvl3_lat = NO_C3.into();
     fadt.century = RTC_CENTURY;

@@ -5,7 +5,8 @@
 //! version adds appends its AML to [`AcpiConfig::devices`] or a whole table to [`AcpiConfig::tables`].
 //!
 //! The machine is not "hardware-reduced": it has the fixed registers of [`crate::power`], because power-off, reset and
-//! the power button through them need no AML and work in every operating system.
+//! the power button through them need no AML and work in every operating system. PCI devices come and go by a general-purpose event
+//! and methods in the DSDT, on the registers of [`crate::hotplug`].
 //!
 //! References are to ACPI 6.5. The tables belong to the guest once it runs: they are RAM, and migrate as such.
 
@@ -50,6 +51,8 @@ pub struct AcpiConfig<'a> {
     pub cpus: u32,
     /// What the PCI host bridge passes on.
     pub windows: &'a PciWindows,
+    /// Slots (device numbers of bus 0) of which devices may come and go, a bit for each.
+    pub slots: u32,
     /// Further objects for the scope `\_SB` of the DSDT.
     pub devices: Vec<Box<dyn Aml>>,
     /// Further tables, complete with header and checksum.

@@ -17,7 +17,7 @@ fn ram() -> Ram {
 }
 
 fn config(windows: &PciWindows, cpus: u32) -> AcpiConfig<'_> {
-    AcpiConfig { cpus, windows, devices: vec![], tables: vec![] }
+    AcpiConfig { cpus, windows, slots: 0xffff_fff0, devices: vec![], tables: vec![] }
 }
 
 fn sum(bytes: &[u8]) -> u8 {
@@ -98,8 +98,9 @@ fn the_fadt_leads_to_the_registers_that_exist() {
     assert_eq!((number(fadt, 116 + 4, 8), fadt[128]), (0xcf9, 6), "reset register and value");
     let flags = number(fadt, 112, 4);
     assert_eq!(flags & (1 << 20 | 1 << 10 | 1 << 4), 1 << 10, "not hardware-reduced, reset, fixed power button");
+    assert_eq!((number(fadt, 80, 4), fadt[92]), (0x610, 2), "general-purpose events");
     // The 64-bit forms agree with the 32-bit ones.
-    for (old, new) in [(56, 148), (64, 172), (76, 208)] {
+    for (old, new) in [(56, 148), (64, 172), (76, 208), (80, 220)] {
         assert_eq!(number(fadt, old, 4), number(fadt, new + 4, 8));
     }
 }
@@ -108,9 +109,10 @@ fn the_fadt_leads_to_the_registers_that_exist() {
 fn the_dsdt_names_the_devices_of_the_machine() {
     let tables = Tables::of(1);
     let dsdt = tables.get("DSDT");
-    for name in ["_S5_", "PCI0", "_CRS", "_PRT", "_OSC", "COM1", "RTC_", "MBRD"] {
+    for name in ["_S5_", "PCI0", "_CRS", "_PRT", "_OSC", "COM1", "RTC_", "MBRD", "_GPE", "S04_", "S1F_"] {
         assert!(dsdt.windows(4).any(|w| w == name.as_bytes()), "{name}");
     }
+    assert!(!dsdt.windows(4).any(|w| w == b"S03_"), "a slot whose device stays");
 }
 
 #[test]
@@ -144,6 +146,9 @@ fn the_dsdt_is_good_aml() {
     let text = std::fs::read_to_string(dir.path().join("dsdt.dsl")).unwrap_or_default();
     assert!(output.status.success() && text.contains("Device (PCI0)"), "{output:?}");
     assert!(text.contains("Name (\\_S5, Package (0x04)"), "{text}");
+    for part in ["Method (_E01", "Device (S04)", "Name (_ADR, 0x001F0000)", "Notify (S1F, Arg1)", "HPEJ = 0x80000000"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
     let problems: Vec<_> = text.lines().filter(|l| l.contains("Error") || l.contains("Invalid")).collect();
     assert!(problems.is_empty(), "{problems:?}");
 }

@@ -19,8 +19,9 @@ use tokio::sync::oneshot;
 use wherry_migration::progress::{Job, Phase};
 
 use super::types::{
-    BalloonInfo, BalloonRequest, ErrorBody, ErrorCode, ErrorInfo, MigrationRequest, PhaseEvent, Ping, RecoverRequest,
-    ResolveRequest, StopRequest, VmInfo, VmState,
+    BalloonInfo, BalloonRequest, DeviceAddRequest, DeviceChange, DeviceEvent, DeviceInfo, DeviceRemoveRequest,
+    DeviceState, ErrorBody, ErrorCode, ErrorInfo, MigrationRequest, PhaseEvent, Ping, RecoverRequest, ResolveRequest,
+    StopRequest, VmInfo, VmState,
 };
 use super::{BASE, OPENAPI};
 use crate::service::{Service, ServiceError};
@@ -45,6 +46,9 @@ pub(super) fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Serv
         ("put", "/vm/stop", put(stop)),
         ("get", "/balloon", get(balloon)),
         ("put", "/balloon", put(set_balloon)),
+        ("get", "/devices", get(devices)),
+        ("put", "/devices/add", put(add_device)),
+        ("put", "/devices/remove", put(remove_device)),
         ("get", "/migration", get(job)),
         ("put", "/migration", put(migrate)),
         ("put", "/migration/cancel", put(cancel)),
@@ -278,6 +282,24 @@ async fn set_balloon(
     blocking(move || service.balloon(Some(request.size))).await.map(Json)
 }
 
+async fn devices(State(service): Shared) -> Json<Vec<DeviceInfo>> {
+    Json(service.devices())
+}
+
+async fn add_device(
+    State(service): Shared,
+    JsonBody(request): JsonBody<DeviceAddRequest>,
+) -> Result<Json<DeviceInfo>, ServiceError> {
+    blocking(move || service.plug(&request.device)).await.map(Json)
+}
+
+async fn remove_device(
+    State(service): Shared,
+    JsonBody(request): JsonBody<DeviceRemoveRequest>,
+) -> Result<Json<DeviceInfo>, ServiceError> {
+    blocking(move || service.unplug(&request)).await.map(Json)
+}
+
 async fn job(State(service): Shared) -> Json<Job> {
     let job = service.job();
     if is_over(job.phase) {
@@ -335,6 +357,7 @@ struct Told {
     phases: usize,
     rounds: usize,
     job: Option<Job>,
+    devices: Vec<DeviceInfo>,
     waiting: std::collections::VecDeque<sse::Event>,
     ended: bool,
 }
@@ -347,6 +370,7 @@ async fn events(State(service): Shared) -> Sse<impl Stream<Item = Result<sse::Ev
         phases: 0,
         rounds: 0,
         job: None,
+        devices: Vec::new(),
         waiting: Default::default(),
         ended: false,
     };
@@ -365,6 +389,25 @@ async fn events(State(service): Shared) -> Sse<impl Stream<Item = Result<sse::Ev
         }
     });
     Sse::new(stream).keep_alive(sse::KeepAlive::new().interval(Duration::from_secs(15)))
+}
+
+/// What has become of devices, those that have gone first.
+fn changes(before: &[DeviceInfo], now: &[DeviceInfo]) -> Vec<(DeviceChange, DeviceInfo)> {
+    let find = |list: &[DeviceInfo], number| list.iter().find(|device| device.number == number).cloned();
+    let gone = before.iter().filter(|device| find(now, device.number).is_none());
+    let gone = gone.map(|device| (DeviceChange::Removed, device.clone()));
+    let others = now.iter().filter_map(|device| {
+        let was = find(before, device.number).map(|was| was.state);
+        let change = match (was, device.state) {
+            (None, _) => DeviceChange::Added,
+            (Some(was), now) if was == now => return None,
+            (_, DeviceState::Present) => DeviceChange::Stays,
+            (_, DeviceState::Unplugging) => DeviceChange::Unplugging,
+            (_, DeviceState::Ejected) => DeviceChange::Ejected,
+        };
+        Some((change, device.clone()))
+    });
+    gone.chain(others).collect()
 }
 
 impl Told {
@@ -399,6 +442,11 @@ impl Told {
             self.queue("phase", &phase);
             self.state = Some(state);
         }
+        let devices = self.service.devices();
+        for (change, device) in changes(&self.devices, &devices) {
+            self.queue("device", &DeviceEvent { change, device });
+        }
+        self.devices = devices;
         if self.job.as_ref() != Some(&job) {
             self.queue("job", &job);
             if is_over(job.phase) {

@@ -117,6 +117,19 @@ fn every_type_is_described_field_by_field() {
     let told = GuestStatistics { free: Some(1), total: Some(2), ..GuestStatistics::default() };
     check_type("GuestStatistics", &told);
     check_type("StopRequest", &StopRequest { force: true });
+    let device = DeviceInfo {
+        number: 1,
+        name: "vfio-user0".into(),
+        kind: "vfio-user".into(),
+        address: "00:01.0".into(),
+        connected_to: "/s".into(),
+        state: DeviceState::Present,
+        removable: true,
+    };
+    check_type("DeviceInfo", &device);
+    check_type("DeviceEvent", &DeviceEvent { change: DeviceChange::Added, device });
+    check_type("DeviceAddRequest", &DeviceAddRequest { device: "vfio-user=/s".into() });
+    check_type("DeviceRemoveRequest", &DeviceRemoveRequest { name: "vfio-user0".into(), timeout_s: Some(1) });
 }
 
 #[test]
@@ -141,6 +154,8 @@ fn every_word_of_an_enumeration_is_described_and_no_other() {
     assert_eq!(listed::<Mode>(), words("Mode"));
     assert_eq!(listed::<wherry_migration::Side>(), words("Side"));
     assert_eq!(listed::<ErrorCode>(), words("ErrorCode"));
+    assert_eq!(listed::<DeviceState>(), words("DeviceState"));
+    assert_eq!(listed::<DeviceChange>(), words("DeviceChange"));
 }
 
 #[test]
@@ -276,6 +291,28 @@ fn a_balloon_is_asked_for_its_size_and_given_another() {
     for wrong in ["", "{}", r#"{"size":-1}"#, r#"{"size":1,"unit":"G"}"#] {
         assert_eq!(api.error("PUT", "/balloon", wrong).0, 400, "{wrong}");
     }
+}
+
+#[test]
+fn a_device_is_plugged_listed_and_unplugged() {
+    let service = Service::new(Arc::new(FakeEngine::default()), Default::default());
+    let api = Api::serve(&service);
+    assert_eq!(api.call("GET", "/devices", ""), (200, json!([])), "there is no VM yet");
+    let (status, code, _) = api.error("PUT", "/devices/add", r#"{"device":"a"}"#);
+    assert_eq!((status, code.as_str()), (409, "wrong-state"));
+    service.start(Fake::boxed(), false).unwrap();
+    let (status, device) = api.call("PUT", "/devices/add", r#"{"device":"a"}"#);
+    assert_eq!((status, &device["name"], &device["state"]), (200, &json!("a"), &json!("present")));
+    assert_eq!(api.call("GET", "/devices", "").1, json!([device]));
+    let (status, code, message) = api.error("PUT", "/devices/remove", r#"{"name":"b"}"#);
+    assert_eq!((status, code.as_str()), (404, "not-found"), "{message}");
+    for wrong in
+        ["", "{}", r#"{"name":"a","timeout_s":0}"#, r#"{"name":"a","timeout_s":601}"#, r#"{"name":"a","by":1}"#]
+    {
+        assert_eq!(api.error("PUT", "/devices/remove", wrong).0, 400, "{wrong}");
+    }
+    assert_eq!(api.call("PUT", "/devices/remove", r#"{"name":"a","timeout_s":600}"#).1["name"], "a");
+    assert_eq!(api.call("GET", "/devices", "").1, json!([]));
 }
 
 #[test]

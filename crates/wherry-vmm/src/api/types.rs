@@ -200,6 +200,81 @@ pub struct GuestStatistics {
     pub caches: Option<u64>,
 }
 
+/// Where a device stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceState {
+    /// The guest has it.
+    Present,
+    /// The guest was asked to let it go, and somebody waits for that.
+    Unplugging,
+    /// The guest has let it go; it is being taken away, at the latest when a migration under way is over.
+    Ejected,
+}
+
+/// A device on the PCI bus of the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Tells it from all others that this process has had: another number with the same name is another device.
+    pub number: u64,
+    /// What it is called, such as `vfio-user0`; it keeps the name when the VM moves.
+    pub name: String,
+    /// What it is: `disk`, `net`, `console`, `rng`, `balloon`, `vhost-user` or `vfio-user`.
+    pub kind: String,
+    /// Where it is on PCI bus 0, such as `00:03.0`.
+    pub address: String,
+    /// What it is connected to on this host; empty if to nothing.
+    pub connected_to: String,
+    /// Where it stands.
+    pub state: DeviceState,
+    /// Whether it can be unplugged.
+    pub removable: bool,
+}
+
+/// Body of `PUT /devices/add`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceAddRequest {
+    /// The device as on the command line: `vfio-user=SOCKET`.
+    pub device: String,
+}
+
+/// Body of `PUT /devices/remove`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceRemoveRequest {
+    /// What the device is called.
+    pub name: String,
+    /// Seconds that the guest has to let it go, 1 to 600; absent: 30.
+    #[serde(default)]
+    pub timeout_s: Option<u64>,
+}
+
+/// What has become of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceChange {
+    /// It is there.
+    Added,
+    /// The guest was asked to let it go.
+    Unplugging,
+    /// The guest was asked, and did not let it go in time: it stays.
+    Stays,
+    /// The guest has let it go; it waits to be taken away.
+    Ejected,
+    /// It is gone.
+    Removed,
+}
+
+/// Event `device` of `GET /events`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceEvent {
+    /// What has become of it.
+    pub change: DeviceChange,
+    /// The device, as it stands or as it was.
+    pub device: DeviceInfo,
+}
+
 /// Body of `PUT /vm/stop`; may be absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -251,7 +326,7 @@ pub struct ErrorInfo {
 pub enum ErrorCode {
     /// The body is not the JSON this call takes, or a value in it is out of range. 400.
     BadRequest,
-    /// There is no such path. 404.
+    /// There is no such path, or no device of that name. 404.
     NotFound,
     /// The path does not know this method. 405.
     MethodNotAllowed,

@@ -18,6 +18,6 @@ mod tests;
 
 pub use access::{Ecam, PciPorts};
 pub use host_bridge::HostBridge;
-pub use root::{PciError, PciRoot, PciWindows};
+pub use root::{AssignedBars, PciError, PciRoot, PciWindows};
 #[cfg(test)]
 pub(crate) use saved::{SavedFunction, SavedPciHost};

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
-use vm_allocator::{AddressAllocator, AllocPolicy};
+use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 use wherry_pci::{BarKind, ConfigSpace, FunctionAddress, PciFunction};
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
@@ -51,10 +52,27 @@ struct Allocators {
     memory64: AddressAllocator,
 }
 
+impl Allocators {
+    fn of(&mut self, kind: BarKind) -> &mut AddressAllocator {
+        match kind {
+            BarKind::Io => &mut self.io,
+            BarKind::Memory32 => &mut self.memory32,
+            BarKind::Memory64 { .. } => &mut self.memory64,
+        }
+    }
+}
+
+/// Addresses that the BARs of a function were given. They are taken until they are given back, wherever the guest has moved the
+/// BARs since.
+#[derive(Debug, Default)]
+pub struct AssignedBars(Vec<(BarKind, RangeInclusive)>);
+
 /// The root bus, and the state unit `pci-host`.
 pub struct PciRoot {
     /// Read by vCPUs on each access, written when a device comes or goes.
     functions: RwLock<BTreeMap<FunctionAddress, Arc<dyn PciFunction>>>,
+    /// Devices that the guest has ejected, a bit for each: it does not find them any more.
+    hidden: AtomicU32,
     /// CONFIG_ADDRESS. Not held while a function is accessed.
     config_address: Mutex<u32>,
     allocators: Mutex<Allocators>,
@@ -80,6 +98,7 @@ impl PciRoot {
         };
         Ok(Arc::new(Self {
             functions: RwLock::default(),
+            hidden: AtomicU32::new(0),
             config_address: Mutex::new(0),
             allocators: Mutex::new(allocators),
             windows,
@@ -113,26 +132,44 @@ impl PciRoot {
 
     /// Takes a function off the bus. Its BARs are the caller's to unmap.
     pub fn remove(&self, address: FunctionAddress) -> Option<Arc<dyn PciFunction>> {
-        unpoison(self.functions.write()).remove(&address)
+        let mut functions = unpoison(self.functions.write());
+        self.hidden.fetch_and(!(1 << address.device()), Ordering::AcqRel);
+        functions.remove(&address)
+    }
+
+    /// Hides a device from the guest until it is removed; the function that the guest had there.
+    pub fn hide(&self, device: u8) -> Option<Arc<dyn PciFunction>> {
+        let address = FunctionAddress::new(device, 0)?;
+        self.hidden.fetch_or(1 << device, Ordering::AcqRel);
+        unpoison(self.functions.read()).get(&address).cloned()
     }
 
     /// Gives every BAR of a new function an address of its own, as firmware would. The same calls in the same order
     /// give the same addresses. The guest may move them anywhere later.
-    pub fn assign_bars(&self, config: &mut ConfigSpace) -> Result<(), PciError> {
+    pub fn assign_bars(&self, config: &mut ConfigSpace) -> Result<AssignedBars, PciError> {
         let mut allocators = unpoison(self.allocators.lock());
         let bars: Vec<_> = config.bars().collect();
+        let mut assigned = AssignedBars::default();
         for (index, kind, size) in bars {
-            let allocator = match kind {
-                BarKind::Io => &mut allocators.io,
-                BarKind::Memory32 => &mut allocators.memory32,
-                BarKind::Memory64 { .. } => &mut allocators.memory64,
+            let Ok(range) = allocators.of(kind).allocate(size, size, AllocPolicy::FirstMatch) else {
+                drop(allocators);
+                self.release_bars(assigned);
+                return Err(PciError::NoRoom { kind, size });
             };
-            let range =
-                allocator.allocate(size, size, AllocPolicy::FirstMatch).map_err(|_| PciError::NoRoom { kind, size })?;
+            assigned.0.push((kind, range));
             // The index comes from the configuration space itself.
             let _ = config.set_bar(index, range.start());
         }
-        Ok(())
+        Ok(assigned)
+    }
+
+    /// Takes back what [`assign_bars`](Self::assign_bars) gave. The function is gone.
+    pub fn release_bars(&self, assigned: AssignedBars) {
+        let mut allocators = unpoison(self.allocators.lock());
+        for (kind, range) in assigned.0 {
+            // It was allocated there.
+            let _ = allocators.of(kind).free(&range);
+        }
     }
 
     /// The I/O APIC input that pin `pin` (1 is INTA) of a device leads to: 16 to 23, as ACPI tells the guest.
@@ -141,7 +178,7 @@ impl PciRoot {
     }
 
     fn function(&self, bus: u8, devfn: u8) -> Option<Arc<dyn PciFunction>> {
-        if bus != 0 {
+        if bus != 0 || self.hidden.load(Ordering::Acquire) & 1 << (devfn >> 3) != 0 {
             return None;
         }
         unpoison(self.functions.read()).get(&FunctionAddress::from_devfn(devfn)).cloned()

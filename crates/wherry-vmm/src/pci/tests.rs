@@ -317,3 +317,32 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn an_ejected_device_is_not_found_and_its_place_and_addresses_are_free_when_it_is_gone() {
+    let rig = Rig::new();
+    let address = FunctionAddress::from_devfn(8);
+    let vendor = || {
+        let mut data = [0; 2];
+        rig.root.read_config(0, address.devfn(), 0, &mut data);
+        u16::from_le_bytes(data)
+    };
+    assert_eq!(vendor(), 0x1af4);
+    assert!(rig.root.hide(1).is_some() && rig.root.hide(9).is_none() && rig.root.hide(32).is_none());
+    assert_eq!(vendor(), 0xffff);
+    assert_ne!(rig.root.free_device().unwrap(), address, "it is still there");
+    assert!(rig.root.remove(address).is_some());
+    assert_eq!(rig.root.free_device().unwrap(), address);
+    rig.root.add(address, Arc::new(HostBridge::new())).unwrap();
+    assert_ne!(vendor(), 0xffff, "the next one is found");
+
+    let mut config = ConfigSpace::new(&Identity::default());
+    config.add_bar(0, BarKind::Memory32, 0x1000).unwrap();
+    config.add_bar(1, BarKind::Memory32, 1 << 28).unwrap();
+    let first = rig.root.assign_bars(&mut config).unwrap();
+    let places = (config.dword(0x10), config.dword(0x14));
+    assert!(matches!(rig.root.assign_bars(&mut config), Err(PciError::NoRoom { size: 0x1000_0000, .. })));
+    rig.root.release_bars(first);
+    rig.root.assign_bars(&mut config).unwrap();
+    assert_eq!((config.dword(0x10), config.dword(0x14)), places, "what was refused has left nothing taken");
+}

@@ -9,7 +9,7 @@ use wherry_migration::progress::{Job, Phase};
 use wherry_stream::Endpoint;
 
 use super::ServiceError;
-use crate::api::types::{BalloonInfo, Hardware, MigrationRequest};
+use crate::api::types::{BalloonInfo, DeviceInfo, Hardware, MigrationRequest};
 
 /// Why a guest no longer runs, on its own account.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,15 @@ pub enum Exit {
 /// Any error of a machine, for a person.
 pub type GuestError = Box<dyn std::error::Error + Send + Sync>;
 
+/// Lists the devices of a machine as they stand, for as long as there is one. Answers at once.
+pub type DeviceLister = Arc<dyn Fn() -> Vec<DeviceInfo> + Send + Sync>;
+
+/// A device that a guest was asked to let go.
+pub trait Unplugging: Send {
+    /// Waits until it is gone. `Err` names it and says why it is not; if the guest has not answered in time, it stays.
+    fn wait(self: Box<Self>, limit: Duration) -> Result<DeviceInfo, ServiceError>;
+}
+
 /// A machine that the service holds. Dropping it ends it and gives its RAM back.
 pub trait Guest: Any + Send {
     /// Its unchanging facts.
@@ -43,6 +52,15 @@ pub trait Guest: Any + Send {
 
     /// How its balloon stands, after asking the guest to be content with so many bytes of RAM, if they are given.
     fn balloon(&mut self, size: Option<u64>) -> Result<BalloonInfo, ServiceError>;
+
+    /// Its devices.
+    fn devices(&self) -> DeviceLister;
+
+    /// Plugs a device, given as on the command line. It has it when this returns.
+    fn plug(&mut self, device: &str) -> Result<DeviceInfo, ServiceError>;
+
+    /// Asks the guest to let a device go.
+    fn unplug(&mut self, name: &str) -> Result<Box<dyn Unplugging>, ServiceError>;
 
     /// Calls `notify` when the guest ends on its own account, at once if it has. Replaces the one given before.
     fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>);

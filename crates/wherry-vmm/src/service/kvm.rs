@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,13 +15,15 @@ use wherry_migration::{
 use wherry_stream::{Endpoint, Listener};
 use wherry_virtio::balloon::{BalloonError, BalloonStatus};
 
-use super::guest::{self, Departure, Engine, Exit, Guest, GuestError, Received, Sent};
+use super::guest::{self, Departure, DeviceLister, Engine, Exit, Guest, GuestError, Received, Sent};
 use super::{Service, ServiceError};
 use crate::api::server::is_over;
-use crate::api::types::{BalloonInfo, ErrorCode, GuestStatistics, Hardware, MigrationRequest, Mode, RamBlock};
+use crate::api::types::{
+    BalloonInfo, DeviceInfo, DeviceState, ErrorCode, GuestStatistics, Hardware, MigrationRequest, Mode, RamBlock,
+};
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::MachineConfig;
-use crate::vm::{DeviceConfig, ExitReason, Vm};
+use crate::vm::{self, DeviceConfig, DeviceStatus, ExitReason, PlugError, UnplugError, Unplugging, Vm};
 
 /// Builds a machine and loads its kernel. It does not run yet.
 pub fn boot(config: &MachineConfig) -> Result<Box<dyn Guest>, GuestError> {
@@ -98,6 +101,31 @@ impl Guest for KvmGuest {
         Ok(BalloonInfo { memory, size: without(wanted), actual: without(actual), statistics })
     }
 
+    fn devices(&self) -> DeviceLister {
+        let list = self.vm.device_lister();
+        Arc::new(move || list().iter().map(device_info).collect())
+    }
+
+    fn plug(&mut self, device: &str) -> Result<DeviceInfo, ServiceError> {
+        let refused = |code, message| ServiceError { code, message: format!("plugging {device}: {message}") };
+        let Some(socket) = device.strip_prefix("vfio-user=").filter(|socket| !socket.is_empty()) else {
+            let why = "only vfio-user=SOCKET can be plugged into a VM that runs; give it others at its start";
+            return Err(refused(ErrorCode::BadRequest, why.into()));
+        };
+        let plugged = self.vm.plug(Path::new(socket)).map_err(|error| match error {
+            PlugError::Owner(_) | PlugError::Function(_) | PlugError::Units(_) | PlugError::Start(_) => {
+                refused(ErrorCode::Failed, error.to_string())
+            }
+            _ => refused(ErrorCode::WrongState, error.to_string()),
+        })?;
+        Ok(device_info(&plugged))
+    }
+
+    fn unplug(&mut self, name: &str) -> Result<Box<dyn guest::Unplugging>, ServiceError> {
+        let unplugging = self.vm.unplug(name).map_err(unplug_error)?;
+        Ok(Box::new(KvmUnplugging(unplugging)))
+    }
+
     fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>) {
         let ours = self.ours.clone();
         self.vm.on_exit(move |reason| {
@@ -111,6 +139,39 @@ impl Guest for KvmGuest {
             };
             notify(exit);
         });
+    }
+}
+
+struct KvmUnplugging(Unplugging);
+
+impl guest::Unplugging for KvmUnplugging {
+    fn wait(self: Box<Self>, limit: Duration) -> Result<DeviceInfo, ServiceError> {
+        self.0.wait(limit).map(|device| device_info(&device)).map_err(unplug_error)
+    }
+}
+
+fn unplug_error(error: UnplugError) -> ServiceError {
+    let code = match &error {
+        UnplugError::Unknown { .. } => ErrorCode::NotFound,
+        UnplugError::NotAnswered { .. } | UnplugError::Leaving(_) => ErrorCode::Deadline,
+        _ => ErrorCode::WrongState,
+    };
+    ServiceError { code, message: format!("unplugging: {error}") }
+}
+
+fn device_info(device: &DeviceStatus) -> DeviceInfo {
+    DeviceInfo {
+        number: device.number,
+        name: device.name.clone(),
+        kind: device.kind.clone(),
+        address: device.address.to_string(),
+        connected_to: device.label.clone(),
+        state: match device.state {
+            vm::DeviceState::Present => DeviceState::Present,
+            vm::DeviceState::Unplugging => DeviceState::Unplugging,
+            vm::DeviceState::Ejected => DeviceState::Ejected,
+        },
+        removable: device.removable,
     }
 }
 
@@ -265,10 +326,12 @@ impl Departure for KvmDeparture {
             tracing::error!("this machine is not one of KVM; it stays here");
             return Sent::Kept(guest);
         };
+        // What is described at the handshake is what is carried.
+        let held = machine.hold_devices();
         match source::send(machine.clone(), &self.to, self.options, &self.journey) {
             Ok(_) => {
                 machine.leave();
-                drop(machine);
+                drop((machine, held));
                 // Giving back the RAM takes its time; nobody is to wait for it.
                 super::state::aside("free", move || drop(guest));
                 Sent::Gone
@@ -319,8 +382,13 @@ impl Arrival {
             let received = match destination::receive(&self.listener, &builder, DestinationOptions::default(), &journey)
             {
                 Ok((_, job)) => match builder.builder.take_built() {
-                    _ if builder.runs.load(Ordering::SeqCst) => Received::Whole,
+                    Some(vm) if builder.runs.load(Ordering::SeqCst) => {
+                        vm.has_arrived();
+                        Received::Whole
+                    }
+                    None if builder.runs.load(Ordering::SeqCst) => Received::Whole,
                     Some(vm) => {
+                        vm.has_arrived();
                         tracing::info!(from = job.peer, "a VM has arrived");
                         Received::Arrived(Box::new(KvmGuest::new(vm)))
                     }

@@ -33,7 +33,10 @@ use wherry_migration::progress::{Job, Phase};
 use wherry_migration::Side;
 use wherry_stream::Endpoint;
 
-use crate::api::types::{BalloonInfo, ErrorCode, Hardware, MigrationRequest, RecoverRequest, VmInfo, VmState};
+use crate::api::types::{
+    BalloonInfo, DeviceInfo, DeviceRemoveRequest, ErrorCode, Hardware, MigrationRequest, RecoverRequest, VmInfo,
+    VmState,
+};
 use guest::{Departure, Engine, Guest, Journey, Received, Sent};
 use state::Inner;
 
@@ -45,6 +48,10 @@ const STOP_LIMIT: Duration = Duration::from_secs(15);
 const LAST_WORD: Duration = Duration::from_secs(2);
 /// How long the process stays after the VM has left, when nobody fetches the result.
 const RESULT_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a guest has to let a device go, in seconds, if the user does not say; and the longest time that can be asked for.
+const UNPLUG_LIMIT: u64 = 30;
+const LONGEST_UNPLUG: u64 = 600;
 
 /// The last word of a process whose user has ended it.
 const STOPPED: &str = "stopped by the user";
@@ -111,6 +118,7 @@ impl Service {
                 guest: None,
                 busy: None,
                 hardware: None,
+                devices: None,
                 listen: None,
                 journey: None,
                 following: false,
@@ -247,6 +255,31 @@ impl Service {
     /// How the balloon stands, after asking the guest to be content with so many bytes of RAM, if they are given.
     pub fn balloon(self: &Arc<Self>, size: Option<u64>) -> Result<BalloonInfo, ServiceError> {
         self.on_guest("asking for the balloon of", |guest| guest.balloon(size))
+    }
+
+    /// The devices of the VM as they stand; none where there is no VM. Never waits for it.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        let devices = self.lock().devices.clone();
+        devices.map(|list| list()).unwrap_or_default()
+    }
+
+    /// Plugs a device. Answers when the VM has it; its guest may take a moment to find it.
+    pub fn plug(self: &Arc<Self>, device: &str) -> Result<DeviceInfo, ServiceError> {
+        self.on_guest("plugging a device into", |guest| guest.plug(device))
+    }
+
+    /// Unplugs a device. Answers when it is gone, or the guest has not let it go in time. The VM can be worked on meanwhile.
+    pub fn unplug(self: &Arc<Self>, request: &DeviceRemoveRequest) -> Result<DeviceInfo, ServiceError> {
+        let seconds = request.timeout_s.unwrap_or(UNPLUG_LIMIT);
+        if !(1..=LONGEST_UNPLUG).contains(&seconds) {
+            let message =
+                format!("unplugging {}: timeout_s is {seconds}; 1 to {LONGEST_UNPLUG} are possible", request.name);
+            return Err(ServiceError { code: ErrorCode::BadRequest, message });
+        }
+        let unplugging = self.on_guest("unplugging a device of", |guest| guest.unplug(&request.name))?;
+        let gone = unplugging.wait(Duration::from_secs(seconds));
+        self.version.send_modify(|v| *v += 1);
+        gone
     }
 
     /// Sends the VM away. Answers as soon as the journey has begun; [`job`](Self::job) tells the rest.

@@ -7,7 +7,7 @@ use std::time::Instant;
 use tracing::{error, info};
 use wherry_migration::progress::Phase;
 
-use super::guest::{Exit, Guest, Journey};
+use super::guest::{DeviceLister, Exit, Guest, Journey};
 use super::{Ending, STOPPED, Service, ServiceError};
 use crate::api::types::{Hardware, VmInfo, VmState};
 
@@ -18,6 +18,8 @@ pub(super) struct Inner {
     /// What a request is doing with the guest that it has taken out.
     pub(super) busy: Option<&'static str>,
     pub(super) hardware: Option<Hardware>,
+    /// Lists the devices of the machine that is here, or was.
+    pub(super) devices: Option<DeviceLister>,
     pub(super) listen: Option<String>,
     pub(super) journey: Option<Arc<dyn Journey>>,
     /// The VM runs here, and the journey goes on until all of its memory is here, too.
@@ -91,6 +93,7 @@ impl Service {
         inner.machine += 1;
         inner.exit = None;
         inner.hardware = Some(guest.hardware());
+        inner.devices = Some(guest.devices());
         let (service, machine) = (Arc::downgrade(self), inner.machine);
         guest.on_exit(Box::new(move |exit| {
             if let Some(service) = service.upgrade() {

@@ -2,7 +2,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
 
 use super::*;
-use crate::service::guest::{Exit, GuestError};
+use crate::api::types::DeviceState;
+use crate::service::guest::{DeviceLister, Exit, GuestError, Unplugging};
 
 /// Waits until `done` answers yes, and says what it waited for if it never does.
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
@@ -21,6 +22,29 @@ pub(crate) struct Fake {
     notify: Arc<Notify>,
     alive: Arc<AtomicBool>,
     stuck: bool,
+    devices: Arc<Mutex<Vec<DeviceInfo>>>,
+}
+
+/// How many devices there were.
+static PLUGGED: AtomicU32 = AtomicU32::new(0);
+
+/// A device that goes when it is waited for, or does not.
+struct FakeUnplugging {
+    devices: Arc<Mutex<Vec<DeviceInfo>>>,
+    device: DeviceInfo,
+    heeds: bool,
+}
+
+impl Unplugging for FakeUnplugging {
+    fn wait(self: Box<Self>, _: Duration) -> Result<DeviceInfo, ServiceError> {
+        let mut devices = self.devices.lock().unwrap();
+        if self.heeds {
+            devices.retain(|device| device.number != self.device.number);
+            return Ok(self.device);
+        }
+        devices.iter_mut().for_each(|device| device.state = DeviceState::Present);
+        Err(ServiceError { code: ErrorCode::Deadline, message: format!("{} stays", self.device.name) })
+    }
 }
 
 impl Fake {
@@ -30,7 +54,11 @@ impl Fake {
 
     fn new() -> (Self, Arc<Notify>, Arc<AtomicBool>) {
         let (notify, alive) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(true)));
-        (Self { paused: true, notify: notify.clone(), alive: alive.clone(), stuck: false }, notify, alive)
+        (
+            Self { paused: true, notify: notify.clone(), alive: alive.clone(), stuck: false, devices: Arc::default() },
+            notify,
+            alive,
+        )
     }
 }
 
@@ -65,6 +93,31 @@ impl Guest for Fake {
             return Err(ServiceError { code: ErrorCode::BadRequest, message: format!("{size} bytes are too many") });
         }
         Ok(BalloonInfo { memory: MEMORY, size, actual: MEMORY, ..BalloonInfo::default() })
+    }
+    fn devices(&self) -> DeviceLister {
+        let devices = self.devices.clone();
+        Arc::new(move || devices.lock().unwrap().clone())
+    }
+    fn plug(&mut self, device: &str) -> Result<DeviceInfo, ServiceError> {
+        let plugged = DeviceInfo {
+            number: u64::from(PLUGGED.fetch_add(1, Ordering::SeqCst)) + 1,
+            name: device.into(),
+            kind: "fake".into(),
+            address: "00:01.0".into(),
+            connected_to: String::new(),
+            state: DeviceState::Present,
+            removable: true,
+        };
+        self.devices.lock().unwrap().push(plugged.clone());
+        Ok(plugged)
+    }
+    fn unplug(&mut self, name: &str) -> Result<Box<dyn Unplugging>, ServiceError> {
+        let mut devices = self.devices.lock().unwrap();
+        let Some(device) = devices.iter_mut().find(|device| device.name == name) else {
+            return Err(ServiceError { code: ErrorCode::NotFound, message: format!("there is no {name}") });
+        };
+        device.state = DeviceState::Unplugging;
+        Ok(Box::new(FakeUnplugging { devices: self.devices.clone(), device: device.clone(), heeds: !self.stuck }))
     }
     fn on_exit(&self, notify: Box<dyn FnOnce(Exit) + Send>) {
         *self.notify.lock().unwrap() = Some(notify);

@@ -12,19 +12,21 @@ use wherry_guest::report;
 use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, GuestMemory};
 use wherry_passthrough::{Crew, PassthroughParts};
-use wherry_state::{StateStream, StateUnit};
+use wherry_state::StateUnit;
 use wherry_virtio::PciParts;
 use wherry_virtio::balloon::Balloon;
 
+use super::hotplug::{Signal, Slots};
 use super::router::KvmRouter;
 use super::slot::DeviceSlots;
 use super::virtio::{Backing, PciDevices, Shown};
 use super::{ExitNotice, ExitReason, VmError};
 use crate::acpi::{self, AcpiConfig};
 use crate::config::{PciConfig, SerialTarget};
-use crate::description::DeviceDescription;
+use crate::description::VmDescription;
+use crate::hotplug::{self, PciHotplug};
 use crate::layout;
-use crate::line::InterruptLine;
+use crate::line::{InterruptLine, SharedLine};
 use crate::pci::{Ecam, HostBridge, PciPorts, PciRoot, PciWindows};
 use crate::power::{self, AcpiPm, KeyboardController, PowerHandler, PowerRequest, ResetControl};
 use crate::rtc::{RTC_LEN, Rtc};
@@ -61,13 +63,14 @@ fn failed(e: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> VmError {
 }
 
 impl Devices {
+    /// The devices, and what [`Board`](super::hotplug::Board) is made of.
     pub(super) fn make(
-        described: &[DeviceDescription],
-        backing: Backing,
+        description: &VmDescription,
+        mut backing: Backing,
         vm: &Arc<VmFd>,
         shown: &Shown<'_>,
         notice: &ExitNotice,
-    ) -> Result<Self, VmError> {
+    ) -> Result<(Self, Slots), VmError> {
         let ram = shown.ram;
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let on_pio = |base: u64, len: u64, device: Arc<dyn BusDevice>| pio.insert(base, len, device).map_err(failed);
@@ -75,8 +78,8 @@ impl Devices {
 
         let power = power_handler(notice);
         let reset = ResetControl::new(power.clone());
-        let sci = Arc::new(GsiLine { vm: vm.clone(), gsi: acpi::SCI });
-        let acpi = AcpiPm::new(sci, reset.clone(), power.clone());
+        let sci = SharedLine::new(Arc::new(GsiLine { vm: vm.clone(), gsi: acpi::SCI }));
+        let acpi = AcpiPm::new(sci.tap(0), reset.clone(), power.clone());
         on_pio(power::PM_BASE.into(), power::PM_LEN.into(), acpi.clone())?;
         on_pio(power::KEYBOARD_PORT.into(), 1, Arc::new(KeyboardController::new(power)))?;
 
@@ -123,11 +126,21 @@ impl Devices {
             faults: shown.faults.clone(),
             crew: Crew::new(),
         };
-        let pci_devices = PciDevices::make(described, &backing, &pci, shown, parts, &passed)?;
+        let made = PciDevices::make(&description.devices, &backing, &pci, shown, parts, &passed);
+        let (pci_devices, occupants) = made?;
+        backing.forget_owners();
 
         let mut units: Vec<Arc<dyn StateUnit>> = vec![serial.clone(), pci.clone(), acpi.clone(), rtc];
+        let signal = Signal::new(occupants);
+        let controller = description.hotplug.then(|| PciHotplug::new(sci.tap(1), signal.eject_handler(&pci)));
+        if let Some(controller) = &controller {
+            on_pio(hotplug::HOTPLUG_BASE.into(), hotplug::HOTPLUG_LEN.into(), controller.clone())?;
+            units.push(controller.clone());
+        }
         units.extend(pci_devices.units());
-        Ok(Self { buses: Buses { pio, mmio }, units, serial, pci, acpi, pci_devices, backing })
+        let balloon = pci_devices.balloon().is_some();
+        let slots = Slots { signal, controller, pci: pci.clone(), parts: passed, balloon };
+        Ok((Self { buses: Buses { pio, mmio }, units, serial, pci, acpi, pci_devices, backing }, slots))
     }
 
     pub(super) fn buses(&self) -> &Buses {
@@ -138,19 +151,9 @@ impl Devices {
         &self.units
     }
 
-    /// What devices in other processes write.
+    /// What virtio devices in other processes write.
     pub(super) fn logs(&self) -> &[Arc<dyn DirtySource>] {
         self.pci_devices.logs()
-    }
-
-    /// Units whose state goes in streams.
-    pub(super) fn streams(&self) -> Vec<Arc<dyn StateStream>> {
-        self.pci_devices.streams()
-    }
-
-    /// Why the machine cannot be moved, if so.
-    pub(super) fn blockers(&self) -> Vec<String> {
-        self.pci_devices.blockers()
     }
 
     /// The balloon, if there is one.
@@ -158,9 +161,9 @@ impl Devices {
         self.pci_devices.balloon()
     }
 
-    /// Writes the tables that tell the guest of its hardware; where they begin.
-    pub(super) fn write_tables(&self, memory: &GuestMemory, cpus: u32) -> Result<Option<u64>, VmError> {
-        let config = AcpiConfig { cpus, windows: self.pci.windows(), devices: Vec::new(), tables: Vec::new() };
+    /// Writes the tables that tell the guest of its hardware; where they begin. `slots` are those of which devices come and go.
+    pub(super) fn write_tables(&self, memory: &GuestMemory, cpus: u32, slots: u32) -> Result<Option<u64>, VmError> {
+        let config = AcpiConfig { cpus, windows: self.pci.windows(), slots, devices: Vec::new(), tables: Vec::new() };
         acpi::write_tables(memory, &config).map(Some).map_err(|e| VmError::Boot(e.into()))
     }
 

@@ -14,6 +14,7 @@ mod devices;
 mod error;
 mod exit;
 mod host;
+mod hotplug;
 pub(crate) mod ioctl;
 mod passthrough;
 mod router;
@@ -39,11 +40,13 @@ pub use error::VmError;
 pub use exit::{Crash, ExitNotice, ExitReason};
 pub use host::Host;
 pub(crate) use host::{feature_msr_name, free_huge_pages};
+pub use hotplug::{DeviceState, DeviceStatus, Held, PlugError, UnplugError, Unplugging};
 pub(crate) use slot::MemorySlot;
 pub(crate) use virtio::Backing;
 
 use self::assemble::assemble;
 use self::devices::Devices;
+use self::hotplug::{Board, Fixed, Hotplug};
 use self::virtio::Shown;
 use crate::boot::{self, Entry, KernelSource, entry_state};
 use crate::config::{Kernel, MachineConfig};
@@ -79,9 +82,11 @@ pub enum VmState {
 pub struct Vm {
     throttle: Throttle,
     vcpus: Arc<VcpuSet>,
-    units: Units,
+    /// It is still on its way here.
+    arriving: Mutex<Option<Held>>,
+    /// What comes and goes: functions of other processes.
+    hotplug: Hotplug,
     devices: Devices,
-    dirty_sources: Vec<Arc<dyn DirtySource>>,
     vm: Arc<VmFd>,
     /// Serves the faults of its guest maps, if it arrives with pages to follow; else why not.
     faults: Result<Arc<FaultService>, String>,
@@ -141,6 +146,7 @@ impl Vm {
             tsc_khz: host.tsc_khz,
             boot_id: host.boot_id.clone(),
             devices: backing.describe(&config.pci, &config.vm),
+            hotplug: true,
         };
         let ram = Arc::new(Ram::create(&layout::ram_blocks(config.memory, config.page_size()))?);
         let faults = Err("it was started here, and has all of its memory".into());
@@ -151,7 +157,7 @@ impl Vm {
             Kernel::Path(path) => KernelSource::Path(path),
             Kernel::Probe => KernelSource::Bytes { name: "the probe guest", image: wherry_guest::PROBE_ELF },
         };
-        let rsdp = vm.devices.write_tables(vm.ram.memory(), config.cpus)?;
+        let rsdp = vm.devices.write_tables(vm.ram.memory(), config.cpus, vm.board().changeable())?;
         let initrd = config.initrd.as_deref().map(Path::new);
         let entry = boot::load(vm.ram.memory(), &kernel, initrd, &config.cmdline, rsdp).map_err(wrap)?;
         if let Some(first) = vm.vcpus.iter().next() {
@@ -173,23 +179,22 @@ impl Vm {
         let notice = ExitNotice::new();
         let parts = assemble(host, &ram, &description, &notice)?;
         let shown = Shown { ram: &ram, faults: faults.as_ref().ok().cloned() };
-        let devices = Devices::make(&description.devices, backing, &parts.vm, &shown, &notice)?;
-        let mut units: Vec<Arc<dyn StateUnit>> = vec![
+        let (devices, slots) = Devices::make(&description, backing, &parts.vm, &shown, &notice)?;
+        let mut before: Vec<Arc<dyn StateUnit>> = vec![
             Arc::new(ClockUnit::new(parts.vm.clone(), host.clone(), parts.traits.time.clone(), parts.vcpus.clone())),
             Arc::new(IrqchipUnit::new(parts.vm.clone())),
             Arc::new(PitUnit::new(parts.vm.clone())),
         ];
-        units.extend(devices.units().iter().cloned());
-        for vcpu in parts.vcpus.iter() {
-            units.push(Arc::new(VcpuUnit::new(vcpu.clone(), parts.traits.clone())));
-        }
+        before.extend(devices.units().iter().cloned());
+        let vcpu = |vcpu: &Arc<Vcpu>| Arc::new(VcpuUnit::new(vcpu.clone(), parts.traits.clone()));
+        let after = parts.vcpus.iter().map(|v| vcpu(v) as Arc<dyn StateUnit>).collect();
         let log = KvmDirtyLog::new(parts.vm.clone(), parts.slots, parts.manual_log);
         let mut dirty_sources: Vec<Arc<dyn DirtySource>> = vec![Arc::new(log), Arc::new(VmmWrites::new(ram.clone()))];
         dirty_sources.extend(devices.logs().iter().cloned());
+        let board = Board::new(slots, Fixed { before, after, dirty_sources })?;
         let vm = Self {
             throttle: Throttle::new(parts.vcpus.clone()),
-            units: Units::new(units)?,
-            dirty_sources,
+            hotplug: Hotplug::start(board).map_err(|e| VmError::Device(e.into()))?,
             vm: parts.vm,
             faults,
             ram,
@@ -200,6 +205,7 @@ impl Vm {
             boot_id: host.boot_id.clone(),
             started: AtomicBool::new(false),
             user: Mutex::new(()),
+            arriving: Mutex::default(),
             vcpus: parts.vcpus,
             devices,
         };
@@ -214,7 +220,7 @@ impl Vm {
             return Err(VmError::Ended(reason));
         }
         if !self.started.swap(true, Ordering::AcqRel) {
-            self.units.start()?;
+            self.units().start()?;
         } else if self.vcpus.is_held(Hold::User) {
             self.vcpus.forgive_gap();
         }
@@ -261,6 +267,7 @@ impl Vm {
     pub fn shutdown(&self) {
         let _user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
         self.notice.tell(ExitReason::ApiStop);
+        self.hotplug.end();
         // A vCPU in an instruction that KVM emulates waits for a page that may never come, and cannot be called away: it
         // is given zeros, and leaves the guest before its next instruction.
         if let Ok(faults) = &self.faults {
@@ -309,9 +316,9 @@ impl Vm {
         &self.description.cpu_model
     }
 
-    /// The VMM's part of the description.
-    pub fn vmm_description(&self) -> &VmDescription {
-        &self.description
+    /// The VMM's part of the description, with the devices that it has now.
+    pub fn vmm_description(&self) -> VmDescription {
+        VmDescription { devices: self.board().descriptions(), ..self.description.clone() }
     }
 
     /// KVM's descriptor of the VM, for devices that are added to it.
@@ -324,10 +331,57 @@ impl Vm {
         &self.devices
     }
 
-    /// The engine starts the units of a machine that arrives.
+    fn board(&self) -> &Arc<Board> {
+        self.hotplug.board()
+    }
+
+    /// Its devices on the PCI bus, in the order in which they came.
+    pub fn device_statuses(&self) -> Vec<DeviceStatus> {
+        self.board().statuses()
+    }
+
+    /// Something that lists its devices for as long as anybody wants to know, and keeps none of it alive but the list.
+    pub fn device_lister(&self) -> impl Fn() -> Vec<DeviceStatus> + Send + Sync + use<> {
+        let board = Arc::downgrade(self.board());
+        move || board.upgrade().map(|board| board.statuses()).unwrap_or_default()
+    }
+
+    /// Plugs the function of the process that listens at a socket, and tells the guest. Takes as long as that process does to
+    /// answer, up to a deadline for each request.
+    pub fn plug(&self, socket: &Path) -> Result<DeviceStatus, PlugError> {
+        let prepared = self.board().prepare(socket)?;
+        // Between a first start and this one the function would not be started, or twice.
+        let _user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.notice.reason().is_some() {
+            return Err(PlugError::Ended);
+        }
+        self.board().insert(prepared, self.started.load(Ordering::Acquire))
+    }
+
+    /// Asks the guest to let a device go; [`Unplugging::wait`] waits for it.
+    pub fn unplug(&self, name: &str) -> Result<Unplugging, UnplugError> {
+        if self.is_paused() {
+            return Err(UnplugError::Paused(name.into()));
+        }
+        self.board().ask(name)
+    }
+
+    /// No device comes or goes until the handle is dropped: a journey describes the machine, and then carries just that. Waits
+    /// for what is under way.
+    pub fn hold_devices(&self) -> Held {
+        self.board().hold()
+    }
+
+    /// The engine starts the units of a machine that arrives. Its devices stay as they are until all of it is there.
     pub(crate) fn started_by_engine(self) -> Self {
         self.started.store(true, Ordering::Release);
+        *self.arriving.lock().unwrap_or_else(PoisonError::into_inner) = Some(self.hold_devices());
         self
+    }
+
+    /// All of a machine that arrived is there.
+    pub(crate) fn has_arrived(&self) {
+        self.arriving.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 }
 
@@ -340,13 +394,13 @@ impl Drop for Vm {
 impl Machine for Vm {
     fn description(&self) -> MachineDescription {
         // The boot id is that of where it is now, not of where it was first started.
-        let mut vmm = VmDescription { boot_id: self.boot_id.clone(), ..self.description.clone() };
+        let mut vmm = VmDescription { boot_id: self.boot_id.clone(), ..self.vmm_description() };
         self.devices.backing().refresh(&mut vmm.devices);
         MachineDescription {
             vm: self.identity.to_vec(),
             name: self.name.clone(),
             vmm: vmm.encode_to_vec(),
-            ..MachineDescription::of(&self.ram, &self.units)
+            ..MachineDescription::of(&self.ram, &self.units())
         }
     }
 
@@ -354,16 +408,16 @@ impl Machine for Vm {
         &self.ram
     }
 
-    fn units(&self) -> &Units {
-        &self.units
+    fn units(&self) -> Arc<Units> {
+        self.board().units()
     }
 
     fn streams(&self) -> Vec<Arc<dyn StateStream>> {
-        self.devices.streams()
+        self.board().streams()
     }
 
-    fn dirty_sources(&self) -> &[Arc<dyn DirtySource>] {
-        &self.dirty_sources
+    fn dirty_sources(&self) -> Arc<[Arc<dyn DirtySource>]> {
+        self.board().dirty_sources()
     }
 
     fn free_pages(&self) -> Option<Arc<dyn FreePages>> {
@@ -392,7 +446,7 @@ impl Machine for Vm {
     }
 
     fn blockers(&self) -> Vec<String> {
-        self.devices.blockers()
+        self.board().blockers()
     }
 
     fn throttle(&self, percent: u8) {

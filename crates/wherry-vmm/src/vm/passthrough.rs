@@ -1,18 +1,13 @@
-//! Functions that other processes own: found at their sockets, described, compared, and put on the bus.
+//! Functions that other processes own: found at their sockets, described, compared, and made for the bus.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use prost::Message;
-use wherry_memory::DirtySource;
-use wherry_passthrough::{
-    Crew, Function, FunctionIdentity, Gathering, Owner, OwnerError, PassthroughError, PassthroughParts, VfioUser,
-};
-use wherry_state::{StateStream, StateUnit};
+use wherry_passthrough::{Function, FunctionIdentity, Owner, OwnerError, PassthroughError, PassthroughParts, VfioUser};
 
-use super::VmError;
 use crate::description::DeviceDescription;
-use crate::pci::{PciError, PciRoot};
+use crate::pci::{AssignedBars, PciError, PciRoot};
 
 /// Name in a description.
 pub(super) const VFIO_USER: &str = "vfio-user";
@@ -33,12 +28,12 @@ impl Owners {
     }
 
     pub(super) fn describe(&self) -> impl Iterator<Item = DeviceDescription> + '_ {
-        self.0.iter().map(|(owner, identity)| DeviceDescription {
-            kind: VFIO_USER.into(),
-            label: owner.socket().display().to_string(),
-            config: identity.encode_to_vec(),
-            ..Default::default()
-        })
+        self.0.iter().map(|(owner, identity)| describe(owner, identity))
+    }
+
+    /// The `n`-th of them.
+    pub(super) fn get(&self, n: usize) -> Option<&Arc<VfioUser>> {
+        self.0.get(n).map(|(owner, _)| owner)
     }
 
     /// What a described machine needs and these are not.
@@ -83,63 +78,52 @@ impl Owners {
     }
 }
 
-/// The functions of a machine that other processes own.
-pub(super) struct Functions {
-    crew: Arc<Crew>,
-    functions: Vec<Arc<Function>>,
-    gathering: Option<Arc<Gathering>>,
+/// A function that another process owns, on the bus of a machine.
+pub(super) struct Plugged {
+    pub(super) function: Arc<Function>,
+    pub(super) bars: AssignedBars,
 }
 
+/// A function cannot be made.
 #[derive(Debug, thiserror::Error)]
-enum MakeError {
+pub enum PlugFunctionError {
+    /// Its owner does not do what is needed, or it is not as it should be.
     #[error(transparent)]
     Function(#[from] PassthroughError),
+    /// The bus cannot take it.
     #[error(transparent)]
-    Pci(PciError),
+    Pci(#[from] PciError),
 }
 
-impl Functions {
-    pub(super) fn new(crew: Arc<Crew>) -> Self {
-        Self { crew, functions: Vec::new(), gathering: None }
-    }
-
-    /// Makes the next one of a description, with the parts of its place on the bus.
-    pub(super) fn add(
-        &mut self,
-        owners: &Owners,
+impl Plugged {
+    /// Makes a function with the parts of its place on the bus, where it is put by [`PciRoot::add`].
+    pub(super) fn make(
+        owner: Arc<VfioUser>,
+        instance: u32,
         pci: &PciRoot,
-        parts: impl FnOnce(u8) -> PassthroughParts,
-    ) -> Result<(), VmError> {
-        let failed = |e: MakeError| VmError::Device(e.into());
-        let instance = self.functions.len();
-        let (owner, _) = owners.0.get(instance).ok_or_else(|| VmError::Lacks(vec!["a vfio-user device".into()]))?;
-        let address = pci.free_device().map_err(|e| failed(MakeError::Pci(e)))?;
-        let place = |config: &mut _| pci.assign_bars(config).map_err(MakeError::Pci);
-        let function =
-            Function::new(owner.clone(), instance as u32, &parts(address.device()), place).map_err(failed)?;
-        pci.add(address, function.clone()).map_err(|e| failed(MakeError::Pci(e)))?;
-        self.functions.push(function);
-        self.gathering.get_or_insert_with(|| Arc::new(Gathering::new(self.crew.clone())));
-        Ok(())
+        parts: &PassthroughParts,
+    ) -> Result<Self, PlugFunctionError> {
+        let mut bars = AssignedBars::default();
+        let made = Function::new(owner, instance, parts, |config: &mut _| {
+            bars = pci.assign_bars(config)?;
+            Ok::<_, PlugFunctionError>(())
+        });
+        match made {
+            Ok(function) => Ok(Self { function, bars }),
+            Err(error) => {
+                pci.release_bars(bars);
+                Err(error)
+            }
+        }
     }
+}
 
-    /// What they write.
-    pub(super) fn logs(&self) -> impl Iterator<Item = Arc<dyn DirtySource>> + '_ {
-        self.functions.iter().map(|function| function.log().clone() as Arc<dyn DirtySource>)
-    }
-
-    /// Those whose state goes in streams: all of them.
-    pub(super) fn streams(&self) -> Vec<Arc<dyn StateStream>> {
-        self.functions.iter().map(|function| function.clone() as Arc<dyn StateStream>).collect()
-    }
-
-    pub(super) fn units(&self) -> impl Iterator<Item = Arc<dyn StateUnit>> + '_ {
-        let gathering = self.gathering.iter().map(|unit| unit.clone() as Arc<dyn StateUnit>);
-        self.functions.iter().map(|function| function.clone() as Arc<dyn StateUnit>).chain(gathering)
-    }
-
-    /// Why the machine cannot be moved, if so.
-    pub(super) fn blockers(&self) -> Vec<String> {
-        self.functions.iter().filter_map(|function| function.blocker()).collect()
+/// Describes a function that another process owns.
+pub(super) fn describe(owner: &VfioUser, identity: &FunctionIdentity) -> DeviceDescription {
+    DeviceDescription {
+        kind: VFIO_USER.into(),
+        label: owner.socket().display().to_string(),
+        config: identity.encode_to_vec(),
+        ..Default::default()
     }
 }

@@ -235,7 +235,8 @@ fn without_manual_protection_the_log_is_read_and_cleared_at_once() {
     let vm = Vm::boot_on(Arc::new(host), config(elf(COUNTING).path(), 1)).unwrap();
     vm.resume().unwrap();
     until(&vm, "the guest to count", || counter(&vm) > 100);
-    let (log, block): (&Arc<dyn DirtySource>, _) = (&vm.dirty_sources[0], &vm.ram.blocks()[0]);
+    let sources = vm.dirty_sources();
+    let (log, block): (&Arc<dyn DirtySource>, _) = (&sources[0], &vm.ram.blocks()[0]);
     log.start().unwrap();
     let collect = || {
         let mut set = PageSet::new(block.pages());

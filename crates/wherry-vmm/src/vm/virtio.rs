@@ -9,7 +9,8 @@ use wherry_fault::FaultService;
 use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, PageSize, Ram};
 use wherry_passthrough::{OwnerError, PassthroughParts};
-use wherry_state::{StateStream, StateUnit};
+use wherry_pci::FunctionAddress;
+use wherry_state::StateUnit;
 use wherry_virtio::balloon::Balloon;
 use wherry_virtio::blk::{Blk, Image, ImageError};
 use wherry_virtio::console::{Console, Outside, OutsideError};
@@ -19,9 +20,9 @@ use wherry_virtio::vhost::{self, Backend, VhostError, VhostSpec, VhostUser};
 use wherry_virtio::{Device, PciParts, TransportError, VirtioPci};
 
 use super::VmError;
-use super::passthrough::{Functions, Owners, VFIO_USER};
+use super::passthrough::{Owners, Plugged, VFIO_USER};
 use crate::config::{DiskConfig, PciConfig, SerialTarget};
-use crate::description::DeviceDescription;
+use crate::description::{DeviceDescription, Place};
 use crate::pci::{PciError, PciRoot};
 
 /// Names of devices in a description.
@@ -240,6 +241,11 @@ impl Backing {
         backend.or_else(|| self.owners.cannot_follow())
     }
 
+    /// Its functions are on the bus: whoever owns them is held by them alone, so that they can go.
+    pub(super) fn forget_owners(&mut self) {
+        self.owners = Owners::default();
+    }
+
     /// Locks all images for the owner of the VM, or none.
     pub(crate) fn lock(&self) -> Result<(), ImageError> {
         let locked = self.disks.iter().try_for_each(|image| image.lock());
@@ -287,12 +293,20 @@ fn lacking_backend(n: usize, backend: &Backend, described: &DeviceDescription) -
     reasons
 }
 
-/// The devices of a machine on the PCI bus.
+/// The virtio devices of a machine on the PCI bus: they come with it, and stay.
 pub(super) struct PciDevices {
     virtio: Vec<Arc<VirtioPci>>,
-    passthrough: Functions,
     balloon: Option<Arc<Balloon>>,
     logs: Vec<Arc<dyn DirtySource>>,
+}
+
+/// A device of a machine and its place on the bus.
+pub(super) struct Occupant {
+    /// With its place.
+    pub(super) description: DeviceDescription,
+    pub(super) address: FunctionAddress,
+    /// The function, if another process owns it.
+    pub(super) plugged: Option<Plugged>,
 }
 
 /// What a device of another process is given of a machine.
@@ -303,8 +317,8 @@ pub(super) struct Shown<'a> {
 }
 
 impl PciDevices {
-    /// Makes the devices of a description, each at the next free place of the bus. `parts` is for the pin of a device
-    /// number.
+    /// Makes the devices of a description, each at its place, or else at the next free one of the bus. `parts` is for the pin of
+    /// a device number.
     pub(super) fn make(
         described: &[DeviceDescription],
         backing: &Backing,
@@ -312,19 +326,33 @@ impl PciDevices {
         shown: &Shown<'_>,
         parts: impl Fn(Input) -> PciParts,
         passed: &PassthroughParts,
-    ) -> Result<Self, VmError> {
+    ) -> Result<(Self, Vec<Occupant>), VmError> {
         let failed = |e: std::io::Error| VmError::Device(e.into());
-        let (mut virtio, mut passthrough) = (Vec::new(), Functions::new(passed.crew.clone()));
+        let (mut virtio, mut occupants) = (Vec::new(), Vec::<Occupant>::new());
         let (mut images, mut backends) = (backing.disks.iter(), backing.backends.iter());
         let (mut taps, mut consoles) = (backing.taps.iter(), backing.console.iter());
         let (mut disks, mut nets, mut rngs) = (0, 0, 0);
         let mut balloon = None;
         let (mut logs, mut others) = (Vec::<Arc<dyn DirtySource>>::new(), BTreeMap::<&str, u32>::new());
         for described in described {
+            let address = match described.place {
+                Some(place) => u8::try_from(place.slot).ok().and_then(|slot| FunctionAddress::new(slot, 0)),
+                None => Some(pci.free_device().map_err(|e| VmError::Device(e.into()))?),
+            };
+            let lacks = |what: String| VmError::Lacks(vec![what]);
+            let address = address.ok_or_else(|| lacks(format!("a slot for its {}", described.kind)))?;
+            let earlier = occupants.iter().filter(|other| other.description.kind == described.kind).count();
+            let instance = described.place.map_or(earlier as u32, |place| place.instance);
+            let place = Some(Place { slot: address.device().into(), instance });
+            let occupant = DeviceDescription { place, ..described.clone() };
             if described.kind == VFIO_USER {
-                let pin_input = |device| Input(PciRoot::interrupt_input(device, 1));
-                let parts = |device| PassthroughParts { pin_input: pin_input(device), ..passed.clone() };
-                passthrough.add(&backing.owners, pci, parts)?;
+                let owner = backing.owners.get(earlier).ok_or_else(|| lacks("a vfio-user device".into()))?;
+                let pin_input = Input(PciRoot::interrupt_input(address.device(), 1));
+                let parts = PassthroughParts { pin_input, ..passed.clone() };
+                let plugged = Plugged::make(owner.clone(), instance, pci, &parts);
+                let plugged = plugged.map_err(|e| VmError::Device(e.into()))?;
+                pci.add(address, plugged.function.clone()).map_err(|e| VmError::Device(e.into()))?;
+                occupants.push(Occupant { description: occupant, address, plugged: Some(plugged) });
                 continue;
             }
             let (device, instance): (Arc<dyn Device>, u32) = match described.kind.as_str() {
@@ -364,17 +392,16 @@ impl PciDevices {
                 }
                 other => return Err(VmError::Lacks(vec![format!("a device {other:?}")])),
             };
-            let address = pci.free_device().map_err(|e| VmError::Device(e.into()))?;
             let input = Input(PciRoot::interrupt_input(address.device(), 1));
             let made = VirtioPci::new(device, instance, &parts(input), |config| {
-                pci.assign_bars(config).map_err(MakeError::Pci)
+                pci.assign_bars(config).map(drop).map_err(MakeError::Pci)
             });
             let function = made.map_err(|e| VmError::Device(e.into()))?;
             pci.add(address, function.clone()).map_err(|e| VmError::Device(e.into()))?;
             virtio.push(function);
+            occupants.push(Occupant { description: occupant, address, plugged: None });
         }
-        logs.extend(passthrough.logs());
-        Ok(Self { virtio, passthrough, balloon, logs })
+        Ok((Self { virtio, balloon, logs }, occupants))
     }
 
     /// The balloon, if there is one.
@@ -382,24 +409,13 @@ impl PciDevices {
         self.balloon.as_ref()
     }
 
-    /// What devices in other processes write.
+    /// What virtio devices in other processes write.
     pub(super) fn logs(&self) -> &[Arc<dyn DirtySource>] {
         &self.logs
     }
 
     pub(super) fn units(&self) -> impl Iterator<Item = Arc<dyn StateUnit>> + '_ {
-        let virtio = self.virtio.iter().map(|function| function.clone() as Arc<dyn StateUnit>);
-        virtio.chain(self.passthrough.units())
-    }
-
-    /// Units whose state goes in streams.
-    pub(super) fn streams(&self) -> Vec<Arc<dyn StateStream>> {
-        self.passthrough.streams()
-    }
-
-    /// Why the machine cannot be moved, if so.
-    pub(super) fn blockers(&self) -> Vec<String> {
-        self.passthrough.blockers()
+        self.virtio.iter().map(|function| function.clone() as Arc<dyn StateUnit>)
     }
 
     /// Brings the devices to rest for good; false if one does not come to rest in time.

@@ -163,6 +163,18 @@ pub(super) fn device(text: &str) -> Result<DeviceSpec, String> {
     Ok(DeviceSpec::Vhost(wherry_vmm::config::VhostSpec { socket: socket.into(), id, queues }))
 }
 
+/// A device that can be plugged, as the API takes it: its socket by its whole path, since the VM's process may be elsewhere.
+pub(super) fn plug(text: &str) -> Result<String, String> {
+    match device(text)? {
+        DeviceSpec::VfioUser(socket) => {
+            let socket = std::path::absolute(socket).map_err(|error| format!("its socket: {error}"))?;
+            let socket = socket.to_str().ok_or("its socket has a path that is no text")?;
+            Ok(format!("vfio-user={socket}"))
+        }
+        DeviceSpec::Vhost(_) => Err("only vfio-user=SOCKET can be plugged into a VM that runs".into()),
+    }
+}
+
 pub(super) fn serial(text: &str) -> Result<wherry_vmm::config::SerialTarget, String> {
     use wherry_vmm::config::SerialTarget;
     match text.split_once(':') {
