@@ -111,6 +111,18 @@ fn a_reset_by_the_guest_is_one_of_the_owners_and_its_interrupts_are_told_anew() 
 }
 
 #[test]
+fn a_function_that_is_let_go_has_no_memory_and_no_interrupts_and_is_as_new() {
+    let rig = Rig::new(FakeOwner::new("vfio-user:a"));
+    rig.open_msix();
+    rig.owner.take_asked();
+    rig.function.release();
+    assert_eq!(rig.owner.take_asked(), ["silence Msix", "unmap 0x100000 at 0x0", "reset"]);
+    rig.owner.script().gone = true;
+    rig.function.release();
+    assert_eq!(rig.owner.take_asked(), [""; 0], "who has gone is asked nothing more");
+}
+
+#[test]
 fn a_device_that_has_gone_reads_as_ones_and_blocks_a_move() {
     let rig = Rig::new(FakeOwner::new("vfio-user:a"));
     rig.switch_on(false);

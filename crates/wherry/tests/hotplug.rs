@@ -117,6 +117,35 @@ fn a_device_is_plugged_driven_moved_unplugged_and_plugged_again() {
     }
 }
 
+#[test]
+fn a_device_of_the_start_can_go_one_comes_while_the_vm_is_paused_and_no_vm_moves_while_one_is_to_go() {
+    if !kvm("a_device_of_the_start_can_go_one_comes_while_the_vm_is_paused_and_no_vm_moves_while_one_is_to_go") {
+        return;
+    }
+    let place = Place::new();
+    let (first, second) = (Process::start(&place, "a", &[]), Process::start(&place, "b", &[]));
+    let guest = format!("{LISTENS} testdma_eject=1500");
+    let vm = run(&place, &guest, &["--device", &option(&first)]);
+    let memory = Memory::of(&place, "0");
+    wait_for_more(&memory, "of the device it was started with");
+    std::thread::scope(|scope| {
+        let going = scope.spawn(|| unplug(&place, "0", "vfio-user0"));
+        wait_for("the guest to be asked", || {
+            (devices(&place, "0") == [("vfio-user0".to_string(), "unplugging".to_string())]).then_some(())
+        });
+        let said = refused(&place, "0", &["migrate", "--to", "tcp:127.0.0.1:1"]);
+        assert!(said.contains("vfio-user0 is being unplugged"), "{said}");
+        let said = refused(&place, "0", &["device-remove", "vfio-user0"]);
+        assert!(said.contains("is being unplugged already"), "{said}");
+        going.join().unwrap();
+    });
+    assert_eq!(place.control("0", &["pause"]).status.code(), Some(0));
+    assert_eq!(plug(&place, "0", &second), "vfio-user0");
+    assert_eq!(place.control("0", &["resume"]).status.code(), Some(0));
+    wait_for_more(&memory, "of the device that came while the VM was paused");
+    drop(vm);
+}
+
 /// What a process holds: kinds of descriptors, threads and maps, and how many there are of each.
 fn holdings(vm: &Vm) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();

@@ -16,8 +16,8 @@ use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::{AtomicU64, compiler_fence, fence};
 
 use wherry_guest_kernel::fault::{self, die, header};
-use wherry_guest_kernel::memory::Allocator;
 use wherry_guest_kernel::hotplug::{DOWN, EJECT, UP};
+use wherry_guest_kernel::memory::Allocator;
 use wherry_guest_kernel::params::{DmaInterrupt, DmaLoad, Params};
 use wherry_guest_kernel::pci::Function;
 use wherry_guest_kernel::report::{FailureKind, TestdmaReport};

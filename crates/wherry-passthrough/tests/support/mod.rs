@@ -214,8 +214,8 @@ impl Owner for FakeOwner {
         Ok(())
     }
 
-    fn unmap_dma(&self, _: u64, _: u64) -> Result<(), OwnerError> {
-        Ok(())
+    fn unmap_dma(&self, address: u64, size: u64) -> Result<(), OwnerError> {
+        self.asked(format!("unmap {size:#x} at {address:#x}")).map(drop)
     }
 
     fn signal(&self, irq: Irq, start: u32, events: &[BorrowedFd<'_>]) -> Result<(), OwnerError> {

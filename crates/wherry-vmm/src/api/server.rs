@@ -392,7 +392,7 @@ async fn events(State(service): Shared) -> Sse<impl Stream<Item = Result<sse::Ev
 }
 
 /// What has become of devices, those that have gone first.
-fn changes(before: &[DeviceInfo], now: &[DeviceInfo]) -> Vec<(DeviceChange, DeviceInfo)> {
+pub(super) fn changes(before: &[DeviceInfo], now: &[DeviceInfo]) -> Vec<(DeviceChange, DeviceInfo)> {
     let find = |list: &[DeviceInfo], number| list.iter().find(|device| device.number == number).cloned();
     let gone = before.iter().filter(|device| find(now, device.number).is_none());
     let gone = gone.map(|device| (DeviceChange::Removed, device.clone()));

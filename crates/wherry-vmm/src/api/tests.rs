@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use wherry_migration::progress::{Blackout, Job, Phase, Postcopy, Round, SourceFaults, VcpuFaults};
 
-use super::server::{MAX_BODY, Server, routes};
+use super::server::{MAX_BODY, Server, changes, routes};
 use super::socket::ApiSocket;
 use super::types::*;
 use super::{BASE, OPENAPI};
@@ -130,6 +130,32 @@ fn every_type_is_described_field_by_field() {
     check_type("DeviceEvent", &DeviceEvent { change: DeviceChange::Added, device });
     check_type("DeviceAddRequest", &DeviceAddRequest { device: "vfio-user=/s".into() });
     check_type("DeviceRemoveRequest", &DeviceRemoveRequest { name: "vfio-user0".into(), timeout_s: Some(1) });
+}
+
+#[test]
+fn what_becomes_of_devices_is_told_and_another_device_of_the_same_name_is_another() {
+    let device = |number, state| DeviceInfo {
+        number,
+        name: "vfio-user0".into(),
+        kind: "vfio-user".into(),
+        address: "00:01.0".into(),
+        connected_to: "/s".into(),
+        state,
+        removable: true,
+    };
+    let told = |before: &[DeviceInfo], now: &[DeviceInfo]| -> Vec<(DeviceChange, u64)> {
+        changes(before, now).into_iter().map(|(change, device)| (change, device.number)).collect()
+    };
+    let (present, asked) = (device(1, DeviceState::Present), device(1, DeviceState::Unplugging));
+    let (ejected, next) = (device(1, DeviceState::Ejected), device(2, DeviceState::Present));
+    let one = std::slice::from_ref;
+    assert_eq!(told(&[], one(&present)), [(DeviceChange::Added, 1)]);
+    assert_eq!(told(one(&present), one(&present)), []);
+    assert_eq!(told(one(&present), one(&asked)), [(DeviceChange::Unplugging, 1)]);
+    assert_eq!(told(one(&asked), one(&present)), [(DeviceChange::Stays, 1)]);
+    assert_eq!(told(one(&asked), one(&ejected)), [(DeviceChange::Ejected, 1)]);
+    assert_eq!(told(one(&ejected), one(&next)), [(DeviceChange::Removed, 1), (DeviceChange::Added, 2)]);
+    assert_eq!(told(one(&next), &[]), [(DeviceChange::Removed, 2)]);
 }
 
 #[test]
