@@ -224,7 +224,12 @@ impl Function {
         let (name, begun) = (self.owner.name(), Instant::now());
         loop {
             let mut bytes = [0; 2];
-            self.owner.read_config(status, &mut bytes).map_err(|error| error.to_string())?;
+            match self.owner.read_config(status, &mut bytes) {
+                Ok(()) => {}
+                Err(error) if error.is_lost() => return Err(error.to_string()),
+                // Not all answer this at rest (libvfio-user does not).
+                Err(_) => return Ok(()),
+            }
             if u16::from_le_bytes(bytes) & TRANSACTIONS_PENDING == 0 {
                 return Ok(());
             }

@@ -36,6 +36,11 @@ impl Function {
         self.place().arrived = Some((bytes, took));
     }
 
+    /// Some of its state is being given while it runs.
+    pub(crate) fn is_early(&self) -> bool {
+        self.place().early
+    }
+
     /// It runs: there is nothing on its way.
     pub(crate) fn forget_stream(&self) {
         let mut place = self.place();

@@ -58,7 +58,7 @@ impl StateUnit for Function {
 
     /// vCPUs are at rest. When the device is, too, eventfds can be detached, before local APICs are saved.
     fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.crew.hand(&self.member, Step::Rest(deadline));
+        self.crew.hand(&self.member, Step::Rest(deadline), deadline);
         let stopped = self.member.wait(deadline).map_err(|late| self.late("stop", late));
         stopped.and(self.interrupts.rest().map_err(UnitError::failed))
     }
@@ -141,8 +141,9 @@ impl StateUnit for Function {
         self.once.started();
         self.forget_stream();
         self.interrupts.resume().map_err(UnitError::failed)?;
-        self.crew.hand(&self.member, Step::Run);
-        if let Err(late) = self.member.wait(Instant::now() + RUN_LIMIT) {
+        let deadline = Instant::now() + RUN_LIMIT;
+        self.crew.hand(&self.member, Step::Run, deadline);
+        if let Err(late) = self.member.wait(deadline) {
             let failed = matches!(late, Late::Failed(_));
             let error = self.late("run again", late);
             tracing::error!(device = self.owner().name(), %error, "the machine goes on without it");

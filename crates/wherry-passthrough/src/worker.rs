@@ -27,6 +27,8 @@ pub(crate) const PIECE: usize = 1 << 20;
 /// What a device is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Step {
+    /// Start nothing towards other devices.
+    Quiet,
     /// Stop. After that its state is read, until the deadline.
     Rest(Instant),
     /// Take a state.
@@ -148,6 +150,11 @@ impl Member {
         self.stopped.load(Ordering::Acquire)
     }
 
+    fn can_be_quiet(&self) -> bool {
+        let function = self.function.upgrade().filter(|function| !function.is_lost());
+        function.and_then(|function| function.owner().facts().migration).is_some_and(|migration| migration.p2p)
+    }
+
     fn time(&self, note: impl FnOnce(&mut StreamTimes)) {
         note(&mut lock(&self.times));
     }
@@ -189,11 +196,24 @@ impl Crew {
         lock(&self.0).iter().filter_map(Weak::upgrade).collect()
     }
 
-    /// Hands a step to all, unless this one has been handed it already by another one's call.
-    pub(crate) fn hand(&self, own: &Member, step: Step) {
-        if !own.has_step() {
-            self.members().iter().for_each(|member| member.hand(step));
+    /// Hands a step to all, unless this one has been handed it already by another one's call. Devices may talk to each other, so all
+    /// that can be quiet are, before one stops and until all can run.
+    pub(crate) fn hand(&self, own: &Member, step: Step, deadline: Instant) {
+        if own.has_step() {
+            return;
         }
+        let members = self.members();
+        // A machine that is started for the first time has devices that run.
+        let turns = |member: &&Arc<Member>| member.can_be_quiet() && member.is_stopped() == (step == Step::Run);
+        let quiet: Vec<_> = members.iter().filter(|_| members.len() > 1).filter(turns).collect();
+        quiet.iter().for_each(|member| member.hand(Step::Quiet));
+        for member in quiet {
+            if let Err(late) = member.wait(deadline) {
+                // What comes next fails, too, or is all that matters.
+                tracing::warn!(device = member.name(), ?late, "having it be quiet to other devices");
+            }
+        }
+        members.iter().for_each(|member| member.hand(step));
     }
 }
 
@@ -205,6 +225,10 @@ fn perform(function: &Function, step: Step, member: &Member) -> Done {
         error.to_string()
     };
     match step {
+        Step::Quiet => match function.is_early() {
+            true => owner.set_state(State::PreCopyP2p).map_err(text),
+            false => owner.set_state(State::RunningP2p).map_err(text),
+        },
         Step::Rest(_) => {
             member.pieces.reset();
             member.stopped.store(true, Ordering::Release);
@@ -273,6 +297,10 @@ fn load(function: &Function, member: &Member, anew: bool) -> Done {
     };
     if anew {
         owner.reset().map_err(text)?;
+        // Not all forget a migration by that (newer versions of libvfio-user do not).
+        if owner.state().map_err(text)? != State::Running {
+            owner.set_state(State::Running).map_err(text)?;
+        }
     }
     owner.set_state(State::Resuming).map_err(text)?;
     let (mut bytes, mut took) = (0, Duration::ZERO);

@@ -325,3 +325,26 @@ fn state_of_schema_1_is_taken_from_its_section() {
     gathering.restore(&self::section(&gathering)).unwrap();
     assert_eq!(there.owner.script().loaded, vec![7; 3_000_000]);
 }
+
+#[test]
+fn devices_that_talk_to_each_other_are_quiet_before_one_stops_and_until_all_can_run() {
+    let crew = Crew::new();
+    let rig = |n, p2p, pre_copy| {
+        let mut owner = early_owner(&format!("vfio-user:{n}"), 1000);
+        owner.facts.migration = Some(wherry_passthrough::MigrationFacts { pre_copy, p2p });
+        Rig::in_crew(owner, n, crew.clone())
+    };
+    let rigs = [rig(0, true, true), rig(1, true, false), rig(2, false, false)];
+    rigs.iter().for_each(|rig| rig.function.start().unwrap());
+    pieces(&rigs[0].function);
+    let states = |rig: &Rig| {
+        let asked = rig.owner.take_asked();
+        asked.into_iter().filter(|what| ["PreCopy", "Running", "Stop"].iter().any(|s| what.starts_with(s))).collect()
+    };
+    rigs.iter().for_each(|rig| rig.function.finish_stop(rig.deadline()).unwrap());
+    let stops: Vec<Vec<String>> = rigs.iter().map(states).collect();
+    assert_eq!(stops, [vec!["PreCopy", "PreCopyP2p", "StopCopy"], vec!["RunningP2p", "StopCopy"], vec!["StopCopy"]]);
+    rigs.iter().for_each(|rig| rig.function.start().unwrap());
+    let starts: Vec<Vec<String>> = rigs.iter().map(states).collect();
+    assert_eq!(starts, [vec!["RunningP2p", "Running"], vec!["RunningP2p", "Running"], vec!["Running"]]);
+}
