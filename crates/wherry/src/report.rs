@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use wherry_migration::progress::{Faults, Job, Latency, Phase, Postcopy};
+use wherry_migration::progress::{Device, Faults, Job, Latency, Phase, Postcopy};
 use wherry_vmm::api::types::{BalloonInfo, DeviceInfo, DeviceState, VmInfo};
 
 /// Bytes with a binary unit.
@@ -95,6 +95,18 @@ fn rounds(job: &Job) -> Vec<Vec<String>> {
             },
         ]);
     }
+    rows
+}
+
+/// What each device took of the blackout, for a table.
+fn devices(devices: &[Device]) -> Vec<Vec<String>> {
+    let head = ["device", "stop", "save", "load", "start", "state", "of it early"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    rows.extend(devices.iter().map(|d| {
+        let times = [d.stop_us, d.save_us, d.load_us, d.start_us].map(time);
+        let sizes = [d.bytes, d.early_bytes].map(bytes);
+        [&[d.name.clone()][..], &times, &sizes].concat()
+    }));
     rows
 }
 
@@ -199,6 +211,9 @@ pub fn journey(job: &Job) -> String {
             "  blackout {} us: stop {}, last pages {}, state {}, network {}, load {}, start {}",
             b.total_us, b.stop_us, b.last_pages_us, b.state_us, b.network_us, b.load_us, b.start_us
         );
+    }
+    if !job.devices.is_empty() {
+        text.push_str(&table(&devices(&job.devices)));
     }
     if let Some(figures) = &job.postcopy {
         text.push_str(&postcopy(figures));
@@ -327,10 +342,12 @@ mod tests {
             peer: "tcp:h:1".into(),
             rounds: vec![Round { number: 1, pages: 262_144, zero_pages: 100_000, ..Round::default() }],
             blackout: Some(Blackout { total_us: 1234, ..Blackout::default() }),
+            devices: vec![Device { name: "vfio-user:/d".into(), save_us: 2500, bytes: 3 << 20, ..Device::default() }],
             ..Job::default()
         };
         let text = journey(&job);
         assert!(text.contains("tcp:h:1") && text.contains("262144") && text.contains("blackout 1234 us"), "{text}");
+        assert!(text.contains("vfio-user:/d") && text.contains("2.50 ms") && text.contains("3.00 MiB"), "{text}");
         let failed = journey(&Job { phase: Phase::Failed, error: Some("no route".into()), ..Job::default() });
         assert!(failed.contains("runs on where it was") && failed.contains("no route"), "{failed}");
     }

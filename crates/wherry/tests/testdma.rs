@@ -111,6 +111,8 @@ fn moves_with(guest: &str, more: &[&str], enough: u64) {
         assert_eq!(here.end().code(), Some(0), "{}", here.log());
         (memory, here) = (Memory::of(&place, &to), there);
         let now = wait_for_more(&memory, enough, &format!("after a move by {mode}"));
+        // The source is the first to know.
+        wait_for("the destination to be done", || (place.status(&to)?["job"]["phase"] == "done").then_some(()));
         println!("{guest}: {mode}: blackout {}, longest wait {} us", job["blackout"], now.longest_ns / 1000);
         process = next;
     }

@@ -7,7 +7,7 @@ mod support;
 
 use support::disk::Memory;
 use support::testdma::Process;
-use support::{Place, assert_alive, kvm, stderr, wait_for};
+use support::{Place, Vm, assert_alive, heartbeat, kvm, ram, stderr, wait_for};
 
 /// Buffers that show that a device works.
 const BUFFERS: u64 = 500;
@@ -102,4 +102,107 @@ fn a_device_that_cannot_take_the_state_keeps_the_vm_where_it_is() {
     }
     refused(&[], &["--no-migration"], "d1", "cannot be migrated", true);
     refused(&["--no-migration"], &[], "d0", "cannot give its state", true);
+}
+
+/// The VM runs, and so does its guest, unless that has said that its driver could not begin.
+fn lives(place: &Place, api: &str) {
+    let ram = ram(&place.wait_for_state(api, "running"));
+    let (before, memory) = (heartbeat(&ram), Memory::of(place, api));
+    wait_for("the guest to go on, or to say that it has no device", || {
+        let failed = || memory.try_snapshot().is_some_and(|snapshot| snapshot.failure.is_some());
+        (heartbeat(&ram) > before || failed()).then_some(())
+    });
+}
+
+/// Waits until the process answers at its API in one of these states; false if it has ended, having named the device.
+fn comes(place: &Place, vm: &mut Vm, api: &str, states: [&str; 2], device: &Process) -> bool {
+    let name = device.socket.display().to_string();
+    wait_for("the process to come, or to end", || {
+        if let Some(code) = vm.ended() {
+            assert!(code == Some(1) && vm.log().contains(&name), "it ended with {code:?}: {}", vm.log());
+            return Some(false);
+        }
+        let status = place.status(api)?;
+        states.iter().any(|state| status["state"] == *state).then_some(true)
+    })
+}
+
+#[test]
+fn a_device_that_leaves_at_any_message_leaves_a_vm_that_lives_or_never_began() {
+    if !kvm("a_device_that_leaves_at_any_message_leaves_a_vm_that_lives_or_never_began") {
+        return;
+    }
+    let at = |place: &str| format!("disconnect={place}");
+    let messages = [
+        "version",
+        "dma-map",
+        "get-info",
+        "get-region-info",
+        "get-region-io-fds",
+        "get-irq-info",
+        "set-irqs",
+        "region-read",
+        "region-read:60",
+        "region-write",
+        "region-write:8",
+        "feature",
+        "feature:4",
+        "feature:8",
+        "feature:12",
+        "mig-data-read",
+        "mig-data-write",
+        "pre-copy",
+        "stop-copy",
+        "resuming",
+        "stop",
+        "running",
+    ];
+    let (mut began, mut moved, mut stayed) = (0, 0, 0);
+    for (n, message) in messages.into_iter().flat_map(|m| [m.to_owned(), format!("after-{m}")]).enumerate() {
+        for faulty in [0, 1] {
+            // In turn, so that each message is left at both ends, before or after it.
+            if (n + faulty) % 2 == 1 {
+                continue;
+            }
+            let (place, fault) = (Place::new(), at(&message));
+            let common = ["--state-size", "200K", "--pre-copy"];
+            let devices = [0, 1].map(|which| {
+                let mut more = common.to_vec();
+                more.extend(["--fault", &fault].iter().filter(|_| which == faulty));
+                Process::start(&place, &format!("d{which}"), &more)
+            });
+            let options = [0, 1].map(|which| format!("vfio-user={}", devices[which].socket.display()));
+            let cmdline = "data=1M rate=1M testdma=ring";
+            let run = ["run", "--name", "t", "--memory", "64M", "--cmdline", cmdline, "--device", &options[0]];
+            let mut here = place.start("0", &run);
+            if !comes(&place, &mut here, "0", ["running", "running"], &devices[0]) {
+                continue;
+            }
+            began += 1;
+            lives(&place, "0");
+            let mut there = place.start("1", &["receive", "--listen", "tcp:127.0.0.1:0", "--device", &options[1]]);
+            if !comes(&place, &mut there, "1", ["listening", "listening"], &devices[1]) {
+                lives(&place, "0");
+                continue;
+            }
+            let address = place.status("1").unwrap()["listen"].as_str().unwrap().to_owned();
+            let output = place.control("0", &["migrate", "--to", &address, "--mode", "hybrid"]);
+            match output.status.code() {
+                Some(0) => {
+                    moved += 1;
+                    assert_eq!(here.end().code(), Some(0), "{fault} at {faulty}: {}", here.log());
+                    lives(&place, "1");
+                }
+                Some(1) => {
+                    stayed += 1;
+                    let (said, name) = (stderr(&output), devices[faulty].socket.display().to_string());
+                    assert!(said.contains(&name), "{fault} at {faulty}: {said}");
+                    lives(&place, "0");
+                }
+                code => panic!("{fault} at {faulty}: {code:?}: {}\n{}", stderr(&output), there.log()),
+            }
+        }
+    }
+    println!("{began} VMs began, {moved} moved, {stayed} stayed where they were");
+    assert!(began > 10 && moved > 2 && stayed > 2);
 }

@@ -229,6 +229,11 @@ impl Vm {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    /// Its exit code, if it has ended.
+    pub fn ended(&mut self) -> Option<Option<i32>> {
+        self.child.try_wait().unwrap().map(|status| status.code())
+    }
+
     /// Waits for its end.
     pub fn end(&mut self) -> ExitStatus {
         let deadline = Instant::now() + LIMIT;
