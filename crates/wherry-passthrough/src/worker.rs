@@ -202,10 +202,10 @@ impl Crew {
         if own.has_step() {
             return;
         }
-        let members = self.members();
-        // A machine that is started for the first time has devices that run.
-        let turns = |member: &&Arc<Member>| member.can_be_quiet() && member.is_stopped() == (step == Step::Run);
-        let quiet: Vec<_> = members.iter().filter(|_| members.len() > 1).filter(turns).collect();
+        // Devices run when a machine is started for the first time, and those that are there run when one more is plugged in.
+        let turns = |member: &Arc<Member>| member.is_stopped() == (step == Step::Run);
+        let members: Vec<_> = self.members().into_iter().filter(turns).collect();
+        let quiet: Vec<_> = members.iter().filter(|member| members.len() > 1 && member.can_be_quiet()).collect();
         quiet.iter().for_each(|member| member.hand(Step::Quiet));
         for member in quiet {
             if let Err(late) = member.wait(deadline) {

@@ -348,3 +348,28 @@ fn devices_that_talk_to_each_other_are_quiet_before_one_stops_and_until_all_can_
     let starts: Vec<Vec<String>> = rigs.iter().map(states).collect();
     assert_eq!(starts, [vec!["RunningP2p", "Running"], vec!["RunningP2p", "Running"], vec!["Running"]]);
 }
+
+#[test]
+fn a_device_that_comes_while_others_run_leaves_them_alone_and_stops_with_them() {
+    let crew = Crew::new();
+    let rig = |n: u32| {
+        let mut owner = FakeOwner::new(&format!("vfio-user:{n}"));
+        owner.facts.migration = Some(wherry_passthrough::MigrationFacts { pre_copy: false, p2p: true });
+        Rig::in_crew(owner, n, crew.clone())
+    };
+    let first = rig(0);
+    first.function.start().unwrap();
+    first.owner.take_asked();
+    let second = rig(1);
+    second.function.start().unwrap();
+    assert!(first.owner.take_asked().is_empty());
+    for rig in [&first, &second] {
+        rig.function.finish_stop(rig.deadline()).unwrap();
+        assert_eq!(rig.owner.script().state, Some(State::StopCopy));
+        assert!(!state(&rig.function).1.bytes.is_empty());
+    }
+    for rig in [&first, &second] {
+        rig.function.start().unwrap();
+        assert_eq!(rig.owner.script().state, Some(State::Running));
+    }
+}
