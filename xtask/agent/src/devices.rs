@@ -3,8 +3,7 @@
 //! be missing from any of them, and the file system must be clean.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -17,7 +16,7 @@ use crate::kernel_log;
 use crate::network::{self, GUEST, TAPS};
 use crate::ping::Ping;
 use crate::serial::Serial;
-use crate::wherry::{self, Vmm};
+use crate::wherry::{self, Device, Vmm};
 
 /// The guest is emulated in an emulated machine: seconds become tens of seconds.
 const BOOT: Duration = Duration::from_secs(240);
@@ -77,41 +76,17 @@ struct Load {
 
 /// Processes that serve the devices of one VMM; they end with the value.
 #[derive(Debug)]
-struct BackEnds {
-    processes: Vec<Child>,
-    sockets: [PathBuf; 2],
-}
+struct BackEnds([Device; 2]);
 
 impl BackEnds {
     /// Starts them, beside the taps.
     fn start(network: &Network, name: &str, tap: &str) -> Result<Self> {
-        let sockets = ["blk", "net"].map(|device| PathBuf::from(format!("/tmp/{name}.{device}")));
-        let mut this = Self { processes: Vec::new(), sockets };
-        let ways = [vec!["blk", "--image", IMAGE], vec!["net", "--tap", tap, "--mac", MAC]];
-        for (arguments, socket) in ways.iter().zip(&this.sockets) {
-            let mut command = Command::new("wherry");
-            command.arg("device").args(arguments).arg("--socket").arg(socket).stdin(Stdio::null());
-            network.left().hold(&mut command)?;
-            this.processes.push(command.spawn().with_context(|| format!("cannot start {command:?}"))?);
-        }
-        let start = Instant::now();
-        while !this.sockets.iter().all(|socket| socket.exists()) {
-            ensure!(start.elapsed() < COMMAND, "waited {COMMAND:?} for the sockets {:?}", this.sockets);
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        let start = |kind: &str, arguments: &[&str]| {
+            Device::start(Some(network.left()), &format!("{name}.{kind}"), &[&[kind], arguments].concat())
+        };
+        let this = Self([start("blk", &["--image", IMAGE])?, start("net", &["--tap", tap, "--mac", MAC])?]);
+        this.0.iter().try_for_each(|device| device.wait(COMMAND))?;
         Ok(this)
-    }
-}
-
-impl Drop for BackEnds {
-    fn drop(&mut self) {
-        for process in &mut self.processes {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
-        for socket in &self.sockets {
-            let _ = std::fs::remove_file(socket);
-        }
     }
 }
 
@@ -119,9 +94,9 @@ impl Drop for BackEnds {
 fn devices(back_ends: Option<&BackEnds>, tap: &str) -> Vec<String> {
     let arguments = match back_ends {
         None => [("--disk", IMAGE.to_owned()), ("--net", tap.to_owned())],
-        Some(BackEnds { sockets: [blk, net], .. }) => [
-            ("--device", format!("vhost-user-blk={}", blk.display())),
-            ("--device", format!("vhost-user-net={}", net.display())),
+        Some(BackEnds([blk, net])) => [
+            ("--device", format!("vhost-user-blk={}", blk.socket.display())),
+            ("--device", format!("vhost-user-net={}", net.socket.display())),
         ],
     };
     arguments.into_iter().flat_map(|(option, value)| [option.to_owned(), value]).collect()

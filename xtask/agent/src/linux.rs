@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::checks::Checks;
 use crate::kernel_log;
 use crate::serial::Serial;
-use crate::wherry::{self, Vmm};
+use crate::wherry::{self, Device, Vmm};
 
 /// The guest is emulated in an emulated machine: seconds become tens of seconds.
 const BOOT: Duration = Duration::from_secs(120);
@@ -44,7 +44,7 @@ pub fn run(full: bool, kernel: &str, label: &str) -> bool {
     for round in 1..=size.migrations {
         names.extend([format!("migrate-{round}"), format!("goes-on-{round}")]);
     }
-    names.extend(["load-verified", "data", "clock", "kernel-log", "power-off"].map(str::to_owned));
+    names.extend(["load-verified", "data", "clock", "hot-plug", "kernel-log", "power-off"].map(str::to_owned));
     let mut checks = Checks::plan(label, &names);
     // Each failure has been reported by its check.
     let _ = scenario(&mut checks, size, kernel);
@@ -75,8 +75,36 @@ fn scenario(checks: &mut Checks, size: Size, kernel: &str) -> Result<()> {
     checks.check("load-verified", || load_verified(&mut guest.serial))?;
     checks.check("data", || data(&mut guest.serial))?;
     checks.check("clock", || clock(&mut guest))?;
+    checks.check("hot-plug", || hot_plug(&mut guest))?;
     checks.check("kernel-log", || kernel_log(&mut guest))?;
     checks.check("power-off", || power_off(guest))
+}
+
+/// A function of another process comes, is found and configured by the guest, and goes when the guest has let it go; and once more.
+fn hot_plug(guest: &mut Guest) -> Result<()> {
+    // Vendor and device, and the first BAR: where memory decoding would find it.
+    const LOOK: &str = "for d in /sys/bus/pci/devices/*; do \
+         [ \"$(cat $d/vendor):$(cat $d/device)\" = 0x1de5:0x7d3a ] && head -n1 $d/resource; done; true";
+    let device = Device::start(None, "plug", &["testdma"])?;
+    device.wait(COMMAND)?;
+    let (api, option) = (wherry::path(&guest.vmm.api), format!("vfio-user={}", device.socket.display()));
+    for _ in 0..2 {
+        wherry::run(&["device-add", "--api", api, &option], COMMAND)?;
+        let start = Instant::now();
+        let bar = loop {
+            let seen = guest.serial.ask(LOOK, COMMAND)?;
+            if !seen.trim().is_empty() {
+                break seen;
+            }
+            ensure!(start.elapsed() < COMMAND, "waited {COMMAND:?} for the guest to find what was plugged");
+        };
+        ensure!(!bar.trim().starts_with("0x0000000000000000"), "its first BAR has no address: {bar}");
+        println!("lab: plugged, first BAR {}", bar.trim());
+        wherry::run(&["device-remove", "--api", api, "vfio-user0", "--timeout", "60"], 2 * COMMAND)?;
+        let left = guest.serial.ask(LOOK, COMMAND)?;
+        ensure!(left.trim().is_empty(), "the guest still has what was unplugged: {left}");
+    }
+    Ok(())
 }
 
 /// Starts a guest and waits for its user space.

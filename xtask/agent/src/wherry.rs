@@ -68,6 +68,46 @@ impl Drop for Vmm {
     }
 }
 
+/// A process that serves a device; it ends with the value.
+#[derive(Debug)]
+pub struct Device {
+    child: Child,
+    /// Where it listens.
+    pub socket: PathBuf,
+}
+
+impl Device {
+    /// Starts `wherry device ARGUMENTS --socket …`, in a network namespace if one is given.
+    pub fn start(namespace: Option<&Namespace>, name: &str, arguments: &[&str]) -> Result<Self> {
+        let socket = PathBuf::from(format!("/tmp/{name}"));
+        let mut command = Command::new("wherry");
+        command.arg("device").args(arguments).arg("--socket").arg(&socket).stdin(Stdio::null());
+        if let Some(namespace) = namespace {
+            namespace.hold(&mut command)?;
+        }
+        let child = command.spawn().with_context(|| format!("cannot start {command:?}"))?;
+        Ok(Self { child, socket })
+    }
+
+    /// Waits until it listens.
+    pub fn wait(&self, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        while !self.socket.exists() {
+            ensure!(start.elapsed() < limit, "waited {limit:?} for the socket {}", self.socket.display());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(&self.socket);
+    }
+}
+
 /// Moves the guest of `source` to `target`, which waits at `address`; `how` is what else `wherry migrate` is told. The
 /// source has ended when this returns. Gives the blackout in microseconds.
 pub fn migrate(mut source: Vmm, target: &Vmm, address: &str, how: &[&str], limit: Duration) -> Result<u64> {
