@@ -373,3 +373,37 @@ fn nothing_comes_or_goes_while_a_vm_moves_and_what_its_guest_lets_go_then_is_tak
     assert_eq!(plug(&place, "1", &third), name);
     wait_for_more(&memory, "at the destination");
 }
+
+#[test]
+fn a_device_that_comes_beside_one_that_works_leaves_it_alone_and_moves_with_it() {
+    if !kvm("a_device_that_comes_beside_one_that_works_leaves_it_alone_and_moves_with_it") {
+        return;
+    }
+    let place = Place::new();
+    let start = |side: &str| [0, 1].map(|n| Process::start(&place, &format!("{side}{n}"), &["--state-size", "1M"]));
+    let more = |memory: &Memory, what: &str| {
+        let before = load(memory).received;
+        wait_for(&format!("{BUFFERS} buffers {what}"), || (load(memory).received >= before + BUFFERS).then_some(()));
+    };
+    let mut serving = start("a");
+    let mut vm = run(&place, "data=1M rate=0 testdma=ring", &["--device", &option(&serving[0])]);
+    let memory = Memory::of(&place, "0");
+    more(&memory, "before another device comes");
+    assert_eq!(plug(&place, "0", &serving[1]), "vfio-user1");
+    more(&memory, "after that");
+    for (leg, mode) in ["precopy", "postcopy"].iter().enumerate() {
+        let (from, to) = (leg.to_string(), (leg + 1).to_string());
+        let next = start(&format!("b{to}"));
+        let options = next.each_ref().map(option);
+        let (there, address) = place.receive(&to, &["--device", &options[0], "--device", &options[1]]);
+        let output = place.control(&from, &["migrate", "--to", &address, "--mode", mode]);
+        assert_eq!(output.status.code(), Some(0), "{mode}: {}\n{}", stderr(&output), there.log());
+        assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
+        (vm, serving) = (there, next);
+        more(&Memory::of(&place, &to), &format!("after a move by {mode}"));
+        wait_for("the destination to be done", || (place.status(&to)?["job"]["phase"] == "done").then_some(()));
+        assert_eq!(devices(&place, &to), present(&["vfio-user0", "vfio-user1"]));
+    }
+    drop(vm);
+    assert_eq!(serving.map(|process| process.summary()["loads"].clone()), [2, 2]);
+}
