@@ -85,6 +85,8 @@ fn hot_plug(guest: &mut Guest) -> Result<()> {
     // Vendor and device, and the first BAR: where memory decoding would find it.
     const LOOK: &str = "for d in /sys/bus/pci/devices/*; do \
          [ \"$(cat $d/vendor):$(cat $d/device)\" = 0x1de5:0x7d3a ] && head -n1 $d/resource; done; true";
+    // What its kernel says of that would come between the words of the commands.
+    guest.serial.ask("dmesg -n 1", COMMAND)?;
     let device = Device::start(None, "plug", &["testdma"])?;
     device.wait(COMMAND)?;
     let (api, option) = (wherry::path(&guest.vmm.api), format!("vfio-user={}", device.socket.display()));
