@@ -234,7 +234,12 @@ fn perform(function: &Function, step: Step, member: &Member) -> Done {
             member.stopped.store(true, Ordering::Release);
             owner.set_state(State::StopCopy).map_err(text)?;
             function.settle()?;
-            member.time(|times| times.stop = begun.elapsed());
+            let early = function.is_early();
+            // Of a move that was given up, nothing counts.
+            member.time(|times| {
+                let before = if early { *times } else { StreamTimes::default() };
+                *times = StreamTimes { stop: begun.elapsed(), ..before };
+            });
             Ok(())
         }
         Step::Load { anew } => {

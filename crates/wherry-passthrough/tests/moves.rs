@@ -266,6 +266,10 @@ fn a_move_that_is_given_up_before_the_stop_leaves_the_device_running() {
     pieces(&rig.function);
     rig.function.end();
     assert_eq!(rig.owner.script().state, Some(State::Running));
+    // The next move gives nothing early, and says so.
+    rig.function.finish_stop(rig.deadline()).unwrap();
+    state(&rig.function);
+    assert_eq!((rig.function.times().early, rig.function.times().bytes), (0, 3_000_000));
 }
 
 #[test]
