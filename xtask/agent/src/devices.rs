@@ -3,7 +3,7 @@
 //! be missing from any of them, and the file system must be clean.
 
 use std::net::SocketAddr;
-use std::process::Command;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -127,9 +127,10 @@ fn scenario(checks: &mut Checks, moves: usize, others: bool) -> Result<()> {
     drop(ping);
     checks.check("fio", || fio::ends(&mut guest.serial))?;
     checks.check("fio-read-again", || fio::reads_again(&mut guest.serial))?;
-    checks.check("kernel-log", || kernel_log(&mut guest))?;
+    checks
+        .check("kernel-log", || kernel_log::check(&mut guest.serial, guest.boot_lines, fio::KERNEL_WORDS, COMMAND))?;
     checks.check("power-off", || power_off(guest))?;
-    checks.check("file-system", file_system)
+    checks.check("file-system", || fio::image_is_clean(Path::new(IMAGE)))
 }
 
 /// Starts a guest and waits for its user space.
@@ -234,29 +235,12 @@ fn goes_on(serial: &mut Serial, load: &mut Load) -> Result<()> {
     }
 }
 
-/// The kernel has not complained.
-fn kernel_log(guest: &mut Guest) -> Result<()> {
-    let log = guest.serial.ask(&kernel_log::command(&["I/O error", "EXT4-fs error"]), COMMAND)?;
-    let found = kernel_log::trouble(&log, guest.boot_lines);
-    ensure!(found.is_empty(), "{}", found.join("\n"));
-    Ok(())
-}
-
 /// The guest powers off by ACPI, and its VMM ends.
 fn power_off(mut guest: Guest) -> Result<()> {
     guest.serial.send("bye\n")?;
     guest.serial.wait_for("INNER BYE", COMMAND)?;
     let status = guest.vmm.wait(COMMAND)?;
     ensure!(status.success(), "wherry ended with {status} after the guest had powered off");
-    Ok(())
-}
-
-/// The file system that the guest left needs no repair.
-fn file_system() -> Result<()> {
-    let output = Command::new("e2fsck").args(["-f", "-n", IMAGE]).output().context("cannot run e2fsck")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    println!("lab: {}", said.lines().last().unwrap_or_default());
-    ensure!(output.status.success(), "e2fsck -fn: {}: {said}", output.status);
     Ok(())
 }
 

@@ -1,8 +1,10 @@
 //! The load of a guest whose root is on a disk: fio writes, reads back and compares, pass after pass, until it is told to end.
 
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::serial::Serial;
 
@@ -19,6 +21,9 @@ const JOBS: &str = "[global]\\ndirectory=/var/fio\\nrw=randwrite\\nbs=4k\\nverif
 [deep]\\nioengine=io_uring\\ndirect=1\\niodepth=32\\nsize=2M\\nnumjobs=2\\n\
 [large]\\nioengine=io_uring\\ndirect=1\\niodepth=4\\nbs=256k\\nsize=8M\\n\
 [buffered]\\nioengine=psync\\nsize=2M\\nfsync=16\\n";
+
+/// Words of a kernel log that mean trouble with the disk.
+pub const KERNEL_WORDS: &[&str] = &["I/O error", "EXT4-fs error"];
 
 /// Starts it, and waits until it writes.
 pub fn start(serial: &mut Serial) -> Result<()> {
@@ -90,5 +95,14 @@ pub fn reads_again(serial: &mut Serial) -> Result<()> {
     serial.ask("sync; echo 3 >/proc/sys/vm/drop_caches", COMMAND)?;
     let log = serial.ask("fio --eta=never --verify_only --randseed=$(cat /tmp/fio.passes) /var/fio/jobs", PASS)?;
     ensure!(log.contains("READ:") && !log.contains("verify:"), "fio found something wrong: {log}");
+    Ok(())
+}
+
+/// The file system that the guest left on the disk needs no repair.
+pub fn image_is_clean(image: &Path) -> Result<()> {
+    let output = Command::new("e2fsck").args(["-f", "-n"]).arg(image).output().context("cannot run e2fsck")?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    println!("lab: {}", said.lines().last().unwrap_or_default());
+    ensure!(output.status.success(), "e2fsck -fn: {}: {said}", output.status);
     Ok(())
 }

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -63,9 +62,10 @@ fn scenario(checks: &mut Checks, parts: &Parts, moves: usize) -> Result<()> {
     }
     checks.check("fio", || fio::ends(&mut guest.serial))?;
     checks.check("fio-read-again", || fio::reads_again(&mut guest.serial))?;
-    checks.check("kernel-log", || kernel_log(&mut guest))?;
+    checks
+        .check("kernel-log", || kernel_log::check(&mut guest.serial, guest.boot_lines, fio::KERNEL_WORDS, COMMAND))?;
     checks.check("power-off", || power_off(guest))?;
-    checks.check("file-system", || file_system(parts))
+    checks.check("file-system", || fio::image_is_clean(&parts.image))
 }
 
 /// Starts a guest and waits for its user space, which is on the disk.
@@ -130,14 +130,6 @@ fn summary(seen: &[Moved]) -> String {
     )
 }
 
-/// The kernel has not complained.
-fn kernel_log(guest: &mut Guest) -> Result<()> {
-    let log = guest.serial.ask(&kernel_log::command(&["I/O error", "EXT4-fs error"]), COMMAND)?;
-    let found = kernel_log::trouble(&log, guest.boot_lines);
-    ensure!(found.is_empty(), "{}", found.join("\n"));
-    Ok(())
-}
-
 /// The guest powers off by ACPI, and QEMU ends.
 fn power_off(mut guest: Guest) -> Result<()> {
     guest.serial.send("bye\n")?;
@@ -145,15 +137,6 @@ fn power_off(mut guest: Guest) -> Result<()> {
     let status = guest.qemu.ends()?;
     ensure!(status.success(), "QEMU ended with {status} after the guest had powered off");
     guest.qemu.back_end_lives()
-}
-
-/// The file system that the guest left needs no repair.
-fn file_system(parts: &Parts) -> Result<()> {
-    let output = Command::new("e2fsck").args(["-f", "-n"]).arg(&parts.image).output().context("cannot run e2fsck")?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    println!("lab: {}", said.lines().last().unwrap_or_default());
-    ensure!(output.status.success(), "e2fsck -fn: {}: {said}", output.status);
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,5 +1,11 @@
 //! What a kernel log says about a machine that was moved: which lines mean that something broke.
 
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::serial::Serial;
+
 /// Words that a healthy kernel does not write.
 const TROUBLE: [&str; 20] = [
     "BUG:",
@@ -38,19 +44,27 @@ const HARMLESS_AT_BOOT: [&str; 3] = [
 ///
 /// It does not show the others: the whole log keeps the guest's CPU in the interrupts of its emulated serial port for so long
 /// that its kernel finds itself stuck (seen: 27 s, and a soft lockup).
-pub fn command(more: &[&str]) -> String {
+fn command(more: &[&str]) -> String {
     let words: String = TROUBLE.iter().chain(more).map(|word| format!(" -e '{word}'")).collect();
     format!("dmesg | grep -nF{words} || true")
 }
 
 /// The lines that mean trouble, of those that [`command`] shows; the first `boot` lines of the log are those of the boot.
-pub fn trouble(numbered: &str, boot: usize) -> Vec<&str> {
+fn trouble(numbered: &str, boot: usize) -> Vec<&str> {
     let lines = numbered.lines().filter_map(|line| line.split_once(':'));
     lines
         .filter_map(|(number, line)| Some((number.parse::<usize>().ok()?, line)))
         .filter(|(number, line)| *number > boot || !HARMLESS_AT_BOOT.iter().any(|words| line.contains(words)))
         .map(|(_, line)| line)
         .collect()
+}
+
+/// The kernel of a guest has not complained since its boot, whose log had so many lines; `more` are words that count as well.
+pub fn check(serial: &mut Serial, boot: usize, more: &[&str], limit: Duration) -> Result<()> {
+    let log = serial.ask(&command(more), limit)?;
+    let found = trouble(&log, boot);
+    ensure!(found.is_empty(), "{}", found.join("\n"));
+    Ok(())
 }
 
 #[cfg(test)]
