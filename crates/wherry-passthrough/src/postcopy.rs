@@ -1,7 +1,7 @@
 //! A device that takes part in postcopy: its faults are served beside those of the guest.
 //!
-//! While the destination is built all memory is mapped as if it were there; the device does not touch it before it is given a
-//! state. If memory is to follow then, it is mapped anew: the device makes a userfaultfd, registers what it maps for missing
+//! While the destination is built all memory is mapped as if it were there; the device does not touch it before it has all of
+//! its state. If memory is to follow then, it is mapped anew: the device makes a userfaultfd, registers what it maps for missing
 //! pages before it answers, and says where it has it; then its faults are a source of the service. When all memory is there,
 //! the device is told, and is no source any more.
 
