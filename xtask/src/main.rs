@@ -179,6 +179,9 @@ fn labs() -> Result<Tally> {
 
 /// Prints what did not pass and the closing line; returns whether the whole is good.
 fn finish(tally: &Tally, deny_skips: bool) -> bool {
+    for line in &tally.said {
+        println!("{line}");
+    }
     for skip in &tally.skips {
         println!("skipped: {skip}");
     }

@@ -57,6 +57,10 @@ fn counted(cargo: Command) -> Result<Tally> {
     Ok(count.finish(ending))
 }
 
+/// So many lines of what a failed test printed are said again at the end, from a few before it panicked on.
+const SAID: usize = 24;
+const BEFORE: usize = 4;
+
 /// Which part of a test binary's report the lines are in.
 #[derive(Debug, Default, PartialEq, Eq)]
 enum Section {
@@ -74,6 +78,8 @@ struct Count {
     binary: String,
     section: Section,
     failing: bool,
+    /// What the failed test that is being reported has printed.
+    output: Vec<String>,
     /// Tests that the harness calls passed and that only said why they could not run.
     unheld: u64,
     started: u64,
@@ -86,12 +92,13 @@ impl Count {
         if let Some(rest) = trimmed.strip_prefix("Running ").or_else(|| trimmed.strip_prefix("Doc-tests ")) {
             self.binary = rest.split(" (").next().unwrap_or(rest).to_owned();
             self.started += 1;
-            self.section = Section::Results;
+            self.end_section();
         } else if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
+            self.end_section();
             self.section = Section::Output { test: name.to_owned(), counted: false };
         } else if line == "successes:" || line == "failures:" {
+            self.end_section();
             self.failing = line == "failures:";
-            self.section = Section::Results;
         } else if let Some(result) = line.strip_prefix("test result: ") {
             self.result(result);
         } else if line.starts_with("SKIPPED") {
@@ -100,6 +107,21 @@ impl Count {
             self.tally.fail(format!("{}: {name}", self.binary));
         } else if let Some((name, why)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ignored")) {
             self.tally.skip(format!("{}: {name}: ignored{why}", self.binary));
+        } else if self.failing && !line.is_empty() && matches!(self.section, Section::Output { .. }) {
+            self.output.push(line.to_owned());
+        }
+    }
+
+    /// What matters of the output of a failed test is kept.
+    fn end_section(&mut self) {
+        let output = std::mem::take(&mut self.output);
+        if let Section::Output { test, .. } = std::mem::take(&mut self.section)
+            && self.failing
+        {
+            let panic = output.iter().position(|line| line.contains(" panicked at ")).unwrap_or(output.len());
+            let lines = output.into_iter().skip(panic.saturating_sub(BEFORE));
+            self.tally.said.push(format!("---- {}: {test}", self.binary));
+            self.tally.said.extend(lines.take_while(|line| line != "stack backtrace:").take(SAID));
         }
     }
 
@@ -117,7 +139,7 @@ impl Count {
     /// `ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s`
     fn result(&mut self, result: &str) {
         self.reported += 1;
-        self.section = Section::Results;
+        self.end_section();
         self.failing = false;
         for part in result.split([';', '.']) {
             if let Some((number, "passed")) = part.trim().split_once(' ') {
@@ -200,9 +222,17 @@ test encodes ... FAILED
 failures:
 
 ---- encodes stdout ----
+1
+2
+3
+4
+5
 SKIPPED: half of it
 
-thread 'encodes' panicked
+thread 'encodes' panicked at tests/wire.rs:3:4:
+7 is not 8
+stack backtrace:
+   0: rust_begin_unwind
 
 failures:
     encodes
@@ -212,6 +242,8 @@ test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
         let tally = counted(text, false);
         assert_eq!(tally.to_string(), "1 passed, 1 failed, 0 skipped");
         assert_eq!(tally.failures, ["tests/wire.rs: encodes"]);
+        let panicked = "thread 'encodes' panicked at tests/wire.rs:3:4:";
+        assert_eq!(tally.said, ["---- tests/wire.rs: encodes", "2", "3", "4", "5", panicked, "7 is not 8"]);
     }
 
     #[test]

@@ -11,6 +11,8 @@ pub struct Tally {
     pub failures: Vec<String>,
     /// What could not run, and why, one line each.
     pub skips: Vec<String>,
+    /// What failed checks printed, the end of it, line by line.
+    pub said: Vec<String>,
 }
 
 impl Tally {
@@ -29,6 +31,7 @@ impl Tally {
         self.passed += part.passed;
         self.failures.extend(part.failures);
         self.skips.extend(part.skips);
+        self.said.extend(part.said);
     }
 
     /// True if this is a good result: nothing failed, and nothing was skipped where that counts.

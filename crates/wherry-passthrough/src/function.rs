@@ -1,7 +1,6 @@
 //! The function on the bus of a machine.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
@@ -126,7 +125,7 @@ pub struct Function {
     log: Arc<DmaLog>,
     pub(crate) sharer: Sharer,
     /// The owner has gone; said once.
-    lost: AtomicBool,
+    lost: OnceLock<String>,
 }
 
 impl Function {
@@ -166,7 +165,7 @@ impl Function {
                 crew: parts.crew.clone(),
                 log: Arc::new(DmaLog::new(name, this.clone(), parts.ram.clone())),
                 sharer: Sharer::new(parts.ram.clone(), parts.faults.clone()),
-                lost: AtomicBool::new(false),
+                lost: OnceLock::new(),
                 owner,
             }
         });
@@ -188,8 +187,8 @@ impl Function {
     /// Why its machine cannot be moved, if so.
     pub fn blocker(&self) -> Option<String> {
         let name = self.owner.name();
-        if self.lost.load(Ordering::Acquire) {
-            return Some(format!("{name} has gone, and its state with it"));
+        if let Some(why) = self.lost.get() {
+            return Some(format!("{name} has gone, and its state with it: {why}"));
         }
         self.owner.facts().migration.is_none().then(|| {
             format!(
@@ -206,15 +205,16 @@ impl Function {
     pub(crate) fn report(&self, what: &str, error: &OwnerError) {
         if !error.is_lost() {
             tracing::warn!(%error, "{what}");
-        } else if !self.lost.swap(true, Ordering::AcqRel) {
+        } else if self.lost.set(error.to_string()).is_ok() {
             tracing::error!(%error, "{what}; the device is gone, and reads as ones from now on");
             self.sharer.end();
         }
     }
 
-    /// Nobody is to wait for it any more.
-    pub(crate) fn lose(&self) {
-        self.lost.store(true, Ordering::Release);
+    /// Nobody is to wait for it any more, and why.
+    pub(crate) fn lose(&self, why: String) {
+        // The first reason stays.
+        let _ = self.lost.set(why);
         self.sharer.end();
     }
 
@@ -302,7 +302,7 @@ impl Function {
     }
 
     pub(crate) fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::Acquire)
+        self.lost.get().is_some()
     }
 
     /// Follows what was written to configuration space.

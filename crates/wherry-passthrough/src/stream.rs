@@ -55,7 +55,10 @@ impl Function {
     /// What the device gives while it runs.
     fn read_early(&self, place: &mut Place) -> Result<Vec<u8>, UnitError> {
         let owner = self.owner();
-        if self.is_lost() || !owner.facts().migration.is_some_and(|facts| facts.pre_copy) {
+        if self.is_lost() {
+            return Err(UnitError::failed(self.blocker().unwrap_or_default()));
+        }
+        if !owner.facts().migration.is_some_and(|facts| facts.pre_copy) {
             return Ok(Vec::new());
         }
         if !place.early {

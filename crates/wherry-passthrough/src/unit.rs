@@ -148,7 +148,7 @@ impl StateUnit for Function {
             let error = self.late("run again", late);
             tracing::error!(device = self.owner().name(), %error, "the machine goes on without it");
             if failed {
-                self.lose();
+                self.lose(error.to_string());
             }
         }
         Ok(())

@@ -248,11 +248,11 @@ fn perform(function: &Function, step: Step, member: &Member) -> Done {
             loaded.inspect(|()| tracing::debug!(device = owner.name(), times = ?*lock(&member.times), "loaded"))
         }
         Step::Run => {
-            if function.is_lost() || !member.is_stopped() {
+            // It was told to, whatever becomes of it: a device that has gone has no state on its way either.
+            if !member.stopped.swap(false, Ordering::AcqRel) || function.is_lost() {
                 return Ok(());
             }
             owner.set_state(State::Running).map_err(text)?;
-            member.stopped.store(false, Ordering::Release);
             if function.interrupts.uses_pin() {
                 // Nobody knows its level: a device that still wants service signals again.
                 owner.unmask().map_err(text)?;

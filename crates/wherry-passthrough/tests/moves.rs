@@ -137,6 +137,18 @@ fn a_state_that_a_device_does_not_take_is_told_before_the_machine_is_ready() {
 }
 
 #[test]
+fn a_device_that_dies_at_rest_is_named_when_its_machine_has_run_again() {
+    let rig = Rig::new(early_owner("vfio-user:dead", 1000));
+    rig.function.start().unwrap();
+    rig.function.finish_stop(rig.deadline()).unwrap();
+    rig.owner.script().gone = true;
+    rig.function.start().unwrap();
+    let error = rig.function.read().unwrap_err().to_string();
+    assert!(error.contains("vfio-user:dead has gone"), "{error}");
+    assert!(rig.function.finish_stop(rig.deadline()).is_err());
+}
+
+#[test]
 fn a_device_that_dies_at_the_stop_is_named_and_so_is_one_without_migration() {
     let rig = Rig::new(FakeOwner::new("vfio-user:dead"));
     rig.function.start().unwrap();
