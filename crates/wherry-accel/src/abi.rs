@@ -5,7 +5,7 @@
 use crate::error::{Errno, Refused, refuse, require};
 
 /// Version of the ABI: major in the upper 16 bits. A client refuses another major.
-pub const VERSION: u32 = 0x0001_0000;
+pub const VERSION: u32 = 0x0001_0001;
 /// First register: `WACC`.
 pub const MAGIC: u32 = u32::from_le_bytes(*b"WACC");
 
@@ -21,6 +21,8 @@ pub const MAX_ENGINES: usize = 64;
 pub const MAX_CHAIN: usize = 512;
 /// Most contexts of a device.
 pub const MAX_CONTEXTS: usize = 1024;
+/// Bells of a device: bell n is that of contexts whose place is n modulo this.
+pub const BELLS: u32 = 16;
 /// Most requests of a slot that are not complete.
 pub const MAX_QUEUE: usize = 1024;
 /// Most descriptors of a batch.
@@ -58,6 +60,10 @@ pub mod register {
     pub const TUNABLES: u64 = 0x800;
     /// The end of those.
     pub const TUNABLES_END: u64 = 0xc00;
+    /// Bells, one every [`BELL_BYTES`].
+    pub const BELLS: u64 = 0x1000;
+    /// Bytes from one bell to the next.
+    pub const BELL_BYTES: u64 = 64;
     /// Where contexts begin.
     pub const CONTEXTS_BASE: u64 = 0x1_0000;
     /// Bytes of each: a page of doorbells, a page of portals.
@@ -88,6 +94,12 @@ pub mod slot_register {
     pub const COMPLETED: u64 = 0x28;
     /// The client's own timeline.
     pub const CLIENT: u64 = 0x30;
+    /// Where the client writes the tail, if it does not write register `TAIL`; bit 0: [`POLLED`]; 0: nowhere.
+    pub const TAIL_ADDRESS: u64 = 0x38;
+    /// In [`TAIL_ADDRESS`]: the device looks there by itself for a while after each descriptor.
+    pub const POLLED: u64 = 1;
+    /// Bytes behind the tail: where the device says of a polled ring that it does not look, u32.
+    pub const ASLEEP: u64 = 4;
 }
 
 /// Commands, by the first word of 64 bytes.

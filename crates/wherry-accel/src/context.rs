@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::abi::slot_register;
 use crate::error::Errno;
 use crate::map::{EngineMap, EngineSet};
 
@@ -58,6 +59,8 @@ pub(crate) struct Ring {
     pub head_address: u64,
     /// Error number of the latest refused submission, or 0.
     pub status: u32,
+    /// Register `TAIL_ADDRESS`: where the client writes the tail, and whether it is polled there.
+    pub tail_address: u64,
 }
 
 impl Ring {
@@ -66,8 +69,9 @@ impl Ring {
 
     /// Whether its size and counters can be.
     pub(crate) fn fits(&self) -> bool {
+        let told = self.tail_address & !slot_register::POLLED;
         let size = self.entries == 0 || (self.entries.is_power_of_two() && self.entries <= Self::MAX);
-        size && self.tail.wrapping_sub(self.head) <= self.entries
+        size && told.is_multiple_of(4) && self.tail.wrapping_sub(self.head) <= self.entries
     }
 }
 
@@ -127,6 +131,6 @@ impl Context {
 
     /// What it weighs in saved state, in bytes, at most, without its requests.
     pub(crate) fn weight(&self) -> usize {
-        256 + self.map.weight() + self.slots.len() * 288
+        256 + self.map.weight() + self.slots.len() * 304
     }
 }

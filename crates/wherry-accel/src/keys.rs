@@ -32,9 +32,26 @@ pub enum KeyKind {
 }
 
 impl KeyKind {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Aes256Gcm, Self::ChaCha20Poly1305, Self::HmacSha256];
+
     /// The kind with that number.
     pub fn from_number(number: u32) -> Option<Self> {
-        [Self::Aes256Gcm, Self::ChaCha20Poly1305, Self::HmacSha256].into_iter().find(|kind| *kind as u32 == number)
+        Self::ALL.into_iter().find(|kind| *kind as u32 == number)
+    }
+
+    /// The kind with that name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Aes256Gcm => "aes-256-gcm",
+            Self::ChaCha20Poly1305 => "chacha20-poly1305",
+            Self::HmacSha256 => "hmac-sha256",
+        }
     }
 }
 

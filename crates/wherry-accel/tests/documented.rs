@@ -52,6 +52,7 @@ fn classes_limits_and_errors_are_those_of_the_code() {
             ("engines of a device", abi::MAX_ENGINES as u64),
             ("nodes of an extension chain", abi::MAX_CHAIN as u64),
             ("contexts", abi::MAX_CONTEXTS as u64),
+            ("bells", abi::BELLS.into()),
             ("requests of a slot that are not complete", abi::MAX_QUEUE as u64),
             ("descriptors of a batch", abi::MAX_BATCH.into()),
             ("bytes of an operation that runs in one piece", abi::MAX_ONE_SHOT.into()),
@@ -138,6 +139,7 @@ fn registers_and_commands_are_those_of_the_code() {
             ("CREATED", register::CREATED),
             ("ENGINE_TABLE", register::ENGINE_TABLE),
             ("TUNABLES", register::TUNABLES),
+            ("BELLS", register::BELLS),
             ("contexts", register::CONTEXTS_BASE),
         ],
     );
@@ -153,6 +155,7 @@ fn registers_and_commands_are_those_of_the_code() {
             ("SUBMITTED", slot_register::SUBMITTED),
             ("COMPLETED", slot_register::COMPLETED),
             ("CLIENT", slot_register::CLIENT),
+            ("TAIL_ADDRESS", slot_register::TAIL_ADDRESS),
         ],
     );
     same(

@@ -126,7 +126,15 @@ fn schema_1() -> SavedDevice {
         slots: vec![
             SavedSlot {
                 bonds: vec![SavedBond { master: 2, engines: vec![1] }],
-                ring: Some(SavedRing { base: 0x8000, entries: 16, tail: 5, head: 5, head_address: 0x9000, status: 22 }),
+                ring: Some(SavedRing {
+                    base: 0x8000,
+                    entries: 16,
+                    tail: 5,
+                    head: 5,
+                    head_address: 0x9000,
+                    status: 22,
+                    tail_address: 0,
+                }),
                 portal: vec![1; 16],
                 ..slot(2, &[1, 0], 3, 2)
             },
@@ -183,13 +191,30 @@ fn wrapped() -> Vec<u8> {
     })
 }
 
+/// Its ring has the tail in memory, and is polled.
+fn schema_2() -> SavedDevice {
+    let mut saved = schema_1();
+    saved.contexts[0].slots[0].ring.as_mut().unwrap().tail_address = 0xa001;
+    saved
+}
+
+/// What a schema's file was made from.
+fn made_from(schema: u32) -> SavedDevice {
+    if schema == 1 { schema_1() } else { schema_2() }
+}
+
+/// That of the latest schema.
 fn section() -> Section {
-    let path = directory().join("accel-1.bin");
+    section_of(SavedDevice::SCHEMA)
+}
+
+fn section_of(schema: u32) -> Section {
+    let path = directory().join(format!("accel-{schema}.bin"));
     if std::env::var_os("WHERRY_NEW_GOLDEN").is_some() && !path.exists() {
-        std::fs::write(&path, schema_1().encode_to_vec()).unwrap();
+        std::fs::write(&path, made_from(schema).encode_to_vec()).unwrap();
     }
     let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    Section { unit: UNIT.into(), instance: 0, schema: 1, bytes }
+    Section { unit: UNIT.into(), instance: 0, schema, bytes }
 }
 
 fn device() -> (Arc<Device>, Simulation, Arc<Arena>) {
@@ -210,9 +235,12 @@ fn device() -> (Arc<Device>, Simulation, Arc<Arena>) {
 
 #[test]
 fn the_golden_file_of_each_schema_reads_as_what_it_was_made_from() {
-    assert_eq!(SavedDevice::from_section(&section()).unwrap(), schema_1());
+    for schema in 1..=SavedDevice::SCHEMA {
+        assert_eq!(SavedDevice::from_section(&section_of(schema)).unwrap(), made_from(schema));
+    }
     let wanted: BTreeSet<String> = (1..=SavedDevice::SCHEMA)
-        .flat_map(|schema| [format!("accel-{schema}.bin"), format!("wrapped-key-{schema}.bin")])
+        .map(|schema| format!("accel-{schema}.bin"))
+        .chain(["wrapped-key-1.bin".into()])
         .chain((1..=SavedFunction::SCHEMA).map(|schema| format!("accel-function-{schema}.bin")))
         .collect();
     let found: BTreeSet<String> =
@@ -221,36 +249,44 @@ fn the_golden_file_of_each_schema_reads_as_what_it_was_made_from() {
 }
 
 /// Different numbers in all fields of the function, around that device.
-fn function_1() -> SavedFunction {
+fn function(schema: u32) -> SavedFunction {
     SavedFunction {
         config: (0..=255).collect(),
         table: (0..1024).map(|i| (i * 7) as u8).collect(),
         pending: vec![3, 63],
         pin_pending: true,
-        device: Some(schema_1()),
+        device: Some(made_from(schema)),
     }
 }
 
 #[test]
 fn the_golden_file_of_the_function_reads_as_what_it_was_made_from() {
-    let path = directory().join("accel-function-1.bin");
-    if std::env::var_os("WHERRY_NEW_GOLDEN").is_some() && !path.exists() {
-        std::fs::write(&path, function_1().encode_to_vec()).unwrap();
+    for schema in 1..=SavedFunction::SCHEMA {
+        let path = directory().join(format!("accel-function-{schema}.bin"));
+        if std::env::var_os("WHERRY_NEW_GOLDEN").is_some() && !path.exists() {
+            std::fs::write(&path, function(schema).encode_to_vec()).unwrap();
+        }
+        let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let section = Section { unit: "accel-function".into(), instance: 0, schema, bytes };
+        assert_eq!(SavedFunction::from_section(&section).unwrap(), function(schema));
     }
-    let bytes = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let section = Section { unit: "accel-function".into(), instance: 0, schema: 1, bytes };
-    assert_eq!(SavedFunction::from_section(&section).unwrap(), function_1());
 }
 
 #[test]
 fn a_device_takes_the_golden_state_saves_it_alike_and_goes_on_with_its_work() {
+    (1..=SavedDevice::SCHEMA).for_each(goes_on);
+}
+
+fn goes_on(schema: u32) {
     let (device, mut simulation, memory) = device();
     let unit = AccelUnit::new(device.clone(), Some(keys::FleetKey::new([1; 32])), 0);
-    unit.restore(&section()).unwrap();
+    unit.restore(&section_of(schema)).unwrap();
     assert!(unit.finish_stop(Instant::now()).is_ok(), "it stands still until it is started");
     let Saved::Section(again) = unit.save().unwrap() else { panic!("nothing saved") };
     // The bonded request has been looked at and waits: nothing else may differ.
-    assert_eq!(SavedDevice::from_section(&again).unwrap(), schema_1());
+    assert_eq!(SavedDevice::from_section(&again).unwrap(), made_from(schema));
+    // The tail in memory is that of the ring.
+    memory.write(0xa000, &5u32.to_le_bytes()).unwrap();
     let program = Fence { context: 0x2_0001, slot: 1, seq: 6 };
     assert_eq!(device.fence(program), Ok(FenceState::Pending));
     // The batch that waits for it: descriptors that do nothing.
@@ -298,6 +334,7 @@ fn state_that_does_not_fit_is_refused_by_name_and_leaves_the_device_as_it_was() 
         ("kind 4", |s| s.contexts[0].slots[3].kind = 4),
         ("no error 9", |s| s.contexts[0].slots[0].errors[0].errno = 9),
         ("a ring of context", |s| s.contexts[0].slots[0].ring.as_mut().unwrap().entries = 3),
+        ("a ring of context", |s| s.contexts[0].slots[0].ring.as_mut().unwrap().tail_address = 0xa002),
         ("a portal of context", |s| s.contexts[0].slots[0].portal = vec![0; 64]),
         ("priority 5000", |s| s.contexts[0].priority = 5000),
         ("63 bytes", |s| s.requests[0].submission.truncate(63)),
@@ -307,7 +344,7 @@ fn state_that_does_not_fit_is_refused_by_name_and_leaves_the_device_as_it_was() 
     for (word, spoil) in cases {
         let (device, ..) = device();
         let unit = AccelUnit::new(device.clone(), Some(keys::FleetKey::new([1; 32])), 0);
-        let mut saved = schema_1();
+        let mut saved = made_from(SavedDevice::SCHEMA);
         spoil(&mut saved);
         let bad = Section { bytes: saved.encode_to_vec(), ..section() };
         let error = unit.restore(&bad).expect_err(word);

@@ -354,3 +354,85 @@ impl Board {
         self.read(register::CREATED, 4).unwrap() as u32
     }
 }
+
+/// Where the client writes the tail, and behind it the word of a polled ring.
+const TAIL: u64 = 0x1_8100;
+
+/// A context whose slot 0 has a ring of eight with its tail in memory.
+fn told(b: &Board, polled: bool) -> u32 {
+    let context = b.create();
+    b.memory.write(TAIL, &[0; 8]).unwrap();
+    b.write(doorbell(context, 0, slot_register::BASE), 8, RING).unwrap();
+    b.write(doorbell(context, 0, slot_register::ENTRIES), 4, 8).unwrap();
+    b.write(doorbell(context, 0, slot_register::TAIL_ADDRESS), 8, TAIL | u64::from(polled)).unwrap();
+    context
+}
+
+fn bell(context: u32) -> u64 {
+    register::BELLS + register::BELL_BYTES * u64::from(context % 0x1_0000 % abi::BELLS)
+}
+
+#[test]
+fn a_bell_has_the_device_look_at_tails_in_memory_and_no_other_bell_does() {
+    let mut b = Board::new();
+    let context = told(&b, false);
+    assert_eq!(b.read(doorbell(context, 0, slot_register::TAIL_ADDRESS), 8).unwrap(), TAIL);
+    for round in 0..5u32 {
+        for n in 0..3u32 {
+            let number = 3 * round + n;
+            b.entry(u64::from(number % 8), add(number.into()));
+        }
+        b.memory.write(TAIL, &(3 * round + 3).to_le_bytes()).unwrap();
+        b.write(bell(context + 1), 4, 1).unwrap();
+        b.simulation.run_for(100_000);
+        assert_eq!(b.read(doorbell(context, 0, slot_register::HEAD), 4).unwrap(), u64::from(3 * round));
+        b.write(bell(context), 4, 1).unwrap();
+        b.simulation.run_for(100_000);
+        assert_eq!(b.read(doorbell(context, 0, slot_register::HEAD), 4).unwrap(), u64::from(3 * round + 3));
+        assert_eq!(b.record(u64::from(3 * round + 2)).status, status::DONE);
+        // What was put in while it stood still, and rung by nobody, is found when it goes on.
+        b.migrate();
+    }
+    b.entry(15 % 8, add(15));
+    b.memory.write(TAIL, &16u32.to_le_bytes()).unwrap();
+    b.migrate();
+    b.simulation.run_for(100_000);
+    let mut word = [0; 4];
+    b.memory.read(WORD, &mut word).unwrap();
+    assert_eq!((b.record(15).status, u32::from_le_bytes(word)), (status::DONE, 16), "each was done once");
+    // There are no others, and none that can be read.
+    assert!(b.read(bell(context), 4).is_err());
+    assert_eq!(b.write(register::BELLS + register::BELL_BYTES * u64::from(abi::BELLS), 4, 1), Err(Errno::Invalid));
+    assert_eq!(b.write(bell(context) + 4, 4, 1), Err(Errno::Invalid));
+}
+
+#[test]
+fn a_tail_in_memory_that_cannot_be_is_refused_and_the_next_good_one_is_taken() {
+    let b = Board::new();
+    let context = told(&b, true);
+    let status = || b.read(doorbell(context, 0, slot_register::STATUS), 4).unwrap();
+    let ring = |tail: u32| {
+        b.memory.write(TAIL, &tail.to_le_bytes()).unwrap();
+        b.write(bell(context), 4, 1).unwrap();
+        (b.read(doorbell(context, 0, slot_register::TAIL), 4).unwrap(), status())
+    };
+    for n in 0..8 {
+        b.entry(n, add(n));
+    }
+    let invalid = u64::from(Errno::Invalid.number());
+    assert_eq!(ring(2), (2, 0));
+    // Longer than the ring; back; far away.
+    for bad in [11, 1, u32::MAX, 1 << 31] {
+        assert_eq!(ring(bad), (2, invalid), "{bad}");
+    }
+    assert_eq!(ring(4), (4, 0));
+    // Nowhere, and on no word.
+    assert_eq!(b.write(doorbell(context, 0, slot_register::TAIL_ADDRESS), 8, TAIL + 2), Err(Errno::Invalid));
+    b.write(doorbell(context, 0, slot_register::TAIL_ADDRESS), 8, 0x9000_0000).unwrap();
+    b.write(bell(context), 4, 1).unwrap();
+    assert_eq!(status(), u64::from(Errno::Fault.number()));
+    // No address any more: the register alone counts.
+    b.write(doorbell(context, 0, slot_register::TAIL_ADDRESS), 8, 0).unwrap();
+    b.write(doorbell(context, 0, slot_register::TAIL), 4, 5).unwrap();
+    assert_eq!(ring(7), (5, 0));
+}

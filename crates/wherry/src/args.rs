@@ -10,7 +10,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use wherry_netlab::Shape;
 
-pub use self::accel::DeviceAccel;
+pub use self::accel::{AccelWrapKey, DeviceAccel, key_kind};
 pub use self::testdma::DeviceTestdma;
 pub use self::values::{DeviceSpec, identity, size};
 use self::values::{address, console, cpu_model, device, disk, link, mac, mode, net, plug, raw_disk, serial, side};
@@ -141,6 +141,8 @@ pub enum AccelCommand {
 docs/accel-job.md describes job files; docs/examples/accel-job.toml is one.
 Exit status: 0 every step ended as it should; 1 one did not, or not in time; 2 bad arguments or job file.")]
     Run(AccelRun),
+    /// Wrap a key with the key of a fleet, for `device accel --key`
+    WrapKey(AccelWrapKey),
 }
 
 /// Options of `accel engines`.

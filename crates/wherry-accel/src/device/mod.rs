@@ -1,6 +1,7 @@
 //! The device: contexts, address spaces, keys and the scheduler behind one lock, and what clients and hosts call.
 //!
 //! - this file: making one, submissions, fences, figures, stopping.
+//! - [`bells`]: tails of rings that are in clients' memory.
 //! - [`create`]: contexts, from extensions and by cloning.
 //! - [`params`] has parameters; [`portal`] has the same calls as registers, and the rings.
 //! - [`work`]: what a worker does: take a lane, run some steps of it, give it back.
@@ -8,6 +9,7 @@
 //! The lock is held for bookkeeping only. A client's memory is read and written without it, since a page may have to be
 //! fetched from another host first.
 
+mod bells;
 mod create;
 mod params;
 mod portal;
@@ -26,7 +28,9 @@ use crate::memory::{AddressSpace, offset, read_u32, read_u64};
 use crate::scheduler::{Core, FenceState, Submission, Tunables};
 
 pub use crate::work::{NoInterrupts, Notify};
+pub(crate) use bells::{Look, Told};
 pub use params::Param;
+pub(crate) use portal::bell;
 pub(crate) use work::Ran;
 
 /// Number of the address space that clients begin with.
@@ -122,6 +126,8 @@ pub struct Device {
     keys: KeyStore,
     registers: Mutex<crate::state::saved::SavedRegisters>,
     workers: usize,
+    /// Held while a tail is read and taken: looks are one at a time, or an older one would come after a newer.
+    looks: Mutex<()>,
 }
 
 impl std::fmt::Debug for Device {
@@ -146,6 +152,7 @@ impl Device {
             keys: KeyStore::default(),
             registers: Mutex::default(),
             workers,
+            looks: Mutex::default(),
         })
     }
 

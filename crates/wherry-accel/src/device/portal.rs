@@ -22,10 +22,23 @@ enum Place {
     Engine(usize, u64),
     /// Tunables of an engine, and the offset in its entry.
     Tunable(usize, u64),
+    /// A bell.
+    Bell(u32),
     /// Place of a context, its slot, and the offset in its doorbell registers.
     Doorbell(u32, u32, u64),
     /// Place of a context, its slot, and the offset in its portal.
     Portal(u32, u32, u64),
+}
+
+/// Bytes of the bells.
+const BELLS_BYTES: u64 = reg::BELL_BYTES * abi::BELLS as u64;
+
+/// The bell at an offset of the registers, if there is one.
+pub(crate) fn bell(at: u64) -> Option<u32> {
+    match place(at) {
+        Ok(Place::Bell(bell)) => Some(bell),
+        _ => None,
+    }
 }
 
 fn place(at: u64) -> Result<Place, Refused> {
@@ -40,6 +53,9 @@ fn place(at: u64) -> Result<Place, Refused> {
         reg::TUNABLES..reg::TUNABLES_END => {
             let (engine, within) = entry(reg::TUNABLES);
             Place::Tunable(engine, within)
+        }
+        reg::BELLS.. if at < reg::BELLS + BELLS_BYTES && (at - reg::BELLS).is_multiple_of(reg::BELL_BYTES) => {
+            Place::Bell(((at - reg::BELLS) / reg::BELL_BYTES) as u32)
         }
         reg::CONTEXTS_BASE.. if at < end => {
             let within = (at - reg::CONTEXTS_BASE) % reg::CONTEXT_BYTES;
@@ -64,7 +80,7 @@ impl Core {
         found.ok_or_else(|| Refused::new(Errno::NoEntry, format!("there is no context in place {place}")))
     }
 
-    fn slot_state(&mut self, context: u32, slot: u32) -> Result<&mut SlotState, Refused> {
+    pub(super) fn slot_state(&mut self, context: u32, slot: u32) -> Result<&mut SlotState, Refused> {
         match self.open(context)?.slots.get_mut(slot as usize) {
             Some(state) => Ok(state),
             None => refuse(Errno::Invalid, format!("slot {slot} is beyond the map of context {context}")),
@@ -111,6 +127,7 @@ impl Device {
                     (slot_reg::SUBMITTED, 8) => state.timeline.submitted,
                     (slot_reg::COMPLETED, 8) => state.timeline.completed,
                     (slot_reg::CLIENT, 8) => client,
+                    (slot_reg::TAIL_ADDRESS, 8) => state.ring.tail_address,
                     _ => return none(at, width, "read"),
                 }
             }
@@ -154,6 +171,10 @@ impl Device {
                 }
                 self.set_registers(registers);
                 result.map(|_| ())
+            }
+            (Place::Bell(bell), 4) => {
+                self.ring(bell);
+                Ok(())
             }
             (Place::Tunable(engine, within), 4) => self.write_tunable(caller, at, engine, within, value),
             (Place::Doorbell(context, slot, within), width) => {
@@ -206,6 +227,11 @@ impl Device {
                 *ring = new;
             }
             (slot_reg::HEAD_ADDRESS, 8) => ring.head_address = value,
+            (slot_reg::TAIL_ADDRESS, 8) => {
+                let new = Ring { tail_address: value, ..*ring };
+                require(new.fits(), || format!("the word of a tail lies on a multiple of four, not at {value:#x}"))?;
+                *ring = new;
+            }
             (slot_reg::TAIL, 4) => {
                 let new = Ring { tail: value as u32, ..*ring };
                 require(new.fits(), || {

@@ -12,24 +12,26 @@
 //!   before the completion that speaks of it is published.
 //! - A reset leaves nothing of what clients did: the device behind it is made anew, with the keys that the host gave.
 //!
-//! Threads: the server's, on which all messages are done, and the workers of the device (`wherry-accel-N`), which end with it.
+//! Threads: the server's, on which all messages are done, the workers of the device (`wherry-accel-N`), and the one that listens
+//! to its bells and polls (`wherry-accel-bells`); they end with it.
 
 mod moves;
 mod space;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use rustix::io::Errno;
-use wherry_vfio_user::payload::{pci_irq, pci_region};
+use wherry_vfio_user::payload::{IoFd, pci_irq, pci_region};
 use wherry_vfio_user::server::{Irq, Region, config};
 use wherry_vfio_user::{Bus, Description, Image, Migration};
 
-use crate::abi::{MAX_CONTEXTS, register};
+use crate::abi::{BELLS, MAX_CONTEXTS, register};
 use crate::catalogue::{Catalogue, CatalogueError, Host};
 use crate::clock::RealClock;
-use crate::device::{Caller, Config, Device, FIRST_SPACE, Notify};
-use crate::drive::Workers;
+use crate::device::{Caller, Config, Device, FIRST_SPACE, Notify, bell};
+use crate::drive::{Bells, Listener, Workers};
 use crate::error::Refused;
 use crate::keys::{FleetKey, KeyKind};
 use space::BusSpace;
@@ -57,7 +59,7 @@ pub enum FunctionError {
     #[error("making the device")]
     Catalogue(#[from] CatalogueError),
     /// No thread.
-    #[error("starting its workers")]
+    #[error("starting its threads")]
     Workers(#[from] std::io::Error),
     /// A key is refused.
     #[error("importing a key")]
@@ -72,6 +74,8 @@ pub struct Model {
     pub host: Host,
     /// What keys are wrapped with, if there are any.
     pub fleet: Option<FleetKey>,
+    /// How long a polled ring is looked at after the latest descriptor.
+    pub patience: Duration,
     /// Keys that the host gives: handle, kind, and the wrapped key.
     pub keys: Vec<(u32, KeyKind, Vec<u8>)>,
 }
@@ -100,6 +104,7 @@ impl Notify for Wires {
 /// The device behind the function, and who works on it.
 struct Live {
     /// Ended first: nobody works on a device that is given up.
+    listener: Listener,
     _workers: Workers,
     device: Arc<Device>,
 }
@@ -108,6 +113,7 @@ struct Live {
 pub struct AccelFunction {
     model: Model,
     wires: Arc<Wires>,
+    bells: Bells,
     config: config::Config,
     /// The MSI-X table, as a driver writes it. Who traps it (a VMM) uses it; the server has eventfds.
     table: [u8; 16 * VECTORS as usize],
@@ -123,7 +129,7 @@ impl std::fmt::Debug for AccelFunction {
 }
 
 impl Model {
-    fn live(&self, wires: &Arc<Wires>) -> Result<Live, FunctionError> {
+    fn live(&self, wires: &Arc<Wires>, bells: &Bells) -> Result<Live, FunctionError> {
         let config = Config {
             catalogue: self.catalogue.clone(),
             host: self.host.clone(),
@@ -133,7 +139,8 @@ impl Model {
         };
         let device = Arc::new(Device::new(config)?);
         device.set_space(FIRST_SPACE, Arc::new(BusSpace::new(wires.clone())));
-        Ok(Live { _workers: Workers::start(device.clone())?, device })
+        let listener = Listener::start(device.clone(), bells.clone(), self.patience)?;
+        Ok(Live { listener, _workers: Workers::start(device.clone())?, device })
     }
 
     fn import(&self, device: &Device) -> Result<(), Refused> {
@@ -142,15 +149,24 @@ impl Model {
     }
 }
 
+impl Live {
+    /// Goes on after a stop.
+    fn resume(&self) {
+        self.device.resume();
+        self.listener.resumed();
+    }
+}
+
 impl AccelFunction {
     /// As it is after a reset.
     pub fn new(model: Model) -> Result<Self, FunctionError> {
         let wires = Arc::new(Wires::default());
-        let live = model.live(&wires)?;
+        let bells = Bells::new()?;
+        let live = model.live(&wires, &bells)?;
         model.import(&live.device)?;
         let config = config::Config::new(ID.0, ID.1, CLASS).with_bar(0, REGISTERS as u32).with_bar(1, TABLE as u32);
         let config = config.with_msix(VECTORS, 1, 0, PENDING);
-        Ok(Self { model, wires, config, table: [0; 16 * VECTORS as usize], live, image: Image::default() })
+        Ok(Self { model, wires, bells, config, table: [0; 16 * VECTORS as usize], live, image: Image::default() })
     }
 
     /// The device behind it, for figures.
@@ -170,7 +186,19 @@ impl AccelFunction {
 impl wherry_vfio_user::Device for AccelFunction {
     fn description(&self) -> Description {
         let mut regions = vec![Region::default(); pci_region::COUNT as usize];
-        regions[0] = Region::trapped(REGISTERS);
+        let bell = |bell: u32| IoFd {
+            offset: register::BELLS + register::BELL_BYTES * u64::from(bell),
+            size: 4,
+            fd_index: bell,
+            kind: IoFd::IOEVENTFD,
+            flags: 0,
+            data: 0,
+        };
+        regions[0] = Region {
+            io_fds: (0..BELLS).map(bell).collect(),
+            descriptors: self.bells.descriptors().to_vec(),
+            ..Region::trapped(REGISTERS)
+        };
         regions[1] = Region::trapped(TABLE);
         regions[pci_region::CONFIG as usize] = Region::trapped(config::SIZE as u64);
         let mut irqs = vec![Irq::default(); pci_irq::COUNT as usize];
@@ -203,6 +231,8 @@ impl wherry_vfio_user::Device for AccelFunction {
                 self.config.write(offset, data)?;
                 self.note_master();
             }
+            // Where nobody put the eventfd. Its thread looks: this one answers messages.
+            0 if data.len() == 4 && bell(offset).is_some() => bell(offset).into_iter().for_each(|n| self.bells.ring(n)),
             0 => {
                 // A client learns of it by the registers that say so (RESULT, STATUS).
                 let _ = self.live.device.write_register(Caller::PLAIN, offset, data);

@@ -27,7 +27,7 @@ const FIXED: usize = 16 << 10;
 /// Name of the section.
 const UNIT: &str = "accel-function";
 
-/// What the function saves: schema 1 of `accel-function`.
+/// What the function saves: schema 2 of `accel-function`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedFunction {
     /// Configuration space: 256 bytes.
@@ -42,13 +42,14 @@ pub struct SavedFunction {
     /// The pin waits.
     #[prost(bool, tag = "4")]
     pub pin_pending: bool,
-    /// The device behind it: schema 1 of `accel`.
+    /// The device behind it: schema 2 of `accel`.
     #[prost(message, optional, tag = "5")]
     pub device: Option<SavedDevice>,
 }
 
 impl SavedState for SavedFunction {
-    const SCHEMA: u32 = 1;
+    /// 2: the device's is 2.
+    const SCHEMA: u32 = 2;
 }
 
 impl AccelFunction {
@@ -56,7 +57,7 @@ impl AccelFunction {
     pub(super) fn renew(&mut self) -> Result<(), Errno> {
         // Comes to rest first: a worker that is in the middle of a step ends it.
         self.live.device.stop(Instant::now() + REST);
-        self.live = self.model.live(&self.wires).map_err(|_| Errno::NOMEM)?;
+        self.live = self.model.live(&self.wires, &self.bells).map_err(|_| Errno::NOMEM)?;
         Ok(())
     }
 
@@ -84,6 +85,8 @@ impl AccelFunction {
         }
         self.renew()?;
         self.live.device.restore(device, self.model.fleet.as_ref()).map_err(|_| Errno::INVAL)?;
+        // They are its host's now: a reset has them again.
+        self.model.keys = self.live.device.keys().wrapped();
         self.config.load(config)?;
         self.table = table;
         self.note_master();
@@ -98,7 +101,7 @@ impl AccelFunction {
         match self.live.device.stop(Instant::now() + REST) {
             true => Ok(()),
             false => {
-                self.live.device.resume();
+                self.live.resume();
                 Err(Errno::BUSY)
             }
         }
@@ -124,7 +127,7 @@ impl Migration for AccelFunction {
                 self.load_state(bus, &state)
             }
             (State::Stop, State::Running) => {
-                self.live.device.resume();
+                self.live.resume();
                 Ok(())
             }
             _ => {

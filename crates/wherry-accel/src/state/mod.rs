@@ -84,6 +84,8 @@ impl StateUnit for AccelUnit {
 
     fn start(&self) -> Result<(), UnitError> {
         self.device.resume();
+        // What was rung while it stood still.
+        self.device.ring_all();
         Ok(())
     }
 }

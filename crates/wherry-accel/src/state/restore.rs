@@ -356,6 +356,7 @@ fn state(context: u32, saved: &SavedSlot, open: bool) -> Result<SlotState> {
         head: ring.head,
         head_address: ring.head_address,
         status: ring.status,
+        tail_address: ring.tail_address,
     };
     check(ring.fits(), || format!("a ring of context {context} cannot be"))?;
     check(saved.portal.len() < DESCRIPTOR_BYTES, || format!("a portal of context {context} holds too much"))?;

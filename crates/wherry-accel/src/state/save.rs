@@ -115,6 +115,7 @@ fn slot(slot: &Slot, state: &SlotState) -> SavedSlot {
             head: ring.head,
             head_address: ring.head_address,
             status: ring.status,
+            tail_address: ring.tail_address,
         }),
         portal: state.portal.clone(),
     }

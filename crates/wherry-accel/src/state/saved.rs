@@ -2,7 +2,7 @@
 
 use wherry_state::SavedState;
 
-/// Schema 1.
+/// Schema 2.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedDevice {
     /// Device time, in nanoseconds. Times below are ages or distances from it.
@@ -50,7 +50,8 @@ pub struct SavedDevice {
 }
 
 impl SavedState for SavedDevice {
-    const SCHEMA: u32 = 1;
+    /// 2: rings whose tail is in memory, which an older reader would never look at.
+    const SCHEMA: u32 = 2;
 }
 
 /// An engine.
@@ -210,6 +211,9 @@ pub struct SavedRing {
     /// Error number of the latest refusal.
     #[prost(uint32, tag = "6")]
     pub status: u32,
+    /// Where the client writes the tail, and bit 0: it is polled there. Since schema 2.
+    #[prost(uint64, tag = "7")]
+    pub tail_address: u64,
 }
 
 /// A share.

@@ -52,6 +52,7 @@ impl Served {
             host: Host { first: workers - 1, ..Host::uniform(workers) },
             keys: keys.collect(),
             fleet: Some(fleet),
+            patience: Duration::from_millis(2),
         };
         let directory = tempfile::tempdir().unwrap();
         let server = Server::bind(&directory.path().join("s")).unwrap();
@@ -413,6 +414,98 @@ fn a_client_that_leaves_takes_its_memory_along_and_the_next_one_is_served() {
     assert_eq!(c.fence(context, 0, 1), Ok((2, items::EFAULT as u32)));
     // The context is as it was.
     c.done(context, 1, Work::default());
+}
+
+/// A ring of eight whose tail is in memory, behind it the word of a polled ring: where the ring and that word are.
+fn told(c: &mut Raw<Socket>, context: u32, polled: bool) -> (u64, u64) {
+    let (ring, tail) = (c.room(64 * 8), c.put(&[0, 0, 0, 0, 1, 0, 0, 0]));
+    let registers = Raw::<Socket>::doorbells(context, 0);
+    c.set(registers, 8, ring);
+    c.set(registers + 0x08, 4, 8);
+    c.set(registers + 0x38, 8, tail | u64::from(polled));
+    (ring, tail)
+}
+
+/// The eventfd of a context's bell, as the region gives it.
+fn bell(c: &Raw<Socket>, context: u32) -> OwnedFd {
+    let mut io = c.bus.client.region_io_fds(0).unwrap();
+    let at = 0x1000 + 64 * u64::from((context & 0xffff) % 16);
+    let part = io.parts.iter().find(|part| part.offset == at).unwrap();
+    assert_eq!((part.size, part.flags, io.parts.len()), (4, 0, 16));
+    io.descriptors.remove(part.fd_index as usize)
+}
+
+/// Puts one more piece of work into a ring.
+fn put_in(c: &mut Raw<Socket>, (ring, tail): (u64, u64), number: u32, counter: u64) {
+    let add = Work { opcode: 0x05, destination: counter, first: 1, ..Work::default() };
+    c.bus.poke(ring + 64 * u64::from(number % 8), &add.bytes(number, 0, 0));
+    c.bus.poke(tail, &(number + 1).to_le_bytes());
+}
+
+#[test]
+fn a_bell_is_an_eventfd_and_work_is_done_without_a_message() {
+    for way in [Way::Sealed, Way::File, Way::Messages] {
+        let mut c = client(way);
+        let context = c.create(0, 0).unwrap();
+        let (ring, counter) = (told(&mut c, context, false), c.put(&[0; 64]));
+        let mut number = 0;
+        for leg in 0..3 {
+            let event = bell(&c, context);
+            for _ in 0..20 {
+                put_in(&mut c, ring, number, counter);
+                number += 1;
+                rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
+                c.until("the work of the bell", |c| c.word(counter) == number);
+            }
+            // By message, too: where nobody has put the eventfd.
+            put_in(&mut c, ring, number, counter);
+            number += 1;
+            c.set(0x1000 + 64 * u64::from((context & 0xffff) % 16), 4, 1);
+            c.until("the work of the message", |c| c.word(counter) == number);
+            // What nobody rang for comes with the move.
+            c.bus.client.set_state(State::Stop).unwrap();
+            put_in(&mut c, ring, number, counter);
+            number += 1;
+            match leg {
+                0 => c.bus.client.set_state(State::Running).unwrap(),
+                _ => c.bus.migrate(),
+            }
+            c.until("the work that was put in meanwhile", |c| c.word(counter) == number);
+        }
+    }
+}
+
+#[test]
+fn a_polled_ring_needs_its_bell_only_when_the_device_says_so_also_across_moves() {
+    for way in [Way::Sealed, Way::File] {
+        let mut c = client(way);
+        let context = c.create(0, 0).unwrap();
+        let (ring, counter) = (told(&mut c, context, true), c.put(&[0; 64]));
+        let (mut rung, rounds) = (0, 400u32);
+        let mut event = bell(&c, context);
+        for number in 0..rounds {
+            if number % 100 == 99 {
+                // The device polls as it stops; what the client believes then goes along.
+                c.bus.migrate();
+                event = bell(&c, context);
+            }
+            put_in(&mut c, ring, number, counter);
+            if c.word(ring.1 + 4) != 0 {
+                rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
+                rung += 1;
+            }
+            c.until("polled work", |c| c.word(counter) == number + 1);
+            if number % 50 == 49 {
+                c.until("the device to look no longer", |c| c.word(ring.1 + 4) == 1);
+            }
+        }
+        assert!(rung >= rounds / 50 && rung < rounds, "rung {rung} times for {rounds} pieces of work");
+        println!("{way:?}: rung {rung} times for {rounds} pieces of work");
+        // A context that goes takes its ring along.
+        c.destroy(context).unwrap();
+        rustix::io::write(&event, &1u64.to_ne_bytes()).unwrap();
+        items::operations_of_every_class_run(&mut c);
+    }
 }
 
 /// Everything of a client's that is not as it should be is answered, and the device goes on.

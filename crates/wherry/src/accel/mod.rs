@@ -3,11 +3,13 @@
 //! - [`job`]: job files (`docs/accel-job.md`).
 //! - [`descriptor`]: a step of one as a descriptor.
 //! - [`mod@run`]: a device, its clients' memory, and the steps run on it.
+//! - [`secret`]: files that hold keys.
 //! - this file: the commands, and what they print.
 
 mod descriptor;
 pub mod job;
 mod run;
+pub mod secret;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -23,6 +25,7 @@ pub fn accel(options: &Accel) -> Result<u8> {
     match &options.command {
         AccelCommand::Engines(options) => engines(options),
         AccelCommand::Run(options) => run(options),
+        AccelCommand::WrapKey(options) => secret::wrap(options),
     }
 }
 

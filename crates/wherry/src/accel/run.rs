@@ -15,7 +15,7 @@ use wherry_accel::clock::RealClock;
 use wherry_accel::device::{Caller, Config, Device, FIRST_SPACE, Notify, Param};
 use wherry_accel::drive::Workers;
 use wherry_accel::error::{Errno, Refused};
-use wherry_accel::keys::{FleetKey, KeyKind};
+use wherry_accel::keys::FleetKey;
 use wherry_accel::memory::{AddressSpace, Arena, PAGE};
 use wherry_accel::state::AccelUnit;
 use wherry_state::{Saved, StateUnit};
@@ -468,12 +468,7 @@ impl Prepared {
 
 /// Gives the device a key.
 fn import(device: &Device, fleet: &FleetKey, handle: u32, key: &job::Key) -> Result<()> {
-    let kind = match key.kind.as_str() {
-        "aes-256-gcm" => KeyKind::Aes256Gcm,
-        "chacha20-poly1305" => KeyKind::ChaCha20Poly1305,
-        "hmac-sha256" => KeyKind::HmacSha256,
-        other => bail!("there is no kind {other:?}; there are aes-256-gcm, chacha20-poly1305, hmac-sha256"),
-    };
+    let kind = crate::args::key_kind(&key.kind).map_err(anyhow::Error::msg)?;
     let bytes = job::hex(&key.hex)?;
     let length = bytes.len();
     let bytes = <[u8; 32]>::try_from(bytes).ok().with_context(|| format!("it has {length} bytes; keys have 32"))?;

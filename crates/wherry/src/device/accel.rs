@@ -1,4 +1,6 @@
-//! The accelerator, served to a vfio-user client.
+//! The accelerator, served to a vfio-user client. It takes part in postcopy, and has the keys that its operator gives.
+
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use wherry_accel::catalogue::{Catalogue, Host};
@@ -7,18 +9,22 @@ use wherry_vfio_user::{Server, server};
 
 use crate::HAPPENED;
 use crate::args::DeviceAccel;
+use crate::device::userfaults::ProcessFaults;
 
 /// Serves clients, one after the other, until SIGINT or SIGTERM.
 pub fn serve(options: &DeviceAccel) -> Result<u8> {
+    let given = crate::accel::secret::given(options)?;
     let model = Model {
         catalogue: Catalogue::with_counts(options.engines).context("the engines of the device")?,
         host: Host::uniform(crate::accel::workers(options.workers)),
-        fleet: None,
-        keys: Vec::new(),
+        patience: Duration::from_micros(options.poll.into()),
+        fleet: given.fleet,
+        keys: given.keys,
     };
     let mut function = AccelFunction::new(model)?;
     let server = Server::bind(&options.socket).with_context(|| format!("listening on {}", options.socket.display()))?;
     let mut host = server::Host::new(&function).context("setting up the server")?;
+    host.set_userfaults(Box::new(ProcessFaults::default()));
     let stop = host.stop();
     super::signals(move || stop.stop())?;
     server.serve(&mut host, &mut function).with_context(|| format!("serving {}", options.socket.display()))?;
