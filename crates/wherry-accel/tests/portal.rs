@@ -2,14 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use wherry_accel::abi::{self, Completion, Descriptor, command, flag, opcode, param, register, slot_register, status};
 use wherry_accel::catalogue::{Catalogue, EngineId, Host};
-use wherry_accel::clock::VirtualClock;
+use wherry_accel::clock::{RealClock, VirtualClock};
 use wherry_accel::device::{Caller, Config, Device, Notify};
-use wherry_accel::drive::Simulation;
+use wherry_accel::drive::{Simulation, Workers};
 use wherry_accel::error::{Errno, Refused};
 use wherry_accel::memory::{AddressSpace, Arena};
 use wherry_accel::state::AccelUnit;
@@ -435,4 +436,52 @@ fn a_tail_in_memory_that_cannot_be_is_refused_and_the_next_good_one_is_taken() {
     b.write(doorbell(context, 0, slot_register::TAIL_ADDRESS), 8, 0).unwrap();
     b.write(doorbell(context, 0, slot_register::TAIL), 4, 5).unwrap();
     assert_eq!(ring(7), (5, 0));
+}
+
+#[test]
+fn a_place_in_a_ring_is_free_when_its_record_is_there_whoever_takes_descriptors() {
+    // Real threads: one that rings all the time takes what another one puts in.
+    let memory = Arc::new(Arena::new(&[(COMMAND, 0x1_0000)]).unwrap());
+    let config = Config {
+        catalogue: Catalogue::with_counts([2, 1, 0, 0, 0]).unwrap(),
+        host: Host::uniform(2),
+        clock: Arc::new(RealClock::default()),
+        notify: Arc::new(Raised::default()),
+        seed: 1,
+    };
+    let device = Arc::new(Device::new(config).unwrap());
+    device.set_space(0, memory.clone());
+    let _workers = Workers::start(device.clone()).unwrap();
+    let clock = Arc::new(VirtualClock::default());
+    let simulation = Simulation::new(device.clone(), clock);
+    let b = Board { device: device.clone(), memory: memory.clone(), raised: Arc::default(), simulation };
+    let context = told(&b, false);
+    b.write(doorbell(context, 0, slot_register::ENTRIES), 4, 1).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::SeqCst) {
+                device.ring(context % abi::BELLS);
+            }
+        });
+        let rounds = || {
+            for round in 0..5000u32 {
+                b.memory.write(RECORDS, &[0; 32]).unwrap();
+                b.entry(0, add(0));
+                b.memory.write(TAIL, &(round + 1).to_le_bytes()).unwrap();
+                device.ring(context % abi::BELLS);
+                let deadline = Instant::now() + Duration::from_secs(10);
+                while b.record(0).status == 0 {
+                    let status = b.read(doorbell(context, 0, slot_register::STATUS), 4).unwrap();
+                    if Instant::now() > deadline || status != 0 {
+                        return Err(format!("round {round}: the ring says {status}"));
+                    }
+                }
+            }
+            Ok(())
+        };
+        let result = rounds();
+        over.store(true, Ordering::SeqCst);
+        result.unwrap();
+    });
 }

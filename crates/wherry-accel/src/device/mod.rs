@@ -194,6 +194,17 @@ impl Device {
 
     /// Submits a descriptor to a slot; the fence is the point of its completion.
     pub fn submit(&self, context: u32, slot: u32, descriptor: &Descriptor) -> Result<Fence, Refused> {
+        self.submit_with(context, slot, descriptor, |_| ())
+    }
+
+    /// The same, with something to be done before anybody can see that it was submitted. Not if it is refused before that.
+    fn submit_with(
+        &self,
+        context: u32,
+        slot: u32,
+        descriptor: &Descriptor,
+        first: impl FnOnce(&mut Core),
+    ) -> Result<Fence, Refused> {
         let mut submission = Submission { descriptor: *descriptor, batches: Vec::new() };
         if descriptor.opcode == opcode::PARALLEL {
             let space = self.lock().open(context)?.space;
@@ -201,6 +212,7 @@ impl Device {
         }
         let mut core = self.lock();
         let fence = core.submit(context, slot, &submission)?;
+        first(&mut core);
         core.poll(self.now());
         drop(core);
         self.changed.notify_all();

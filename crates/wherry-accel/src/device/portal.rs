@@ -364,18 +364,32 @@ impl Device {
         let mut bytes = [0; DESCRIPTOR_BYTES];
         let read = offset(ring.base, index * DESCRIPTOR_BYTES as u64).and_then(|at| space.read(at, &mut bytes));
         let decoded = read.map_err(Refused::from).and_then(|()| Descriptor::decode(&bytes));
-        let result = decoded.clone().and_then(|d| self.submit(context, slot, &d));
+        // The head passes a descriptor before its end can be seen: a client that has seen it uses the place again.
+        let pass = |core: &mut Core, status: u16| match core.slot_state(context, slot) {
+            Ok(state) => {
+                state.ring.head = state.ring.head.wrapping_add(1);
+                state.ring.status = status.into();
+                true
+            }
+            Err(_) => false,
+        };
+        let take = |d: Descriptor| {
+            self.submit_with(context, slot, &d, |core| {
+                pass(core, 0);
+            })
+        };
+        let Err(refused) = decoded.clone().and_then(take) else { return true };
         let mut core = self.locked();
-        if result.as_ref().is_err_and(|refused| refused.errno == Errno::Again) {
+        if refused.errno == Errno::Again {
             core.stalled.insert((context, slot));
             return false;
         }
+        let error = refused.errno.number();
         let number = core.open(context).map(|c| c.space).unwrap_or_default();
-        let Ok(state) = core.slot_state(context, slot) else { return false };
-        state.ring.head = state.ring.head.wrapping_add(1);
-        state.ring.status = result.as_ref().err().map_or(0, |refused| refused.errno.number().into());
-        if let (Err(refused), Ok(d)) = (result, decoded) {
-            let error = refused.errno.number();
+        if !pass(&mut core, error) {
+            return false;
+        }
+        if let Ok(d) = decoded {
             let record =
                 Completion { status: status::FAILED, opcode: d.opcode, error, tag: d.tag, ..Completion::default() };
             core.effects.push_back(Effect { space: number, submission: d, record, request: None });
