@@ -17,6 +17,7 @@ fn main() {
     for path in [
         "build.rs",
         "guest",
+        "src/accel.rs",
         "src/report.rs",
         "src/params.rs",
         "src/data.rs",

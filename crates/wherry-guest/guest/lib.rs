@@ -22,7 +22,7 @@
 //! | [`mmio`], [`port`], [`serial`] | device access, the probe port, text output |
 //! | [`time`] | the TSC and its frequency |
 //! | [`pci`], [`virtio`] | PCI functions, and virtio devices with their rings |
-//! | [`report`], [`params`], [`data`], [`disk`], [`hotplug`], [`ram`], [`testdma`] | shared with the host side of this crate |
+//! | [`report`], [`params`], [`data`], [`disk`], [`accel`], [`hotplug`], [`ram`], [`testdma`] | shared with the host side of this crate |
 //!
 //! Drivers come as modules beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
 //! [`interrupt::count`] for it from ring 3.
@@ -30,6 +30,8 @@
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+#[path = "../src/accel.rs"]
+pub mod accel;
 pub mod acpi;
 pub mod boot;
 #[path = "../src/data.rs"]

@@ -61,3 +61,12 @@ pub unsafe fn write16(gpa: u64, value: u16) {
     // SAFETY: vouched for by the caller.
     unsafe { asm!("mov word ptr [{}], {:x}", in(reg) gpa, in(reg) value, options(nostack, preserves_flags)) };
 }
+
+/// Writes 64 bits. `gpa` must be a multiple of 8.
+///
+/// # Safety
+/// As for [`write8`].
+pub unsafe fn write64(gpa: u64, value: u64) {
+    // SAFETY: vouched for by the caller.
+    unsafe { asm!("mov qword ptr [{}], {}", in(reg) gpa, in(reg) value, options(nostack, preserves_flags)) };
+}

@@ -4,6 +4,7 @@
 //! [`PROBE_ELF`]: an ELF with a PVH entry, for any VMM that can start one. The modules are shared with it: they are
 //! compiled into both, so that host and guest agree on every byte.
 //!
+//! - [`accel`]: the accelerator, as its driver sees it
 //! - [`report`]: the pages in guest RAM through which the guest speaks, and where they are
 //! - [`params`]: what may stand on its command line
 //! - [`data`]: what its data pages hold
@@ -13,6 +14,7 @@
 //! - [`testdma`]: the test device for DMA, as its driver sees it
 //! - [`snapshot`]: the report pages decoded, for programs that do not map them
 
+pub mod accel;
 pub mod data;
 pub mod disk;
 pub mod hotplug;

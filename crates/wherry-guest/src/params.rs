@@ -5,6 +5,7 @@
 
 use core::fmt;
 
+use crate::accel::{MAX_BYTES, MAX_DEPTH};
 use crate::report::{MAX_CPUS, MAX_DISK_DEPTH, RATE_MAX};
 use crate::testdma::{MAX_BUFFER, MAX_ENTRIES, MAX_VECTORS};
 
@@ -115,6 +116,16 @@ pub struct Params {
     pub testdma_plug: bool,
     /// `testdma_eject=`: milliseconds that letting it go takes. Default 0.
     pub testdma_eject: u32,
+    /// `accel=full|wait`: work with the accelerator. `None` (default): leave it alone.
+    pub accel: Option<AccelLoad>,
+    /// `accel_bell=register|event|poll`. Default event.
+    pub accel_bell: AccelBell,
+    /// `accel_depth=`: submissions of a ring under way, at full depth. Default 8.
+    pub accel_depth: u32,
+    /// `accel_bytes=`: bytes of a job. Default 4096.
+    pub accel_bytes: u32,
+    /// `accel_key=`: handle of a key for AES-256-GCM. `None` (default): nothing is sealed.
+    pub accel_key: Option<u32>,
     /// `fault=`: on purpose, for tests of the failure path: `page`, `gp`, `panic` or `registers`, after the fill.
     pub fault: Option<InjectedFault>,
 }
@@ -146,6 +157,27 @@ pub enum DmaInterrupt {
     Msi,
     /// By its pin.
     Intx,
+}
+
+/// What is done with the accelerator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccelLoad {
+    /// Every ring is full.
+    Full,
+    /// One job at a time, and the vCPU halts in between.
+    Wait,
+}
+
+/// How the accelerator is told of new work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum AccelBell {
+    /// By the register of the tail.
+    Register = 0,
+    /// The tail is in memory, and a bell is rung.
+    Event = 1,
+    /// The tail is in memory, and a bell is rung if the device does not look.
+    Poll = 2,
 }
 
 /// A failure on request.
@@ -190,6 +222,11 @@ impl Default for Params {
             testdma_mask: false,
             testdma_plug: false,
             testdma_eject: 0,
+            accel: None,
+            accel_bell: AccelBell::Event,
+            accel_depth: 8,
+            accel_bytes: 4096,
+            accel_key: None,
             fault: None,
         }
     }
@@ -214,7 +251,7 @@ impl core::error::Error for ParamError<'_> {}
 
 const NAMES: &str = "one of data, from, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
                      disk, disk_depth, disk_wait, testdma, testdma_interrupt, testdma_vectors, testdma_entries, testdma_buffer, \
-                     testdma_pool, testdma_mask, testdma_plug, testdma_eject, fault, each with '=' and a value";
+                     testdma_pool, testdma_mask, testdma_plug, testdma_eject, accel, accel_bell, accel_depth, accel_bytes, accel_key, fault, each with '=' and a value";
 const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
 const PERCENT: &str = "a percentage from 0% to 100%";
 const NUMBER: &str = "a number";
@@ -337,6 +374,36 @@ impl Params {
             "testdma_eject" => {
                 self.testdma_eject =
                     number(value).filter(|ms| *ms <= 1 << 20).ok_or("a number of milliseconds up to 1048576")? as u32;
+            }
+            "accel" => {
+                self.accel = Some(match value {
+                    "full" => AccelLoad::Full,
+                    "wait" => AccelLoad::Wait,
+                    _ => return Err("full or wait"),
+                })
+            }
+            "accel_bell" => {
+                self.accel_bell = match value {
+                    "register" => AccelBell::Register,
+                    "event" => AccelBell::Event,
+                    "poll" => AccelBell::Poll,
+                    _ => return Err("register, event or poll"),
+                }
+            }
+            "accel_depth" => {
+                self.accel_depth = number(value)
+                    .filter(|n| n.is_power_of_two() && *n <= MAX_DEPTH.into())
+                    .ok_or("a power of two up to 256")? as u32;
+            }
+            "accel_bytes" => {
+                self.accel_bytes = size(value)
+                    .filter(|n| n.is_multiple_of(512) && (512..=u64::from(MAX_BYTES)).contains(n))
+                    .ok_or("a number of bytes from 512 to 1M, a multiple of 512")?
+                    as u32;
+            }
+            "accel_key" => {
+                self.accel_key =
+                    Some(number(value).and_then(|n| u32::try_from(n).ok()).ok_or("a handle, a number of 32 bits")?);
             }
             "fault" => {
                 self.fault = Some(match value {

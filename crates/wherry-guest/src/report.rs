@@ -157,6 +157,8 @@ pub enum FailureKind {
     Disk = 9,
     /// The test device for DMA does not do what it should, or an interrupt of it was lost.
     Testdma = 10,
+    /// The accelerator does not do what it should, or an interrupt of it was lost.
+    Accel = 11,
 }
 
 impl FailureKind {
@@ -174,6 +176,7 @@ impl FailureKind {
             8 => Self::Registers,
             9 => Self::Disk,
             10 => Self::Testdma,
+            11 => Self::Accel,
             _ => return None,
         })
     }
@@ -287,6 +290,8 @@ pub struct Header {
     pub disk: DiskReport,
     /// The DMA load.
     pub testdma: TestdmaReport,
+    /// The load of the accelerator.
+    pub accel: AccelReport,
 }
 
 /// The disk load of vCPU 0.
@@ -379,6 +384,65 @@ pub struct TestdmaReport {
     pub masked: AtomicU32,
     /// 1 while the device is there and driven.
     pub plugged: AtomicU32,
+}
+
+/// The load of the accelerator, of vCPU 0.
+#[repr(C)]
+pub struct AccelReport {
+    /// 1 when there is such a load.
+    pub present: AtomicU32,
+    /// 1 full depth, 2 stop and wait.
+    pub form: AtomicU32,
+    /// How it tells the device of new work: 0 by a register, 1 by bells, 2 it is polled. (`params::AccelBell`)
+    pub bell: AtomicU32,
+    /// Engines of the device.
+    pub engines: AtomicU32,
+    /// Rings: one for each context and class.
+    pub rings: AtomicU32,
+    /// Submissions of a ring that are under way.
+    pub depth: AtomicU32,
+    /// Bytes of a job.
+    pub bytes: AtomicU32,
+    /// 0.
+    pub accel_pad: AtomicU32,
+    /// Submissions.
+    pub submitted: AtomicU64,
+    /// Those that came back.
+    pub returned: AtomicU64,
+    /// Jobs that ended.
+    pub jobs: AtomicU64,
+    /// Those of them that were right, and done exactly once.
+    pub verified: AtomicU64,
+    /// Those that still were when their place's turn came again.
+    pub rechecked: AtomicU64,
+    /// Those that were not, and whatever else was wrong.
+    pub errors: AtomicU64,
+    /// Of the errors: jobs that were done another number of times than once.
+    pub miscounted: AtomicU64,
+    /// Interrupts that did not come within a second.
+    pub lost: AtomicU64,
+    /// How often memory was looked at after an interrupt.
+    pub interrupts: AtomicU64,
+    /// How often the device was told of new work by a register or a bell.
+    pub rung: AtomicU64,
+    /// Longest time from one submission that came back to the next, in ns.
+    pub longest_ns: AtomicU64,
+    /// Jobs that were right, by class.
+    pub by_class: [AtomicU64; 5],
+    /// Guest physical address of the page with commands and tails.
+    pub shared_gpa: AtomicU64,
+    /// Guest physical address of the first job's place, in the first ring.
+    pub places_gpa: AtomicU64,
+    /// Ring of the first job that was wrong.
+    pub first_ring: AtomicU64,
+    /// Its number.
+    pub first_job: AtomicU64,
+    /// Guest physical address of the word that was wrong.
+    pub first_at: AtomicU64,
+    /// The word that should be there.
+    pub first_expected: AtomicU64,
+    /// The word that was there.
+    pub first_found: AtomicU64,
 }
 
 /// Words that the host may write. The guest fills them from its parameters before any vCPU is [`Phase::Filling`].
@@ -536,7 +600,9 @@ const _: () = {
     assert!(size_of::<DiskReport>() == 128);
     assert!(offset_of!(Header, testdma) == 608);
     assert!(size_of::<TestdmaReport>() == 152);
-    assert!(size_of::<Header>() == 760);
+    assert!(offset_of!(Header, accel) == 760);
+    assert!(size_of::<AccelReport>() == 216);
+    assert!(size_of::<Header>() == 976);
     assert!(size_of::<Control>() == 48);
     assert!(size_of::<VerifyError>() == 56);
     assert!(size_of::<Fault>() == 48);

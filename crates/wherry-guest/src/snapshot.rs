@@ -6,9 +6,9 @@
 use core::mem::offset_of;
 
 use crate::report::{
-    CpuPage, DiskReport, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS, MAX_EXTENTS,
-    MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, TestdmaReport, VERSION, VerifyError,
-    touch_bucket_start,
+    AccelReport, CpuPage, DiskReport, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS,
+    MAX_EXTENTS, MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, TestdmaReport, VERSION,
+    VerifyError, touch_bucket_start,
 };
 
 /// Why there is no snapshot.
@@ -221,6 +221,8 @@ pub struct Snapshot {
     pub disk: Option<DiskSnapshot>,
     /// The DMA load, if there is one.
     pub testdma: Option<TestdmaSnapshot>,
+    /// The load of the accelerator, if there is one.
+    pub accel: Option<AccelSnapshot>,
 }
 
 /// The disk load; the fields are those of [`DiskReport`].
@@ -250,6 +252,37 @@ impl DiskSnapshot {
     pub fn completed(&self) -> u64 {
         self.reads + self.writes + self.flushes
     }
+}
+
+/// The load of the accelerator; the fields are those of [`AccelReport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are documented at `report::AccelReport`")]
+pub struct AccelSnapshot {
+    pub form: u32,
+    pub bell: u32,
+    pub engines: u32,
+    pub rings: u32,
+    pub depth: u32,
+    pub bytes: u32,
+    pub submitted: u64,
+    pub returned: u64,
+    pub jobs: u64,
+    pub verified: u64,
+    pub rechecked: u64,
+    pub errors: u64,
+    pub miscounted: u64,
+    pub lost: u64,
+    pub interrupts: u64,
+    pub rung: u64,
+    pub longest_ns: u64,
+    pub by_class: [u64; 5],
+    pub shared_gpa: u64,
+    pub places_gpa: u64,
+    pub first_ring: u64,
+    pub first_job: u64,
+    pub first_at: u64,
+    pub first_expected: u64,
+    pub first_found: u64,
 }
 
 /// The DMA load; the fields are those of [`TestdmaReport`].
@@ -335,6 +368,7 @@ impl Snapshot {
             failure: failure(&header),
             disk: disk(&header),
             testdma: testdma(&header),
+            accel: accel(&header),
             cpus: pages.take(cpus).map(|page| CpuSnapshot::decode(&Words(page))).collect(),
         })
     }
@@ -412,6 +446,39 @@ fn disk(header: &Words<'_>) -> Option<DiskSnapshot> {
         first_expected: long(offset_of!(DiskReport, first_expected)),
         first_found: long(offset_of!(DiskReport, first_found)),
         in_flight: short(offset_of!(DiskReport, in_flight)),
+    })
+}
+
+fn accel(header: &Words<'_>) -> Option<AccelSnapshot> {
+    let at = |field: usize| offset_of!(Header, accel) + field;
+    let short = |field: usize| header.u32(at(field));
+    let long = |field: usize| header.u64(at(field));
+    (short(offset_of!(AccelReport, present)) == 1).then(|| AccelSnapshot {
+        form: short(offset_of!(AccelReport, form)),
+        bell: short(offset_of!(AccelReport, bell)),
+        engines: short(offset_of!(AccelReport, engines)),
+        rings: short(offset_of!(AccelReport, rings)),
+        depth: short(offset_of!(AccelReport, depth)),
+        bytes: short(offset_of!(AccelReport, bytes)),
+        submitted: long(offset_of!(AccelReport, submitted)),
+        returned: long(offset_of!(AccelReport, returned)),
+        jobs: long(offset_of!(AccelReport, jobs)),
+        verified: long(offset_of!(AccelReport, verified)),
+        rechecked: long(offset_of!(AccelReport, rechecked)),
+        errors: long(offset_of!(AccelReport, errors)),
+        miscounted: long(offset_of!(AccelReport, miscounted)),
+        lost: long(offset_of!(AccelReport, lost)),
+        interrupts: long(offset_of!(AccelReport, interrupts)),
+        rung: long(offset_of!(AccelReport, rung)),
+        longest_ns: long(offset_of!(AccelReport, longest_ns)),
+        by_class: core::array::from_fn(|class| long(offset_of!(AccelReport, by_class) + 8 * class)),
+        shared_gpa: long(offset_of!(AccelReport, shared_gpa)),
+        places_gpa: long(offset_of!(AccelReport, places_gpa)),
+        first_ring: long(offset_of!(AccelReport, first_ring)),
+        first_job: long(offset_of!(AccelReport, first_job)),
+        first_at: long(offset_of!(AccelReport, first_at)),
+        first_expected: long(offset_of!(AccelReport, first_expected)),
+        first_found: long(offset_of!(AccelReport, first_found)),
     })
 }
 

@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod accel;
 mod canary;
 mod disk;
 mod setup;

@@ -4,6 +4,7 @@ use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 
+use crate::accel::{self, Accel};
 use crate::disk::{self, Disk};
 use crate::testdma::{self, Testdma};
 use wherry_guest_kernel::boot::BootInfo;
@@ -150,6 +151,9 @@ fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     }
     if let Some(testdma) = Testdma::set_up(&setup.params, &mut ram, setup.tsc_hz) {
         testdma::put(testdma);
+    }
+    if let Some(accel) = Accel::set_up(&setup.params, &mut ram, setup.tsc_hz) {
+        accel::put(accel);
     }
     let copies = if setup.params.shadow == Shadow::Full { 2 } else { 1 };
     let wanted = setup.params.data.unwrap_or((ram.free() / 2 / copies).min(DEFAULT_DATA));

@@ -14,6 +14,7 @@ use wherry_guest_kernel::report::{
 };
 use wherry_guest_kernel::{gate, interrupt, port, serial, time};
 
+use crate::accel::{self, Accel};
 use crate::canary::{self, Canary, Lost};
 use crate::disk::{self, Disk};
 use crate::setup::Setup;
@@ -59,6 +60,8 @@ pub struct Worker {
     disk: Option<Disk>,
     /// vCPU 0's, if there is one.
     testdma: Option<Testdma>,
+    /// vCPU 0's, if there is one.
+    accel: Option<Accel>,
 }
 
 /// The load in force, from the control words.
@@ -132,8 +135,9 @@ impl Worker {
             next_canary: 0,
             disk: if cpu == 0 { disk::take() } else { None },
             testdma: if cpu == 0 { testdma::take() } else { None },
+            accel: if cpu == 0 { accel::take() } else { None },
         };
-        if setup.params.idle == Idle::Halt || worker.testdma.as_ref().is_some_and(Testdma::rests) {
+        if setup.params.idle == Idle::Halt || worker.rests() {
             worker.timer_hz = interrupt::measure_timer(setup.tsc_hz);
             worker.timer_ticks = (worker.timer_hz / 10_000).min(u32::MAX.into()) as u32;
             interrupt::enable_timer();
@@ -161,6 +165,9 @@ impl Worker {
         if let Some(testdma) = &mut self.testdma {
             testdma.begin(time::tsc());
         }
+        if let Some(accel) = &mut self.accel {
+            accel.begin(time::tsc());
+        }
         loop {
             let interrupts = interrupt::total(self.cpu);
             let now = self.tick();
@@ -176,6 +183,7 @@ impl Worker {
             }
             let mut busy = self.disk.as_mut().is_some_and(|disk| disk.work(now));
             busy |= self.testdma.as_mut().is_some_and(|testdma| testdma.work(now));
+            busy |= self.accel.as_mut().is_some_and(|accel| accel.work(now));
             let dirty_due = now >= self.load.next_dirty && self.load.dirty_interval != u64::MAX;
             let verify_due = now >= self.load.next_verify && self.load.verify_permille != 0;
             if now >= self.next_canary {
@@ -190,7 +198,7 @@ impl Worker {
                 let share = self.load.verify_permille;
                 self.load.next_verify = after + after.wrapping_sub(now) * (1000 - share) / share;
                 verified_last = true;
-            } else if !busy && self.testdma.as_ref().is_some_and(Testdma::rests) {
+            } else if !busy && self.rests() {
                 self.rest(now, interrupts);
             } else if self.setup.params.idle == Idle::Halt && !busy {
                 interrupt::sleep(self.timer_ticks);
@@ -200,6 +208,11 @@ impl Worker {
                 self.check_registers(now);
             }
         }
+    }
+
+    /// Whether it halts while a device has nothing for it.
+    fn rests(&self) -> bool {
+        self.testdma.as_ref().is_some_and(Testdma::rests) || self.accel.as_ref().is_some_and(Accel::rests)
     }
 
     /// Halts until an interrupt, or until something is due: for a tenth of a second at most, so that control words are seen. Not
@@ -564,7 +577,8 @@ impl Worker {
         loop {
             let now = self.tick();
             let disk = self.disk.as_mut().is_some_and(|disk| disk.finish(now));
-            if !self.testdma.as_mut().is_some_and(Testdma::finish) && !disk {
+            let accel = self.accel.as_mut().is_some_and(|accel| accel.finish(now));
+            if !self.testdma.as_mut().is_some_and(Testdma::finish) && !disk && !accel {
                 break;
             }
         }
@@ -574,8 +588,9 @@ impl Worker {
         }
         let disk_errors = self.disk.as_ref().map_or(0, Disk::errors);
         let dma_errors = self.testdma.as_ref().map_or(0, Testdma::errors);
+        let accel_errors = self.accel.as_ref().map_or(0, Accel::errors);
         let own_errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed);
-        let errors = own_errors + disk_errors + dma_errors;
+        let errors = own_errors + disk_errors + dma_errors + accel_errors;
         serial::line(format_args!(
             "vCPU {} finished: {} pages dirtied, {} verified, {errors} errors, largest gap {} us",
             self.cpu,

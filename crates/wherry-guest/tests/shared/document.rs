@@ -5,8 +5,8 @@ use std::mem::offset_of;
 use wherry_guest::data::{ENTRY_BYTES, page_tag};
 use wherry_guest::params::Params;
 use wherry_guest::report::{
-    CONTROL_GPA, Control, CpuPage, DiskReport, Fault, Header, MAX_CPUS, PORT_GPA, PORT_ID, PORT_REG_EVENT, PORT_REG_ID,
-    PORT_REG_POWEROFF, REPORT_GPA, TestdmaReport, VERSION, VerifyError, cpu_page_gpa,
+    AccelReport, CONTROL_GPA, Control, CpuPage, DiskReport, Fault, Header, MAX_CPUS, PORT_GPA, PORT_ID, PORT_REG_EVENT,
+    PORT_REG_ID, PORT_REG_POWEROFF, REPORT_GPA, TestdmaReport, VERSION, VerifyError, cpu_page_gpa,
 };
 
 const DOCUMENT: &str = include_str!("../../../../docs/probe-guest.md");
@@ -58,7 +58,7 @@ fn the_tables_list_every_field_with_offset_and_size() {
         3,
         fields!(Header: magic, version, cpu_slots, cpus, cpus_online, failure, failure_cpu, tsc_khz, tsc_source,
             port_present, ram_bytes, data_pages, table_gpa, shadow_gpa, seed, extent_count, message_len, extents,
-            message, disk, testdma),
+            message, disk, testdma, accel),
         size_of::<Header>(),
     );
     check(
@@ -75,6 +75,14 @@ fn the_tables_list_every_field_with_offset_and_size() {
             spurious, interrupts, lost, longest_ns, toggles, area_gpa, pool_gpa, first_sequence, first_word,
             first_expected, first_found, masked, plugged),
         size_of::<TestdmaReport>(),
+    );
+    check(
+        "### Accelerator",
+        2,
+        fields!(AccelReport: present, form, bell, engines, rings, depth, bytes, accel_pad, submitted, returned, jobs, verified,
+            rechecked, errors, miscounted, lost, interrupts, rung, longest_ns, by_class, shared_gpa, places_gpa, first_ring, first_job,
+            first_at, first_expected, first_found),
+        size_of::<AccelReport>(),
     );
     check(
         "### Control",

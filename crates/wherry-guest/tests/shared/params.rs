@@ -1,7 +1,9 @@
 //! The command line.
 
 use proptest::prelude::*;
-use wherry_guest::params::{DiskWait, DmaInterrupt, DmaLoad, Idle, InjectedFault, Params, Pattern, Shadow, Write};
+use wherry_guest::params::{
+    AccelBell, AccelLoad, DiskWait, DmaInterrupt, DmaLoad, Idle, InjectedFault, Params, Pattern, Shadow, Write,
+};
 use wherry_guest::report::RATE_MAX;
 
 #[test]
@@ -17,7 +19,8 @@ fn every_parameter_is_understood() {
     let line = "data=512M from=3G rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
                 cpus=2 idle=halt tsc_khz=2600000 run=1500 disk=1G disk_depth=64 disk_wait=poll testdma=wait \
                 testdma_interrupt=intx testdma_vectors=16 testdma_entries=2 testdma_buffer=64K testdma_pool=1M \
-                testdma_mask=on testdma_plug=on testdma_eject=500 fault=gp";
+                testdma_mask=on testdma_plug=on testdma_eject=500 accel=wait accel_bell=poll accel_depth=256 accel_bytes=1M \
+                accel_key=7 fault=gp";
     let expected = Params {
         data: Some(512 << 20),
         from: 3 << 30,
@@ -45,6 +48,11 @@ fn every_parameter_is_understood() {
         testdma_mask: true,
         testdma_plug: true,
         testdma_eject: 500,
+        accel: Some(AccelLoad::Wait),
+        accel_bell: AccelBell::Poll,
+        accel_depth: 256,
+        accel_bytes: 1 << 20,
+        accel_key: Some(7),
         fault: Some(InjectedFault::Gp),
     };
     assert_eq!(Params::parse(line), Ok(expected));
@@ -95,6 +103,13 @@ fn words_that_are_not_parameters_are_named_with_what_would_be_right() {
         ("testdma_mask=yes", "on or off"),
         ("testdma_plug=1", "on or off"),
         ("testdma_eject=1s", "milliseconds"),
+        ("accel=on", "full or wait"),
+        ("accel_bell=loud", "register, event or poll"),
+        ("accel_depth=3", "power of two"),
+        ("accel_depth=512", "up to 256"),
+        ("accel_bytes=100", "multiple of 512"),
+        ("accel_bytes=2M", "512 to 1M"),
+        ("accel_key=x", "a handle"),
         ("fault=all", "page, gp, panic or registers"),
     ] {
         let line = format!("seed=1 {word} cpus=1");
