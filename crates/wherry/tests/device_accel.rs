@@ -164,6 +164,20 @@ fn a_process_serves_the_engines_it_was_told_to_and_ends_when_it_is_asked() {
     assert!(!process.socket.exists(), "its socket is left behind");
 }
 
+#[test]
+fn a_client_has_privilege_when_the_operator_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    // The time slice of the first engine, in microseconds: without privilege the write is lost.
+    for (name, arguments, slice) in [("plain", &[][..], 1000), ("privileged", &["--privileged"], 7)] {
+        let process = Process::start(directory.path(), name, arguments);
+        let mut c = client(&process);
+        c.set(0x800, 4, 7);
+        assert_eq!(c.register(0x800, 4), slice, "{name}");
+        let context = c.create(0, 0).unwrap();
+        assert_eq!(c.set_param(context, 0, 1, 5).is_ok(), name == "privileged", "a priority above 0");
+    }
+}
+
 /// Writes a file that nobody else can read, or that anybody can.
 fn file(directory: &Path, name: &str, mode: u32, content: &[u8]) -> String {
     let path = directory.join(name);

@@ -184,7 +184,8 @@ impl Device {
         self.spaces.write().unwrap_or_else(PoisonError::into_inner).insert(number, space);
     }
 
-    pub(crate) fn space(&self, number: u32) -> Result<Arc<dyn AddressSpace>, Refused> {
+    /// An address space by its number.
+    pub fn space(&self, number: u32) -> Result<Arc<dyn AddressSpace>, Refused> {
         let spaces = self.spaces.read().unwrap_or_else(PoisonError::into_inner);
         spaces
             .get(&number)

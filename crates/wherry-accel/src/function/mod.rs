@@ -20,7 +20,6 @@ mod space;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use rustix::io::Errno;
 use wherry_vfio_user::payload::{IoFd, pci_irq, pci_region};
@@ -29,9 +28,8 @@ use wherry_vfio_user::{Bus, Description, Image, Migration};
 
 use crate::abi::{BELLS, MAX_CONTEXTS, register};
 use crate::catalogue::{Catalogue, CatalogueError, Host};
-use crate::clock::RealClock;
 use crate::device::{Caller, Config, Device, FIRST_SPACE, Notify, bell};
-use crate::drive::{Bells, Listener, Workers};
+use crate::drive::{Bells, Drive, Driven};
 use crate::error::Refused;
 use crate::keys::{FleetKey, KeyKind};
 use space::BusSpace;
@@ -74,8 +72,12 @@ pub struct Model {
     pub host: Host,
     /// What keys are wrapped with, if there are any.
     pub fleet: Option<FleetKey>,
-    /// How long a polled ring is looked at after the latest descriptor.
-    pub patience: Duration,
+    /// Who works on it.
+    pub drive: Box<dyn Drive>,
+    /// Whether the client has privilege; who made the model may change its mind.
+    pub privileged: Arc<AtomicBool>,
+    /// Decides where virtual slots begin among their siblings; any number.
+    pub seed: u64,
     /// Keys that the host gives: handle, kind, and the wrapped key.
     pub keys: Vec<(u32, KeyKind, Vec<u8>)>,
 }
@@ -104,8 +106,7 @@ impl Notify for Wires {
 /// The device behind the function, and who works on it.
 struct Live {
     /// Ended first: nobody works on a device that is given up.
-    listener: Listener,
-    _workers: Workers,
+    driven: Box<dyn Driven>,
     device: Arc<Device>,
 }
 
@@ -133,14 +134,13 @@ impl Model {
         let config = Config {
             catalogue: self.catalogue.clone(),
             host: self.host.clone(),
-            clock: Arc::new(RealClock::default()),
+            clock: self.drive.clock(),
             notify: wires.clone(),
-            seed: std::process::id().into(),
+            seed: self.seed,
         };
         let device = Arc::new(Device::new(config)?);
         device.set_space(FIRST_SPACE, Arc::new(BusSpace::new(wires.clone())));
-        let listener = Listener::start(device.clone(), bells.clone(), self.patience)?;
-        Ok(Live { listener, _workers: Workers::start(device.clone())?, device })
+        Ok(Live { driven: self.drive.start(&device, bells)?, device })
     }
 
     fn import(&self, device: &Device) -> Result<(), Refused> {
@@ -153,7 +153,7 @@ impl Live {
     /// Goes on after a stop.
     fn resume(&self) {
         self.device.resume();
-        self.listener.resumed();
+        self.driven.resumed();
     }
 }
 
@@ -235,7 +235,8 @@ impl wherry_vfio_user::Device for AccelFunction {
             0 if data.len() == 4 && bell(offset).is_some() => bell(offset).into_iter().for_each(|n| self.bells.ring(n)),
             0 => {
                 // A client learns of it by the registers that say so (RESULT, STATUS).
-                let _ = self.live.device.write_register(Caller::PLAIN, offset, data);
+                let caller = Caller { privileged: self.model.privileged.load(Ordering::SeqCst), space: FIRST_SPACE };
+                let _ = self.live.device.write_register(caller, offset, data);
             }
             _ => {
                 let to = self.table.iter_mut().skip(offset as usize);

@@ -1,5 +1,6 @@
-//! A client as the tests see it: a device on virtual time, memory, and calls. Before every call the device may move: it is
-//! stopped, saved, and restored from the bytes into another device with other workers, another clock and a copy of memory.
+//! A client as the tests see it: a device on virtual time, memory, and calls, which go to the library or over a socket
+//! ([`super::transport`]). Before every call the device may move: it is stopped, saved, and restored from the bytes into another device
+//! with other workers, another clock and a copy of memory.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use wherry_accel::memory::{AddressSpace, Arena};
 use wherry_accel::state::AccelUnit;
 use wherry_accel::{FenceState, Tunables};
 use wherry_state::{Saved, StateFile, StateUnit};
+
+use super::transport::{Calls, Library, Ram, Socket};
 
 pub const MS: u64 = 1_000_000;
 pub const SECOND: u64 = 1000 * MS;
@@ -62,14 +65,30 @@ pub enum Plan {
     Never,
     /// Before those calls.
     Before(BTreeMap<u64, There>),
-    /// Before every call, to all hosts in turn.
-    Always,
+    /// Before every so-many-th call, to all hosts in turn.
+    Every(u64),
+}
+
+/// How calls reach the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// They are calls of the library.
+    Library,
+    /// They are messages to the function around it.
+    Socket,
+}
+
+/// What is behind it.
+enum Transport {
+    Library(Library),
+    Socket(Box<Socket>),
 }
 
 pub struct Client {
+    transport: Transport,
     pub device: Arc<Device>,
     sim: Simulation,
-    pub memory: Arc<Arena>,
+    pub memory: Arc<dyn AddressSpace>,
     plan: Plan,
     pub calls: u64,
     pub moves: u64,
@@ -77,15 +96,33 @@ pub struct Client {
     seed: u64,
 }
 
-fn arena() -> Arena {
+fn arena(memory: Option<&dyn AddressSpace>) -> Arena {
     let mut arena = Arena::new(&[(BASE, SIZE)]).unwrap();
     arena.map(READ_ONLY, 0x1000, true).unwrap();
+    if let Some(memory) = memory {
+        copy(memory, &arena);
+    }
+    arena.set_writable(READ_ONLY, false);
     arena
 }
 
-fn device(host: Host, start: u64, seed: u64, memory: &Arc<Arena>) -> (Arc<Device>, Simulation) {
+/// Copies all memory.
+fn copy(from: &dyn AddressSpace, to: &dyn AddressSpace) {
+    for (base, bytes) in [(BASE, SIZE), (READ_ONLY, 0x1000)] {
+        let mut content = vec![0; bytes as usize];
+        from.read(base, &mut content).unwrap();
+        to.write(base, &content).unwrap();
+    }
+}
+
+fn clock(start: u64) -> Arc<VirtualClock> {
     let clock = Arc::new(VirtualClock::default());
     clock.advance_to(start);
+    clock
+}
+
+fn device(host: Host, start: u64, seed: u64, memory: &Arc<Arena>) -> (Arc<Device>, Simulation) {
+    let clock = clock(start);
     let catalogue = Catalogue::with_counts(COUNTS).unwrap();
     let config = Config { catalogue, host, clock: clock.clone(), notify: Arc::new(NoInterrupts), seed };
     let device = Arc::new(Device::new(config).unwrap());
@@ -96,27 +133,71 @@ fn device(host: Host, start: u64, seed: u64, memory: &Arc<Arena>) -> (Arc<Device
 }
 
 impl Client {
-    pub fn new(plan: Plan) -> Self {
-        let mut memory = arena();
-        memory.set_writable(READ_ONLY, false);
-        let memory = Arc::new(memory);
-        let (device, sim) = device(Host::uniform(ENGINES), 5, 1, &memory);
-        Self { device, sim, memory, plan, calls: 0, moves: 0, next: BASE, seed: 1 }
+    pub fn new(way: Way, plan: Plan) -> Self {
+        let (host, start, seed) = (Host::uniform(ENGINES), 5, 1);
+        let (transport, device, sim, memory) = match way {
+            Way::Library => {
+                let memory = Arc::new(arena(None));
+                let (device, sim) = device(host, start, seed, &memory);
+                (Transport::Library(Library(device.clone())), device, sim, memory as Arc<dyn AddressSpace>)
+            }
+            Way::Socket => {
+                let (memory, clock) = (Arc::new(Ram::new(BASE)), clock(start));
+                let socket = Socket::new(host, clock.clone(), seed, memory.clone());
+                let device = socket.device();
+                let sim = Simulation::new(device.clone(), clock);
+                (Transport::Socket(Box::new(socket)), device, sim, memory as Arc<dyn AddressSpace>)
+            }
+        };
+        Self { transport, device, sim, memory, plan, calls: 0, moves: 0, next: BASE, seed }
     }
 
     /// Every call begins here.
-    fn call(&mut self) -> Arc<Device> {
+    fn call(&mut self) -> &dyn Calls {
         let number = self.calls;
         self.calls += 1;
         let there = match &self.plan {
             Plan::Never => None,
             Plan::Before(calls) => calls.get(&number).copied(),
-            Plan::Always => Some(HOSTS[number as usize % HOSTS.len()]),
+            Plan::Every(calls) if number.is_multiple_of(*calls) => Some(HOSTS[(number / calls) as usize % HOSTS.len()]),
+            Plan::Every(_) => None,
         };
         if let Some(there) = there {
-            self.migrate(there);
+            self.moves += 1;
+            self.seed += 77;
+            match &self.transport {
+                Transport::Library(_) => self.migrate(there),
+                Transport::Socket(_) => self.migrate_process(there),
+            }
         }
-        self.device.clone()
+        match &self.transport {
+            Transport::Library(library) => library,
+            Transport::Socket(socket) => &**socket,
+        }
+    }
+
+    /// Clock time at the other host.
+    fn start_there(&self) -> u64 {
+        1_000_000_007 * (self.moves % 5)
+    }
+
+    /// To another process: by the states of the function's migration.
+    fn migrate_process(&mut self, there: There) {
+        let Transport::Socket(here) = &self.transport else { panic!("no process") };
+        // The workers of this process are this test's: they give back what they have.
+        self.device.begin_stop();
+        self.sim.finish();
+        let state = here.save();
+        let (memory, clock) = (Arc::new(Ram::new(BASE)), clock(self.start_there()));
+        copy(&*self.memory, &*memory);
+        let socket = Socket::new(there.host(), clock.clone(), self.seed, memory.clone());
+        socket.load(&state);
+        assert!(socket.save() == state, "what was restored saves as it was");
+        socket.go_on();
+        self.device = socket.device();
+        self.sim = Simulation::new(self.device.clone(), clock);
+        self.memory = memory;
+        self.transport = Transport::Socket(Box::new(socket));
     }
 
     fn migrate(&mut self, there: There) {
@@ -128,22 +209,15 @@ impl Client {
         let file = StateFile { sections: vec![section] };
         file.check().unwrap();
 
-        let mut memory = arena();
-        for (base, bytes) in [(BASE, SIZE), (READ_ONLY, 0x1000)] {
-            let mut content = vec![0; bytes as usize];
-            self.memory.read(base, &mut content).unwrap();
-            memory.write(base, &content).unwrap();
-        }
-        memory.set_writable(READ_ONLY, false);
-        self.memory = Arc::new(memory);
-        self.moves += 1;
-        self.seed += 77;
-        let (device, sim) = device(there.host(), 1_000_000_007 * (self.moves % 5), self.seed, &self.memory);
+        let memory = Arc::new(arena(Some(&*self.memory)));
+        let (device, sim) = device(there.host(), self.start_there(), self.seed, &memory);
+        self.memory = memory;
         let unit = AccelUnit::new(device.clone(), None, 0);
         unit.restore(&file.sections[0]).unwrap();
         let Saved::Section(again) = unit.save().unwrap() else { panic!("nothing saved") };
         assert!(again.bytes == file.sections[0].bytes, "what was restored saves as it was");
         unit.start().unwrap();
+        self.transport = Transport::Library(Library(device.clone()));
         (self.device, self.sim) = (device, sim);
     }
 
@@ -192,27 +266,27 @@ impl Client {
     }
 
     pub fn try_create(&mut self, caller: Caller, flags: u32, extensions: u64) -> Result<u32, Refused> {
-        self.call().create_context(caller, flags, extensions)
+        self.call().create(caller, flags, extensions)
     }
 
     pub fn destroy(&mut self, context: u32) {
-        self.call().destroy_context(context).unwrap();
+        self.call().destroy(context).unwrap();
     }
 
     pub fn set(&mut self, context: u32, param: u64, size: u32, value: u64) -> Result<(), Errno> {
         let param = Param { context, size, param, value };
-        self.call().set_param(Caller::PRIVILEGED, &param).map_err(|refused| refused.errno)
+        self.call().set(Caller::PRIVILEGED, &param).map_err(|refused| refused.errno)
     }
 
     pub fn set_plain(&mut self, context: u32, param: u64, size: u32, value: u64) -> Result<(), Errno> {
         let param = Param { context, size, param, value };
-        self.call().set_param(Caller::PLAIN, &param).map_err(|refused| refused.errno)
+        self.call().set(Caller::PLAIN, &param).map_err(|refused| refused.errno)
     }
 
     /// (size, value) as answered.
     pub fn get(&mut self, context: u32, param: u64, size: u32, value: u64) -> Result<(u32, u64), Errno> {
         let mut param = Param { context, size, param, value };
-        self.call().get_param(&mut param).map_err(|refused| refused.errno)?;
+        self.call().get(&mut param).map_err(|refused| refused.errno)?;
         Ok((param.size, param.value))
     }
 
@@ -233,7 +307,7 @@ impl Client {
     }
 
     pub fn advance(&mut self, context: u32, value: u64) {
-        self.call().advance_client(context, value).unwrap();
+        self.call().advance(context, value).unwrap();
     }
 
     pub fn run_for(&mut self, nanoseconds: u64) {
@@ -261,7 +335,7 @@ impl Client {
 
     /// Busy nanoseconds of all engines.
     pub fn busy_times(&mut self) -> Vec<u64> {
-        self.call().engines().iter().map(|engine| engine.busy).collect()
+        self.call().busy_times()
     }
 
     /// Runs for a while; how busy each engine was meanwhile, from 0 to 1.

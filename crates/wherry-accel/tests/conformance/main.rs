@@ -1,11 +1,12 @@
 //! The conformance list of contexts with engine maps: every item as it is, and again with moves between its calls.
 //!
-//! - [`client`]: a client, and moving the device under it.
+//! - [`client`]: a client, and moving the device under it. [`transport`]: its calls, of the library or over a socket.
 //! - [`maps`], [`balancing`], [`fairness`], [`faults`], [`bonds`], [`parallel`], [`params`]: the list.
 //!
 //! Each item runs on virtual time, so it takes the same course every time. `moved` runs it with a move before a seeded
 //! sample of its calls, to hosts with one worker, fewer, more, and in another order, and once with a move before every
-//! call. `cargo xtask conformance` moves it before each single call in turn, every time in a run of its own
+//! call. `socket` runs it before the device as a PCI function over vfio-user, and `socket_moved` with a sample of moves there, by
+//! the states of that protocol. `cargo xtask conformance` moves it before each single call in turn, every time in a run of its own
 //! (`WHERRY_ACCEL_MOVES=each`: to one kind of host, by turns; `all`: to each kind). `WHERRY_ACCEL_SEED` chooses another sample.
 //!
 //! Which test proves which item of the list:
@@ -51,28 +52,33 @@ mod faults;
 mod maps;
 mod parallel;
 mod params;
+mod transport;
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use client::{Client, HOSTS, Plan};
+use client::{Client, HOSTS, Plan, Way};
 
 /// Moves of a sample, each in a run of its own.
 const SAMPLE: u64 = 4;
 
-fn once(item: fn(&mut Client), plan: Plan) -> Client {
-    let mut client = Client::new(plan);
+/// Calls between two moves of a run over a socket that has many, and moves of its sample.
+const OFTEN: u64 = 11;
+const SOCKET_SAMPLE: u64 = 1;
+
+fn once(item: fn(&mut Client), way: Way, plan: Plan) -> Client {
+    let mut client = Client::new(way, plan);
     item(&mut client);
     client
 }
 
 /// Runs an item with moves.
-fn moved(name: &str, item: fn(&mut Client)) {
-    let calls = once(item, Plan::Never).calls;
+fn moved(name: &str, item: fn(&mut Client), way: Way) {
+    let calls = once(item, way, Plan::Never).calls;
     let at = |call: u64, host: u64| {
         let there = HOSTS[host as usize % HOSTS.len()];
         println!("{name}: a move before call {call} of {calls}, to {there:?}");
-        let client = once(item, Plan::Before(BTreeMap::from([(call, there)])));
+        let client = once(item, way, Plan::Before(BTreeMap::from([(call, there)])));
         assert_eq!(client.moves, 1, "{name}: call {call} of {calls} was never made");
     };
     let hosts = match std::env::var("WHERRY_ACCEL_MOVES").as_deref() {
@@ -85,14 +91,16 @@ fn moved(name: &str, item: fn(&mut Client)) {
     }
     if hosts == 0 {
         let seed: u64 = std::env::var("WHERRY_ACCEL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0);
-        for number in 0..SAMPLE {
+        let sample = if way == Way::Library { SAMPLE } else { SOCKET_SAMPLE };
+        for number in 0..sample {
             let mut hasher = DefaultHasher::new();
-            (name, seed, number).hash(&mut hasher);
+            (name, seed, number, way == Way::Socket).hash(&mut hasher);
             at(hasher.finish() % calls, number);
         }
     }
-    println!("{name}: a move before every call");
-    assert!(once(item, Plan::Always).moves > 0);
+    let often = if way == Way::Library { 1 } else { OFTEN };
+    println!("{name}: a move before every {often}. call");
+    assert!(once(item, way, Plan::Every(often)).moves > 0);
 }
 
 macro_rules! conformance {
@@ -100,13 +108,25 @@ macro_rules! conformance {
         mod plain {
             $($(#[test]
             fn $item() {
-                super::once(super::$module::$item, super::Plan::Never);
+                super::once(super::$module::$item, super::Way::Library, super::Plan::Never);
+            })*)*
+        }
+        mod socket {
+            $($(#[test]
+            fn $item() {
+                super::once(super::$module::$item, super::Way::Socket, super::Plan::Never);
+            })*)*
+        }
+        mod socket_moved {
+            $($(#[test]
+            fn $item() {
+                super::moved(stringify!($item), super::$module::$item, super::Way::Socket);
             })*)*
         }
         mod moved {
             $($(#[test]
             fn $item() {
-                super::moved(stringify!($item), super::$module::$item);
+                super::moved(stringify!($item), super::$module::$item, super::Way::Library);
             })*)*
         }
     };
@@ -189,7 +209,7 @@ conformance! {
 fn every_kind_of_host_is_moved_to_with_work_under_way() {
     // What the moves are worth: one worker runs two spinners' engines by turns, and a move finds them half-way.
     for there in HOSTS {
-        let mut client = Client::new(Plan::Before(BTreeMap::from([(4, there)])));
+        let mut client = Client::new(Way::Library, Plan::Before(BTreeMap::from([(4, there)])));
         let context = client.create();
         let (a, word_a) = client.spin(context, 0);
         let (b, word_b) = client.spin(context, 1);

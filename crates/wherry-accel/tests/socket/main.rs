@@ -21,6 +21,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 use wherry_accel::catalogue::{Catalogue, Host};
+use wherry_accel::drive::RealTime;
 use wherry_accel::function::{AccelFunction, CLASS, ID, Model};
 use wherry_accel::keys::{FleetKey, KeyKind};
 use wherry_vfio_user::client::NoMemory;
@@ -52,7 +53,9 @@ impl Served {
             host: Host { first: workers - 1, ..Host::uniform(workers) },
             keys: keys.collect(),
             fleet: Some(fleet),
-            patience: Duration::from_millis(2),
+            drive: Box::new(RealTime { patience: Duration::from_millis(2) }),
+            privileged: Arc::default(),
+            seed: 1,
         };
         let directory = tempfile::tempdir().unwrap();
         let server = Server::bind(&directory.path().join("s")).unwrap();

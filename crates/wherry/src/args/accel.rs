@@ -21,6 +21,9 @@ pub struct DeviceAccel {
     /// Look at a polled ring so long after its latest descriptor, before its client has to ring for it
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub poll: u32,
+    /// Give the client privilege: it may raise priorities above 0, and set slices, deadlines and heartbeats of engines
+    #[arg(long)]
+    pub privileged: bool,
     /// Key of the fleet, which unwraps keys: a file of 32 bytes or 64 hexadecimal digits that nobody else can read. The same
     /// at both ends of a move; with it, no core dump is made of the process
     #[arg(long, value_name = "FILE")]

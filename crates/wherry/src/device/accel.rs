@@ -1,9 +1,11 @@
 //! The accelerator, served to a vfio-user client. It takes part in postcopy, and has the keys that its operator gives.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use wherry_accel::catalogue::{Catalogue, Host};
+use wherry_accel::drive::RealTime;
 use wherry_accel::function::{AccelFunction, Model};
 use wherry_vfio_user::{Server, server};
 
@@ -17,7 +19,9 @@ pub fn serve(options: &DeviceAccel) -> Result<u8> {
     let model = Model {
         catalogue: Catalogue::with_counts(options.engines).context("the engines of the device")?,
         host: Host::uniform(crate::accel::workers(options.workers)),
-        patience: Duration::from_micros(options.poll.into()),
+        drive: Box::new(RealTime { patience: Duration::from_micros(options.poll.into()) }),
+        privileged: Arc::new(options.privileged.into()),
+        seed: std::process::id().into(),
         fleet: given.fleet,
         keys: given.keys,
     };
