@@ -42,8 +42,11 @@ struct Process {
 impl Process {
     fn start(place: &Place, number: usize, more: &[&str]) -> Self {
         let (socket, log) = (place.path(&format!("d{number}.sock")), place.path(&format!("d{number}.log")));
-        let mut command = place.command(&["device", "accel", "--engines", ENGINES, "--workers"]);
-        command.arg(WORKERS[number % WORKERS.len()]).args(more).arg("--socket").arg(&socket);
+        let mut command = place.command(&["device", "accel", "--workers", WORKERS[number % WORKERS.len()], "--socket"]);
+        command.arg(&socket).args(more);
+        if !more.contains(&"--engines") {
+            command.args(["--engines", ENGINES]);
+        }
         let child = command.stdout(Stdio::null()).stderr(File::create(&log).unwrap()).spawn().unwrap();
         let mut this = Self { child, socket, log };
         wait_for("the device's socket", || {
@@ -321,5 +324,51 @@ fn a_device_process_that_is_killed_is_a_device_that_is_gone_and_its_vm_lives() {
         assert!(vm.end().success(), "{}", vm.log());
         let end = memory.snapshot();
         assert_eq!((end.verify_errors(), end.accel.unwrap().errors), (0, 1), "{end:?}");
+    }
+}
+
+#[test]
+fn a_move_that_the_other_device_cannot_take_leaves_the_guest_and_its_jobs_where_they_were() {
+    if !kvm("a_move_that_the_other_device_cannot_take_leaves_the_guest_and_its_jobs_where_they_were") {
+        return;
+    }
+    for guest in ["accel=full accel_key=5 accel_bell=poll", "accel=wait accel_key=5 accel_bell=event"] {
+        let place = Place::new();
+        let (fleet, key) = keys(&place);
+        let process = Process::start(&place, 0, &["--fleet-key", &fleet, "--key", &key]);
+        let mut vm = run(&place, &process, guest);
+        let memory = Memory::of(&place, "0");
+        wait_for_more(&memory, ENOUGH / 8, "before the first try");
+        let mut number = 1;
+        // One engine less; no key of the fleet.
+        let engines = "copy=3,compress=2,crypto=2,compute=1,code=1";
+        for (more, said, logged) in
+            [(&["--fleet-key", &fleet, "--engines", engines][..], "subsystem", ""), (&[], "it refused", "no fleet key")]
+        {
+            for mode in ["precopy", "postcopy", "hybrid"] {
+                let other = Process::start(&place, number, more);
+                let (_there, address) = place.receive(&number.to_string(), &["--device", &other.option()]);
+                let output = place.control("0", &["migrate", "--to", &address, "--mode", mode]);
+                assert_eq!(output.status.code(), Some(1), "{mode}: {}", stderr(&output));
+                let error = stderr(&output);
+                assert!(error.contains(&other.socket.display().to_string()) && error.contains(said), "{error}");
+                // What cannot be is refused before anything moves, as far as it can be told.
+                assert_eq!(error.contains("phase switchover"), !logged.is_empty(), "{error}");
+                assert!(other.log().contains(logged) && other.log().is_empty() == logged.is_empty(), "{}", other.log());
+                let now = wait_for_more(&memory, ENOUGH / 8, &format!("after a {mode} that failed"));
+                println!("{guest}: {mode}: longest wait {} us: {}", now.longest_ns / 1000, stderr(&output).trim());
+                number += 1;
+            }
+        }
+        // And then it moves.
+        let next = Process::start(&place, number, &["--fleet-key", &fleet]);
+        let (there, address) = place.receive("last", &["--device", &next.option()]);
+        let output = place.control("0", &["migrate", "--to", &address, "--mode", "hybrid"]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
+        let memory = Memory::of(&place, "last");
+        wait_for_more(&memory, ENOUGH / 8, "after the move");
+        wait_for("the destination to be done", || (place.status("last")?["job"]["phase"] == "done").then_some(()));
+        finish(there, &memory, next);
     }
 }

@@ -149,6 +149,17 @@ impl Model {
     }
 }
 
+/// The subsystem of a function with those engines: a VMM that compares what it is refuses another one before anything moves.
+pub fn subsystem(catalogue: &Catalogue) -> u16 {
+    let bytes = catalogue.engines().iter().flat_map(|engine| {
+        let [a, b] = engine.class.to_le_bytes();
+        let [c, d] = engine.instance.to_le_bytes();
+        [a, b, c, d]
+    });
+    let crc = crc32c::crc32c(&bytes.collect::<Vec<_>>());
+    (crc >> 16) as u16 ^ crc as u16
+}
+
 impl Live {
     /// Goes on after a stop.
     fn resume(&self) {
@@ -165,7 +176,7 @@ impl AccelFunction {
         let live = model.live(&wires, &bells)?;
         model.import(&live.device)?;
         let config = config::Config::new(ID.0, ID.1, CLASS).with_bar(0, REGISTERS as u32).with_bar(1, TABLE as u32);
-        let config = config.with_msix(VECTORS, 1, 0, PENDING);
+        let config = config.with_subsystem(ID.0, subsystem(&model.catalogue)).with_msix(VECTORS, 1, 0, PENDING);
         Ok(Self { model, wires, bells, config, table: [0; 16 * VECTORS as usize], live, image: Image::default() })
     }
 

@@ -52,6 +52,18 @@ impl SavedState for SavedFunction {
     const SCHEMA: u32 = 2;
 }
 
+/// A state that cannot be taken.
+struct Unfit {
+    errno: Errno,
+    why: String,
+}
+
+impl Unfit {
+    fn new(why: impl Into<String>) -> Self {
+        Self { errno: Errno::INVAL, why: why.into() }
+    }
+}
+
 impl AccelFunction {
     /// A device made anew, with no key.
     pub(super) fn renew(&mut self) -> Result<(), Errno> {
@@ -73,21 +85,35 @@ impl AccelFunction {
         saved.to_section(&UnitId::new(UNIT, 0))
     }
 
-    /// Takes a state; it stands still afterwards.
+    /// Takes a state; it stands still afterwards. The client gets a number; why it is refused is in the log.
     fn load_state(&mut self, bus: &Bus, bytes: &[u8]) -> Result<(), Errno> {
-        let section = Section::decode(bytes).ok().filter(|section| section.unit == UNIT).ok_or(Errno::INVAL)?;
-        let saved = SavedFunction::from_section(&section).map_err(|_| Errno::INVAL)?;
-        let config: &[u8; config::SIZE] = saved.config.as_slice().try_into().map_err(|_| Errno::INVAL)?;
-        let table = saved.table.as_slice().try_into().map_err(|_| Errno::INVAL)?;
-        let device = saved.device.as_ref().ok_or(Errno::INVAL)?;
-        if saved.pending.iter().any(|vector| *vector >= super::VECTORS.into()) {
-            return Err(Errno::INVAL);
+        self.take(bus, bytes).map_err(|Unfit { errno, why }| {
+            tracing::warn!("a state of {} bytes is refused: {why}", bytes.len());
+            errno
+        })
+    }
+
+    fn take(&mut self, bus: &Bus, bytes: &[u8]) -> Result<(), Unfit> {
+        let section = Section::decode(bytes).map_err(|error| Unfit::new(format!("it is no section: {error}")))?;
+        if section.unit != UNIT {
+            return Err(Unfit::new(format!("it is that of a {:.80}", section.unit)));
         }
-        self.renew()?;
-        self.live.device.restore(device, self.model.fleet.as_ref()).map_err(|_| Errno::INVAL)?;
+        let saved = SavedFunction::from_section(&section).map_err(|error| Unfit::new(error.to_string()))?;
+        let wrong = |what: &str, bytes: usize| Unfit::new(format!("its {what} has {bytes} bytes"));
+        let config: &[u8; config::SIZE] =
+            saved.config.as_slice().try_into().map_err(|_| wrong("configuration space", saved.config.len()))?;
+        let table = saved.table.as_slice().try_into().map_err(|_| wrong("MSI-X table", saved.table.len()))?;
+        let device = saved.device.as_ref().ok_or_else(|| Unfit::new("there is no device in it"))?;
+        if let Some(vector) = saved.pending.iter().find(|vector| **vector >= super::VECTORS.into()) {
+            return Err(Unfit::new(format!("vector {vector} waits, and there is none")));
+        }
+        self.renew().map_err(|errno| Unfit { errno, why: "there is no room for another device".into() })?;
+        let restored = self.live.device.restore(device, self.model.fleet.as_ref());
+        restored.map_err(|error| Unfit::new(error.to_string()))?;
         // They are its host's now: a reset has them again.
         self.model.keys = self.live.device.keys().wrapped();
-        self.config.load(config)?;
+        let loaded = self.config.load(config);
+        loaded.map_err(|errno| Unfit { errno, why: "its configuration space is that of another function".into() })?;
         self.table = table;
         self.note_master();
         saved.pending.iter().for_each(|vector| bus.set_pending(pci_irq::MSIX, *vector));

@@ -278,6 +278,13 @@ fn the_function_identifies_itself_and_reaches_nothing_before_it_is_a_bus_master(
     c.bus.client.read(pci_region::CONFIG, 0, &mut bytes).unwrap();
     assert_eq!(bytes[..4], [ID.0.to_le_bytes(), ID.1.to_le_bytes()].concat());
     assert_eq!(bytes[9..12], CLASS.to_le_bytes()[..3]);
+    let mut subsystem = [0; 4];
+    c.bus.client.read(pci_region::CONFIG, 0x2c, &mut subsystem).unwrap();
+    // copy0, copy1, compress0, crypto0, compute0, code0.
+    let engines = [0u16, 0, 0, 1, 1, 0, 2, 0, 3, 0, 4, 0].map(u16::to_le_bytes).concat();
+    let crc = crc32c::crc32c(&engines);
+    assert_eq!(u16::from_le_bytes([subsystem[2], subsystem[3]]), (crc >> 16) as u16 ^ crc as u16);
+    assert_eq!(subsystem[..2], ID.0.to_le_bytes());
     // The BAR's size, as firmware asks for it, and what the region says.
     c.bus.client.write(pci_region::CONFIG, 0x10, &[0xff; 4]).unwrap();
     let mut bar = [0; 4];

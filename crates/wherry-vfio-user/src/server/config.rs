@@ -8,6 +8,7 @@ pub const SIZE: usize = 256;
 const COMMAND: usize = 0x04;
 const STATUS: usize = 0x06;
 const BAR: usize = 0x10;
+const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
 const PIN: usize = 0x3d;
 /// The first capability.
@@ -45,6 +46,14 @@ impl Config {
     pub fn with_bar(mut self, index: usize, size: u32) -> Self {
         let at = BAR + 4 * index;
         self.writable[at..at + 4].copy_from_slice(&(!(size.next_power_of_two().max(16) - 1)).to_le_bytes());
+        self
+    }
+
+    /// Subsystem vendor and subsystem: which of several devices of that kind it is.
+    pub fn with_subsystem(mut self, vendor: u16, subsystem: u16) -> Self {
+        self.bytes[SUBSYSTEM..SUBSYSTEM + 2].copy_from_slice(&vendor.to_le_bytes());
+        self.bytes[SUBSYSTEM + 2..SUBSYSTEM + 4].copy_from_slice(&subsystem.to_le_bytes());
+        self.at_reset = self.bytes;
         self
     }
 
