@@ -462,6 +462,10 @@ pub struct Demo {
     /// Ask every migration for `--verify`: longer blackouts
     #[arg(long, conflicts_with = "mode")]
     pub verify: bool,
+    /// Give the guest an accelerator, in a process of its own, that moves along to others with more or fewer workers: longer
+    /// blackouts
+    #[arg(long)]
+    pub accel: bool,
     /// How memory is carried, in all moves alike [default: shows different ones]
     #[arg(long, value_parser = mode)]
     pub mode: Option<Mode>,

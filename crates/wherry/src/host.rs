@@ -51,7 +51,7 @@ pub fn run(options: Run) -> Result<u8> {
         eprintln!("error: --cmdline of the probe guest: {error}");
         return Ok(BAD_ARGUMENTS);
     }
-    die_with(&process)?;
+    die_with(process.die_with)?;
     check_kvm()?;
     // Not a VM that was about to leave, has left, or was about to come here when its process died.
     records::open_and_sweep()?.may_boot(VmId(config.vm)).context("looking whether the VM may be started here")?;
@@ -71,7 +71,7 @@ pub fn run(options: Run) -> Result<u8> {
 /// `wherry receive`
 pub fn receive(options: Receive) -> Result<u8> {
     let Receive { listen, once, process } = options;
-    die_with(&process)?;
+    die_with(process.die_with)?;
     check_kvm()?;
     records::open_and_sweep()?;
     let host = Host::open(&process, Policy { reboot: None, linger: process.linger })?;
@@ -170,9 +170,9 @@ fn signals(service: Arc<Service>) -> Result<()> {
     Ok(())
 }
 
-/// Has the kernel end this process when the one that started it ends.
-fn die_with(process: &Process) -> Result<()> {
-    let Some(parent) = process.die_with else { return Ok(()) };
+/// Has the kernel end this process when the one that started it, if it is given, ends.
+pub fn die_with(parent: Option<i32>) -> Result<()> {
+    let Some(parent) = parent else { return Ok(()) };
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
         .context("asking to end with the parent process")?;
     // The parent may have gone before the request was made.

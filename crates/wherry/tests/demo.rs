@@ -62,6 +62,27 @@ fn the_demo_moves_a_guest_and_proves_that_nothing_was_lost() {
 }
 
 #[test]
+fn the_demo_has_an_accelerator_move_along_and_every_job_is_right() {
+    if !kvm("the_demo_has_an_accelerator_move_along_and_every_job_is_right") {
+        return;
+    }
+    let place = Place::new();
+    let arguments = ["demo", "--json", "--accel", "--memory", "128M", "--data", "32M", "--rate", "10M", "--legs", "3"];
+    let demo = place.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let pid = demo.id();
+    let output = demo.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let outcome: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let jobs = &outcome["accelerator"];
+    assert_eq!((&outcome["ok"], &jobs["errors"]), (&true.into(), &0.into()), "{outcome:#}");
+    assert_eq!(jobs["workers"], serde_json::json!([2, 1, 4, 3]));
+    let classes = jobs["by_class"].as_array().unwrap();
+    assert!(classes.len() == 5 && classes.iter().all(|class| class[1].as_u64() > Some(0)), "{jobs:#}");
+    assert_eq!(children_of(pid), Vec::<u32>::new());
+    assert_eq!(directories_of(pid), Vec::<std::path::PathBuf>::new(), "left behind");
+}
+
+#[test]
 fn an_interrupted_demo_leaves_no_process_behind() {
     if !kvm("an_interrupted_demo_leaves_no_process_behind") {
         return;
@@ -69,7 +90,7 @@ fn an_interrupted_demo_leaves_no_process_behind() {
     let place = Place::new();
     for signal in [rustix::process::Signal::INT, rustix::process::Signal::KILL] {
         let mut demo = place
-            .command(&["demo", "--memory", "128M", "--data", "64M", "--legs", "1000"])
+            .command(&["demo", "--accel", "--memory", "128M", "--data", "64M", "--legs", "1000"])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()

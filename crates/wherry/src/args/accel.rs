@@ -21,6 +21,9 @@ pub struct DeviceAccel {
     /// Look at a polled ring so long after its latest descriptor, before its client has to ring for it
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub poll: u32,
+    /// For programs that start this one: end when the process PID, the parent, ends.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub die_with: Option<i32>,
     /// Give the client privilege: it may raise priorities above 0, and set slices, deadlines and heartbeats of engines
     #[arg(long)]
     pub privileged: bool,

@@ -1,6 +1,7 @@
 //! `wherry demo`: starts the probe guest in a process of its own, moves it live from process to process over loopback
 //! TCP, measures from outside what the guest felt, and has the guest prove that nothing was lost.
 
+mod accelerator;
 pub mod outcome;
 pub mod process;
 mod relay;
@@ -20,6 +21,7 @@ use crate::args::{self, Demo};
 use crate::migrate::{End, Show, carry};
 use crate::probe::{ProbeRam, WHERRY_RAM, Watcher};
 use crate::{DID_NOT, HAPPENED, control, report, runtime};
+use accelerator::{Accelerator, Jobs};
 use outcome::{Kind, Leg, Outcome, Touched};
 use process::Process;
 use relay::Relay;
@@ -93,9 +95,14 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         report::bytes(options.rate)
     ));
     let (memory, cpus) = (options.memory.to_string(), options.cpus.to_string());
-    let cmdline = format!("data={} rate={}", options.data, options.rate);
+    let mut cmdline = format!("data={} rate={}", options.data, options.rate);
+    let mut accelerator = beside(options, directory, 0).await?;
+    if accelerator.is_some() {
+        cmdline = format!("{cmdline} {}", accelerator::LOAD);
+    }
+    let mut workers: Vec<u16> = accelerator.iter().map(|it| it.workers).collect();
     let arguments = ["run", "--name", "demo", "--memory", &memory, "--cpus", &cpus, "--cmdline", &cmdline];
-    let mut here = Process::start(directory, "0", &arguments)?;
+    let mut here = Process::start(directory, "0", &with_device(&arguments, &device_of(accelerator.as_ref())))?;
     let mut ram = ram_of(&here.wait_for(&[VmState::Running], START).await?)?;
     let begun = Instant::now();
     wait_for(&ram, "fill its data", |s| s.phase() >= GuestPhase::Running).await?;
@@ -114,8 +121,10 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
             (None, Kind::Postcopy | Kind::Cut) => Mode::Postcopy,
             (None, Kind::Plain | Kind::Hashed) => Mode::default(),
         };
-        let mut there =
-            Process::start(directory, &number.to_string(), &["receive", "--once", "--listen", "tcp:127.0.0.1:0"])?;
+        let next = beside(options, directory, number).await?;
+        let device = device_of(next.as_ref());
+        let arguments = with_device(&["receive", "--once", "--listen", "tcp:127.0.0.1:0"], &device);
+        let mut there = Process::start(directory, &number.to_string(), &arguments)?;
         let moving = Move { number, mode, kind, downtime_limit_ms: None, quiet: options.json };
         let leg = travel(&moving, &mut here, &mut there, &ram).await?;
         ram = ram_of(&there.wait_for(&[VmState::Running], START).await?)?;
@@ -134,6 +143,9 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         ));
         legs.push(leg);
         here = there;
+        // The one that the VM has left ends.
+        accelerator = next;
+        workers.extend(accelerator.iter().map(|it| it.workers));
     }
 
     let on_the_way = ram.snapshot()?.context("the guest's report has vanished")?.pages_verified();
@@ -155,12 +167,29 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         data_pages: end.data_pages,
         errors: end.verify_errors(),
         clock_backwards: end.cpus.iter().map(|c| c.tsc_backwards).sum(),
+        accelerator: Jobs::of(&end, workers),
         competition,
         ok: complaint.is_none(),
         complaint,
     };
     outcome.sum_up();
     Ok(outcome)
+}
+
+/// The accelerator for the VM at a place, if there is to be one.
+async fn beside(options: &Demo, directory: &Path, place: u32) -> Result<Option<Accelerator>> {
+    match options.accel {
+        true => Accelerator::start(directory, place, START).await.map(Some),
+        false => Ok(None),
+    }
+}
+
+fn device_of(accelerator: Option<&Accelerator>) -> Vec<String> {
+    accelerator.map(|it| it.arguments().to_vec()).unwrap_or_default()
+}
+
+fn with_device<'a>(arguments: &[&'a str], device: &'a [String]) -> Vec<&'a str> {
+    arguments.iter().copied().chain(device.iter().map(String::as_str)).collect()
 }
 
 /// What one move is to be.

@@ -4,6 +4,7 @@ use serde::Serialize;
 use wherry_guest::snapshot::Snapshot;
 use wherry_migration::progress::Job;
 
+use super::accelerator::Jobs;
 use crate::report;
 
 /// What is special about a move.
@@ -114,6 +115,8 @@ pub struct Outcome {
     pub errors: u64,
     /// How often its clock went backwards.
     pub clock_backwards: u64,
+    /// What came of the accelerator, if there was one.
+    pub accelerator: Option<Jobs>,
     /// How many threads of other programs wanted each core when the demo began, if it was more than half a thread.
     pub competition: Option<f64>,
     /// Whether every move succeeded and nothing was lost.
@@ -217,6 +220,9 @@ impl Outcome {
                 report::bytes(self.pages_dirtied.saturating_mul(page)),
             ),
         );
+        if let Some(jobs) = &self.accelerator {
+            line("Accelerator", jobs.text());
+        }
         match &self.complaint {
             None => line("Lost", "nothing: 0 wrong pages, its clock never went backwards".into()),
             Some(complaint) => line("NOT GOOD", complaint.clone()),
@@ -261,6 +267,7 @@ mod tests {
             data_pages: 0,
             errors: 0,
             clock_backwards: 0,
+            accelerator: None,
             competition: None,
             ok: true,
             complaint: None,

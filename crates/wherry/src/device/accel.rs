@@ -15,6 +15,7 @@ use crate::device::userfaults::ProcessFaults;
 
 /// Serves clients, one after the other, until SIGINT or SIGTERM.
 pub fn serve(options: &DeviceAccel) -> Result<u8> {
+    crate::host::die_with(options.die_with)?;
     let given = crate::accel::secret::given(options)?;
     let model = Model {
         catalogue: Catalogue::with_counts(options.engines).context("the engines of the device")?,
