@@ -1,0 +1,288 @@
+//! Descriptors that outlive the process: who keeps them, and who has come for them.
+//!
+//! A descriptor is entered where it is made, with [`Registry::obtain`]: that takes the one that the predecessor has left, or else
+//! makes one. The entry is gone when the last user of the descriptor is, so nobody has to take it out. What has come and was not
+//! claimed is [left over](Registry::unclaimed): a process that starts all the same would leave somebody's device without an owner.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// Longest name, in bytes.
+const MOST_NAME: usize = 200;
+
+/// Which descriptor.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeptId {
+    /// What it is for, such as `ram` or `virtio-net/tap`.
+    pub name: String,
+    /// Which one of that name.
+    pub index: u32,
+}
+
+impl KeptId {
+    /// With this name and index.
+    pub fn new(name: impl Into<String>, index: u32) -> Self {
+        Self { name: name.into(), index }
+    }
+}
+
+impl fmt::Display for KeptId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}]", self.name, self.index)
+    }
+}
+
+/// A descriptor cannot be entered, or what came is not right.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// Two of the same name and index.
+    #[error("two descriptors are called {0}")]
+    Twice(KeptId),
+    /// A name that cannot be one.
+    #[error("a descriptor has a name of {0} bytes; 1 to {MOST_NAME} are possible")]
+    Name(usize),
+    /// It has not come.
+    #[error("there is no descriptor {0}")]
+    Missing(KeptId),
+    /// It cannot be made, or what came cannot be used as that.
+    #[error("the descriptor {id}: {source}")]
+    Os {
+        /// Which.
+        id: KeptId,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// A descriptor that would go over now.
+pub struct Entry {
+    /// Which.
+    pub id: KeptId,
+    /// Tells it from one that has the same name later.
+    pub serial: u64,
+    descriptor: Arc<dyn AsFd + Send + Sync>,
+}
+
+impl AsFd for Entry {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} #{}", self.id, self.serial)
+    }
+}
+
+struct Kept {
+    serial: u64,
+    descriptor: Weak<dyn AsFd + Send + Sync>,
+}
+
+#[derive(Default)]
+struct Inner {
+    kept: BTreeMap<KeptId, Kept>,
+    next: u64,
+    arrived: BTreeMap<KeptId, OwnedFd>,
+}
+
+/// All descriptors of a process that outlive it.
+#[derive(Default)]
+pub struct Registry {
+    /// Nothing else is locked while it is held.
+    inner: Mutex<Inner>,
+}
+
+impl fmt::Debug for Registry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = self.lock();
+        f.debug_struct("Registry")
+            .field("kept", &inner.kept.keys().map(ToString::to_string).collect::<Vec<_>>())
+            .field("arrived", &inner.arrived.keys().map(ToString::to_string).collect::<Vec<_>>())
+            .finish()
+    }
+}
+
+fn check(id: &KeptId) -> Result<(), RegistryError> {
+    match id.name.len() {
+        1..=MOST_NAME => Ok(()),
+        bytes => Err(RegistryError::Name(bytes)),
+    }
+}
+
+impl Registry {
+    /// Of a process that has no predecessor.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes in what has come from the predecessor. What has come before under the same name is replaced, unless it came with
+    /// the same call.
+    pub fn arrived(&self, descriptors: impl IntoIterator<Item = (KeptId, OwnedFd)>) -> Result<(), RegistryError> {
+        let mut new = BTreeMap::new();
+        for (id, descriptor) in descriptors {
+            check(&id)?;
+            if new.insert(id.clone(), descriptor).is_some() {
+                return Err(RegistryError::Twice(id));
+            }
+        }
+        self.lock().arrived.extend(new);
+        Ok(())
+    }
+
+    /// Forgets what has come and was not claimed: the predecessor has let go of it meanwhile.
+    pub fn withdraw(&self, id: &KeptId) {
+        self.lock().arrived.remove(id);
+    }
+
+    /// Takes what has come under this name. Once: it belongs to the caller.
+    pub fn claim(&self, id: &KeptId) -> Option<OwnedFd> {
+        self.lock().arrived.remove(id)
+    }
+
+    /// Takes what has come under this name, as something that can only have come.
+    pub fn inherit(&self, id: &KeptId) -> Result<OwnedFd, RegistryError> {
+        self.claim(id).ok_or_else(|| RegistryError::Missing(id.clone()))
+    }
+
+    /// Whether something has come under this name, and was not claimed.
+    pub fn has(&self, id: &KeptId) -> bool {
+        self.lock().arrived.contains_key(id)
+    }
+
+    /// What has come and nobody has claimed. A process that is about to take over refuses to if there is anything.
+    pub fn unclaimed(&self) -> Vec<KeptId> {
+        self.lock().arrived.keys().cloned().collect()
+    }
+
+    /// Has a descriptor go over for as long as it is used.
+    pub fn keep(&self, id: KeptId, descriptor: Arc<dyn AsFd + Send + Sync>) -> Result<(), RegistryError> {
+        check(&id)?;
+        let mut inner = self.lock();
+        if inner.kept.get(&id).is_some_and(|kept| kept.descriptor.strong_count() > 0) {
+            return Err(RegistryError::Twice(id));
+        }
+        inner.next += 1;
+        let kept = Kept { serial: inner.next, descriptor: Arc::downgrade(&descriptor) };
+        inner.kept.insert(id, kept);
+        Ok(())
+    }
+
+    /// The descriptor that has come under this name, or else a new one; either goes over from now on.
+    pub fn obtain<T: AsFd + Send + Sync + 'static>(
+        &self,
+        id: KeptId,
+        use_it: impl FnOnce(OwnedFd) -> io::Result<T>,
+        make: impl FnOnce() -> io::Result<T>,
+    ) -> Result<Arc<T>, RegistryError> {
+        let made = match self.claim(&id) {
+            Some(descriptor) => use_it(descriptor),
+            None => make(),
+        };
+        let made = Arc::new(made.map_err(|source| RegistryError::Os { id: id.clone(), source })?);
+        self.keep(id, made.clone())?;
+        Ok(made)
+    }
+
+    /// What would go over now, by name. The descriptors stay open as long as the list is held.
+    pub fn list(&self) -> Vec<Entry> {
+        let mut inner = self.lock();
+        inner.kept.retain(|_, kept| kept.descriptor.strong_count() > 0);
+        let entry = |(id, kept): (&KeptId, &Kept)| {
+            Some(Entry { id: id.clone(), serial: kept.serial, descriptor: kept.descriptor.upgrade()? })
+        };
+        inner.kept.iter().filter_map(entry).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::*;
+
+    fn event() -> OwnedFd {
+        eventfd(0, EventfdFlags::CLOEXEC).unwrap()
+    }
+
+    fn names(registry: &Registry) -> Vec<String> {
+        registry.list().iter().map(|entry| entry.id.to_string()).collect()
+    }
+
+    fn obtain(registry: &Registry, index: u32) -> (Arc<OwnedFd>, bool) {
+        let mut made = false;
+        let make = || {
+            made = true;
+            Ok(event())
+        };
+        let got = registry.obtain(KeptId::new("kick", index), Ok, make).unwrap();
+        (got, made)
+    }
+
+    #[test]
+    fn an_entry_goes_when_its_last_user_does_and_its_name_can_be_used_again() {
+        let registry = Registry::new();
+        let (first, made) = obtain(&registry, 1);
+        assert!(made);
+        let (_second, _) = obtain(&registry, 0);
+        assert_eq!(names(&registry), ["kick[0]", "kick[1]"]);
+        let again = registry.obtain(KeptId::new("kick", 1), Ok, || Ok(event()));
+        assert!(matches!(again, Err(RegistryError::Twice(id)) if id.index == 1));
+        let serial = registry.list()[1].serial;
+        drop(first);
+        assert_eq!(names(&registry), ["kick[0]"]);
+        let (_first, _) = obtain(&registry, 1);
+        assert_ne!(registry.list()[1].serial, serial);
+    }
+
+    #[test]
+    fn what_has_come_is_used_before_anything_is_made_and_what_nobody_wants_is_left_over() {
+        let registry = Registry::new();
+        registry.arrived([(KeptId::new("kick", 0), event()), (KeptId::new("tap", 0), event())]).unwrap();
+        assert!(registry.has(&KeptId::new("tap", 0)));
+        let (_kick, made) = obtain(&registry, 0);
+        assert!(!made);
+        assert_eq!(registry.unclaimed(), [KeptId::new("tap", 0)]);
+        assert!(registry.claim(&KeptId::new("tap", 0)).is_some());
+        assert!(registry.claim(&KeptId::new("tap", 0)).is_none(), "it is somebody's");
+        let missing = registry.inherit(&KeptId::new("tap", 0)).unwrap_err();
+        assert_eq!(missing.to_string(), "there is no descriptor tap[0]");
+        assert!(registry.unclaimed().is_empty());
+    }
+
+    #[test]
+    fn what_came_twice_or_without_a_name_is_refused_and_nothing_of_it_is_taken_in() {
+        let registry = Registry::new();
+        let twice = registry.arrived([(KeptId::new("a", 0), event()), (KeptId::new("a", 0), event())]);
+        assert!(matches!(twice, Err(RegistryError::Twice(_))));
+        for name in [String::new(), "x".repeat(MOST_NAME + 1)] {
+            assert!(matches!(registry.arrived([(KeptId::new(name.clone(), 0), event())]), Err(RegistryError::Name(_))));
+            assert!(registry.keep(KeptId::new(name, 0), Arc::new(event())).is_err());
+        }
+        assert!(registry.unclaimed().is_empty());
+    }
+
+    #[test]
+    fn what_came_later_replaces_what_came_first_and_what_was_let_go_is_forgotten() {
+        let registry = Registry::new();
+        let id = KeptId::new("call", 3);
+        let (first, second) = (event(), event());
+        rustix::io::write(&second, &7u64.to_ne_bytes()).unwrap();
+        registry.arrived([(id.clone(), first)]).unwrap();
+        registry.arrived([(id.clone(), second)]).unwrap();
+        let mut count = [0; 8];
+        rustix::io::read(registry.claim(&id).unwrap(), &mut count).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), 7);
+        registry.arrived([(id.clone(), event())]).unwrap();
+        registry.withdraw(&id);
+        assert!(registry.unclaimed().is_empty());
+    }
+}
