@@ -42,7 +42,8 @@ struct Server {
 impl Server {
     fn new(registry: Arc<Registry>, launcher: Launcher, path: &Path) -> Result<Self> {
         let id = KeptId::new("listener", 0);
-        let listener = registry.obtain(id, |fd| Ok(UnixListener::from(fd)), || UnixListener::bind(path))?;
+        let listener =
+            registry.obtain::<_, std::io::Error>(id, |fd| Ok(UnixListener::from(fd)), || UnixListener::bind(path))?;
         let mut server = Self { registry, launcher, listener, clients: Vec::new(), count: 0 };
         while let Some(client) = server.registry.claim(&KeptId::new("client", server.clients.len() as u32)) {
             server.add(client.into())?;
@@ -125,7 +126,7 @@ impl Server {
 
 fn succeed(stdin: OwnedFd) -> Result<()> {
     let mut channel = Channel::from_fd(stdin)?;
-    let registry = Registry::new();
+    let registry = Registry::of_successor();
     let state = loop {
         let parcel = channel.receive(soon(), Duration::ZERO)?;
         if parcel.tag == STATE {

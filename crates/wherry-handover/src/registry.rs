@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Longest name, in bytes.
@@ -47,14 +48,12 @@ pub enum RegistryError {
     /// It has not come.
     #[error("there is no descriptor {0}")]
     Missing(KeptId),
-    /// It cannot be made, or what came cannot be used as that.
-    #[error("the descriptor {id}: {source}")]
-    Os {
-        /// Which.
-        id: KeptId,
-        /// Why not.
-        source: io::Error,
-    },
+}
+
+impl From<RegistryError> for io::Error {
+    fn from(error: RegistryError) -> Self {
+        Self::other(error)
+    }
 }
 
 /// A descriptor that would go over now.
@@ -95,6 +94,8 @@ struct Inner {
 pub struct Registry {
     /// Nothing else is locked while it is held.
     inner: Mutex<Inner>,
+    succeeds: AtomicBool,
+    leaving: AtomicBool,
 }
 
 impl fmt::Debug for Registry {
@@ -118,6 +119,32 @@ impl Registry {
     /// Of a process that has no predecessor.
     pub fn new() -> Arc<Self> {
         Arc::default()
+    }
+
+    /// Of a process that takes over. Until it has [settled](Self::settle), nothing is made that should have come.
+    pub fn of_successor() -> Arc<Self> {
+        Arc::new(Self { succeeds: true.into(), ..Self::default() })
+    }
+
+    /// Whether this process is about to take over from another one, whose descriptors are still in use there.
+    pub fn succeeds(&self) -> bool {
+        self.succeeds.load(Ordering::Acquire)
+    }
+
+    /// It has taken over.
+    pub fn settle(&self) {
+        self.succeeds.store(false, Ordering::Release);
+    }
+
+    /// Says that all is about to go over, or not any more. Whoever uses a descriptor then leaves the other end of it as it is when he
+    /// comes to rest.
+    pub fn set_leaving(&self, leaving: bool) {
+        self.leaving.store(leaving, Ordering::Release);
+    }
+
+    /// Whether all is about to go over.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -176,18 +203,24 @@ impl Registry {
         Ok(())
     }
 
-    /// The descriptor that has come under this name, or else a new one; either goes over from now on.
-    pub fn obtain<T: AsFd + Send + Sync + 'static>(
+    /// The descriptor that has come under this name, or else a new one; either goes over from now on. A process that is about to take
+    /// over makes none: what has not come cannot be replaced by another one like it.
+    pub fn obtain<T, E>(
         &self,
         id: KeptId,
-        use_it: impl FnOnce(OwnedFd) -> io::Result<T>,
-        make: impl FnOnce() -> io::Result<T>,
-    ) -> Result<Arc<T>, RegistryError> {
+        use_it: impl FnOnce(OwnedFd) -> Result<T, E>,
+        make: impl FnOnce() -> Result<T, E>,
+    ) -> Result<Arc<T>, E>
+    where
+        T: AsFd + Send + Sync + 'static,
+        E: From<RegistryError>,
+    {
         let made = match self.claim(&id) {
             Some(descriptor) => use_it(descriptor),
+            None if self.succeeds() => return Err(RegistryError::Missing(id).into()),
             None => make(),
         };
-        let made = Arc::new(made.map_err(|source| RegistryError::Os { id: id.clone(), source })?);
+        let made = Arc::new(made?);
         self.keep(id, made.clone())?;
         Ok(made)
     }
@@ -223,7 +256,7 @@ mod tests {
             made = true;
             Ok(event())
         };
-        let got = registry.obtain(KeptId::new("kick", index), Ok, make).unwrap();
+        let got = registry.obtain::<_, io::Error>(KeptId::new("kick", index), Ok, make).unwrap();
         (got, made)
     }
 
@@ -234,7 +267,7 @@ mod tests {
         assert!(made);
         let (_second, _) = obtain(&registry, 0);
         assert_eq!(names(&registry), ["kick[0]", "kick[1]"]);
-        let again = registry.obtain(KeptId::new("kick", 1), Ok, || Ok(event()));
+        let again = registry.obtain::<_, RegistryError>(KeptId::new("kick", 1), Ok, || Ok(event()));
         assert!(matches!(again, Err(RegistryError::Twice(id)) if id.index == 1));
         let serial = registry.list()[1].serial;
         drop(first);
@@ -268,6 +301,18 @@ mod tests {
             assert!(registry.keep(KeptId::new(name, 0), Arc::new(event())).is_err());
         }
         assert!(registry.unclaimed().is_empty());
+    }
+
+    #[test]
+    fn a_successor_makes_nothing_before_it_has_settled() {
+        let registry = Registry::of_successor();
+        registry.arrived([(KeptId::new("kick", 0), event())]).unwrap();
+        let (_kick, made) = obtain(&registry, 0);
+        assert!(!made);
+        let missing = registry.obtain::<_, RegistryError>(KeptId::new("kick", 1), Ok, || Ok(event())).unwrap_err();
+        assert!(matches!(missing, RegistryError::Missing(id) if id.index == 1));
+        registry.settle();
+        assert!(obtain(&registry, 1).1);
     }
 
     #[test]

@@ -91,6 +91,12 @@ pub enum Cause {
     /// The machine has something that cannot be moved.
     #[error("the VM cannot be moved: {}", .0.join("; "))]
     Blocked(Vec<String>),
+    /// The machine has something that cannot be kept over an update.
+    #[error("the VM cannot be kept over an update: {}", .0.join("; "))]
+    CannotKeep(Vec<String>),
+    /// What one process hands over to the next.
+    #[error("{0}")]
+    Handover(String),
     /// This side was cancelled.
     #[error("cancelled")]
     Cancelled,

@@ -7,6 +7,7 @@
 //! - [`SourceOptions`], [`DestinationOptions`], [`JourneyError`].
 //! - [`ownership`]: who has the VM when both sides may crash and the network may lose, repeat and delay; a pure state
 //!   machine, model-checked. [`records`]: what a host writes down about it.
+//! - [`update`]: the same journey to another process of this host, which keeps the memory and the descriptors.
 //! - [`testpoint`]: where tests can hold a journey.
 
 mod bandwidth;
@@ -28,6 +29,7 @@ pub mod progress;
 pub mod records;
 pub mod source;
 pub mod testpoint;
+pub mod update;
 mod verify;
 mod zero;
 

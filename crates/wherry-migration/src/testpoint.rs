@@ -88,6 +88,34 @@ points! {
     DestinationRunning = "destination-running",
     /// Destination, in postcopy: every page is here, and the source has not been told. Precopy does not pass it.
     PostcopyComplete = "postcopy-complete",
+    /// Update, old process: the new one was started, nothing is said.
+    OldConnected = "old-connected",
+    /// Update, old process: the new one has built the machine.
+    OldBuilt = "old-built",
+    /// Update, old process: I/O has drained, the vCPUs still run.
+    OldDrained = "old-drained",
+    /// Update, old process: everything is at rest.
+    OldStopped = "old-stopped",
+    /// Update, old process: the state is saved, nothing is offered.
+    OldSaved = "old-saved",
+    /// Update, old process: the machine is offered, and its state sent.
+    OldOffered = "old-offered",
+    /// Update, old process: the machine is the new one's.
+    OldReplaced = "old-replaced",
+    /// Update, new process: it runs, nothing is said.
+    NewConnected = "new-connected",
+    /// Update, new process: the description and the descriptors are there.
+    NewDescribed = "new-described",
+    /// Update, new process: the machine is built, the old one does not know.
+    NewBuilt = "new-built",
+    /// Update, new process: the state is there, nothing is loaded.
+    NewAsked = "new-asked",
+    /// Update, new process: the state is loaded, the machine is still the old one's.
+    NewLoaded = "new-loaded",
+    /// Update, new process: the machine is its own, and does not run yet.
+    NewRuns = "new-runs",
+    /// Update, new process: the machine runs, the old one has not been told.
+    NewStarted = "new-started",
 }
 
 impl fmt::Display for Point {

@@ -72,6 +72,11 @@ pub fn remove_all() {
     }
 }
 
+/// Has the files of all sockets of this process stay: they are its successor's.
+pub fn forget_all() {
+    files().clear();
+}
+
 fn remove(path: &Path, identity: Identity) {
     if std::fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == identity) {
         // If it is gone already, somebody else tidied up.
@@ -101,6 +106,21 @@ impl SocketFile {
         let file = Self { path: path.to_owned(), identity: (meta.dev(), meta.ino()) };
         files().push((file.path.clone(), file.identity));
         Ok((listener, file))
+    }
+
+    /// The file of a socket that the predecessor of this process has made: it is this one's to remove now.
+    pub fn adopt(path: &Path) -> Result<Self, SocketError> {
+        let meta = std::fs::symlink_metadata(path);
+        let identity = match meta {
+            Ok(meta) if meta.file_type().is_socket() => (meta.dev(), meta.ino()),
+            // Somebody has removed it, or put another thing there: nothing is ours to remove.
+            Ok(_) => (0, 0),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => (0, 0),
+            Err(source) => return Err(SocketError::Os { what: "looking at", path: path.to_owned(), source }),
+        };
+        let file = Self { path: path.to_owned(), identity };
+        files().push((file.path.clone(), file.identity));
+        Ok(file)
     }
 
     /// Where it is.

@@ -6,10 +6,12 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use wherry_fault::FaultService;
-use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
+use wherry_handover::{KeptId, Registry};
+use wherry_memory::{Block, BlockId, BlockSpec, PageSize, Ram};
 use wherry_migration::machine::{
     BlockDescription, Builder, Machine, MachineDescription, Refusal, UnitDescription, Wants,
 };
+use wherry_migration::update::RAM;
 
 use crate::cpu_model;
 use crate::description::VmDescription;
@@ -44,6 +46,19 @@ impl VmBuilder {
 
     /// Builds the machine.
     pub fn build_vm(&self, description: &MachineDescription, wants: Wants) -> Result<Arc<Vm>, Refusal> {
+        self.build_from(description, Origin::Elsewhere(wants))
+    }
+
+    /// Builds the machine of the process that this one takes over from, with its RAM and all that it is connected to.
+    pub(crate) fn take_over(
+        &self,
+        description: &MachineDescription,
+        registry: &Arc<Registry>,
+    ) -> Result<Arc<Vm>, Refusal> {
+        self.build_from(description, Origin::Predecessor(registry))
+    }
+
+    fn build_from(&self, description: &MachineDescription, origin: Origin<'_>) -> Result<Arc<Vm>, Refusal> {
         let one = |reason: String| Refusal(vec![reason]);
         let host = Arc::new(Host::open().map_err(|e| one(e.to_string()))?);
         let vmm = VmDescription::from_bytes(&description.vmm).map_err(one)?;
@@ -52,25 +67,16 @@ impl VmBuilder {
             reasons.push(format!("a VM identity of 16 bytes (it has {})", description.vm.len()));
             [0; 16]
         });
-        reasons.extend(cpu_model::lacking(&vmm.cpuid, &host));
-        reasons.extend(lacking_msrs(&vmm, &host));
-        if vmm.cpus > host.max_vcpus {
-            reasons.push(format!("{} vCPUs (this host's KVM allows {})", vmm.cpus, host.max_vcpus));
-        }
-        if needs_scaling(&host, vmm.tsc_khz) && !host.tsc_scaling {
-            reasons.push(format!(
-                "a TSC of {} kHz (this host's has {} kHz and cannot be scaled)",
-                vmm.tsc_khz, host.tsc_khz
-            ));
-        }
-        if !host.tsc_movable && (host.boot_id.is_empty() || vmm.boot_id != host.boot_id) {
-            reasons.push("a guest TSC that can be moved against the host's (this host's KVM cannot)".into());
-        }
+        reasons.extend(lacking_host(&vmm, &host));
         let specs = blocks(&description.blocks, &mut reasons);
-        if let Some(specs) = &specs {
+        if let (Some(specs), Origin::Elsewhere(_)) = (&specs, &origin) {
             reasons.extend(lacking_huge_pages(specs));
         }
-        let backing = match Backing::open(&self.local.devices.serial, &self.local.devices.pci) {
+        let registry = match origin {
+            Origin::Elsewhere(_) => Registry::new(),
+            Origin::Predecessor(registry) => registry.clone(),
+        };
+        let backing = match Backing::open(self.local.devices.clone(), registry) {
             Ok(backing) => {
                 reasons.extend(backing.lacking(&vmm.devices));
                 backing
@@ -83,11 +89,16 @@ impl VmBuilder {
         let Some(specs) = specs.filter(|_| reasons.is_empty()) else {
             return Err(Refusal(reasons));
         };
-        let ram = Arc::new(Ram::create(&specs).map_err(|e| one(format!("RAM as described: {e}")))?);
-        let faults = match (wants.postcopy, backing.cannot_follow()) {
-            (true, None) => fault_service(&ram),
-            (true, Some(why)) => Err(why),
-            (false, _) => Err("the machine was built without".into()),
+        let ram = match origin {
+            Origin::Elsewhere(_) => Ram::create(&specs).map_err(|e| e.to_string()),
+            Origin::Predecessor(registry) => adopt(&specs, registry),
+        };
+        let ram = Arc::new(ram.map_err(|e| one(format!("RAM as described: {e}")))?);
+        let faults = match (origin, backing.cannot_follow()) {
+            (Origin::Elsewhere(Wants { postcopy: true }), None) => fault_service(&ram),
+            (Origin::Elsewhere(Wants { postcopy: true }), Some(why)) => Err(why),
+            (Origin::Elsewhere(_), _) => Err("the machine was built without".into()),
+            (Origin::Predecessor(_), _) => Err("it was taken over from another process, with all of its memory".into()),
         };
         let name = description.name.clone();
         let made = Vm::make(&host, ram, faults, vmm, identity, name, backing);
@@ -100,6 +111,42 @@ impl VmBuilder {
         *self.built.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&vm);
         Ok(vm)
     }
+}
+
+/// Where a machine comes from.
+#[derive(Clone, Copy)]
+enum Origin<'a> {
+    /// Another process, from which its memory is copied.
+    Elsewhere(Wants),
+    /// The process that this one takes over from.
+    Predecessor(&'a Arc<Registry>),
+}
+
+/// RAM of the predecessor.
+fn adopt(specs: &[BlockSpec], registry: &Registry) -> Result<Ram, String> {
+    let block = |spec: &BlockSpec| {
+        let fd = registry.inherit(&KeptId::new(RAM, spec.id.0.into())).map_err(|e| e.to_string())?;
+        Block::adopt(*spec, fd).map_err(|e| e.to_string())
+    };
+    let blocks = specs.iter().map(block).collect::<Result<_, _>>()?;
+    Ram::from_blocks(blocks).map_err(|e| e.to_string())
+}
+
+/// What of the host the machine needs and this one does not have.
+fn lacking_host(vmm: &VmDescription, host: &Host) -> Vec<String> {
+    let mut reasons = cpu_model::lacking(&vmm.cpuid, host);
+    reasons.extend(lacking_msrs(vmm, host));
+    if vmm.cpus > host.max_vcpus {
+        reasons.push(format!("{} vCPUs (this host's KVM allows {})", vmm.cpus, host.max_vcpus));
+    }
+    if needs_scaling(host, vmm.tsc_khz) && !host.tsc_scaling {
+        reasons
+            .push(format!("a TSC of {} kHz (this host's has {} kHz and cannot be scaled)", vmm.tsc_khz, host.tsc_khz));
+    }
+    if !host.tsc_movable && (host.boot_id.is_empty() || vmm.boot_id != host.boot_id) {
+        reasons.push("a guest TSC that can be moved against the host's (this host's KVM cannot)".into());
+    }
+    reasons
 }
 
 impl Builder for VmBuilder {

@@ -263,8 +263,11 @@ fn serial() {
         modem_status: 8,
         scratch: 9,
         received: b"typed".to_vec(),
+        ..Default::default()
     };
     check("serial", 1, &state);
+    let (waiting_input, waiting_output) = (b"pasted".to_vec(), b"printed".to_vec());
+    check("serial", 2, &crate::serial::SavedSerial { waiting_input, waiting_output, ..state });
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //!   [`description`].
 //! - `vcpu`, [`cpu_model`], [`units`], `dirty_log`: KVM's side of it.
 //! - [`boot`], [`mod@line`], [`layout`], [`acpi`], [`pci`], [`hotplug`], [`power`], [`rtc`], [`serial`]: the platform the guest sees.
+//! - [`update`]: hands the machine over to a new process, or takes it over from an old one.
 //! - [`service`], [`api`]: where a process knows where its VM stands, and how others ask.
 
 pub mod acpi;
@@ -25,5 +26,6 @@ pub mod rtc;
 pub mod serial;
 pub mod service;
 pub mod units;
+pub mod update;
 mod vcpu;
 pub mod vm;

@@ -63,6 +63,8 @@ pub enum Command {
     DeviceAdd(DeviceAdd),
     /// Have the guest let a device go, and take it away
     DeviceRemove(DeviceRemove),
+    /// Have a new version of this program take a running VM over, with all that it is connected to
+    Update(Update),
     /// Show where a VM, its devices and its migration stand
     Status(Control),
     /// End a VM and its process
@@ -75,6 +77,23 @@ pub enum Command {
     Device(Device),
     /// Use the accelerator of this program: list its engines, run a job file on them
     Accel(Accel),
+    /// Take over from the process at standard input, which `update` asks for
+    #[command(hide = true)]
+    TakeOver,
+    /// Start programs for the process at standard input
+    #[command(hide = true)]
+    Launcher,
+}
+
+/// Options of `update`.
+#[derive(Debug, Args)]
+pub struct Update {
+    /// Whose process.
+    #[command(flatten)]
+    pub control: Control,
+    /// The program that is to go on [default: what is now at the path of the running one]
+    #[arg(long, value_name = "PATH")]
+    pub binary: Option<PathBuf>,
 }
 
 /// Options of `device`.

@@ -1,4 +1,4 @@
-//! Commands that one request does: pause, resume, balloon, device-add, device-remove, cancel, switch, recover, resolve, status, stop.
+//! Commands that one request does: pause, resume, balloon, device-add, device-remove, cancel, switch, recover, resolve, update, status, stop.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,10 +10,10 @@ use wherry_migration::ownership::VmId;
 use wherry_migration::progress::{Job, Phase};
 use wherry_vmm::api::types::{
     BalloonInfo, BalloonRequest, DeviceAddRequest, DeviceInfo, DeviceRemoveRequest, ErrorCode, RecoverRequest,
-    ResolveRequest, StopRequest, VmInfo, VmState,
+    ResolveRequest, StopRequest, UpdateInfo, UpdateRequest, VmInfo, VmState,
 };
 
-use crate::args::{ANSWER, Balloon, Control, DeviceAdd, DeviceRemove, Recover, Resolve, Stop};
+use crate::args::{ANSWER, Balloon, Control, DeviceAdd, DeviceRemove, Recover, Resolve, Stop, Update};
 use crate::client::{Client, ClientError};
 use crate::migrate::{End, intervene};
 use crate::{DID_NOT, HAPPENED, IN_DOUBT, records, report, runtime};
@@ -113,6 +113,9 @@ pub fn device_remove(options: &DeviceRemove) -> Result<u8> {
     Ok(HAPPENED)
 }
 
+/// How long an update may take: building the machine, 60 s, and the switchover.
+const UPDATE: Duration = Duration::from_secs(100);
+
 fn change(options: &Control, path: &str, doing: &'static str) -> Result<u8> {
     let info: VmInfo =
         runtime()?.block_on(Client::new(&options.api).put(path, ANSWER)).with_context(|| at(doing, &options.api))?;
@@ -126,6 +129,24 @@ fn change(options: &Control, path: &str, doing: &'static str) -> Result<u8> {
 
 fn at(doing: &str, api: &Path) -> String {
     format!("{doing} behind {}", api.display())
+}
+
+/// `wherry update`
+pub fn update(options: &Update) -> Result<u8> {
+    let api = &options.control.api;
+    let binary = options.binary.as_ref().map(std::path::absolute).transpose().context("finding the program")?;
+    let binary = binary.map(|path| path.into_os_string().into_string());
+    let Ok(binary) = binary.transpose() else { anyhow::bail!("the path of the program is no text") };
+    let request = UpdateRequest { binary };
+    let updated: UpdateInfo = runtime()?
+        .block_on(Client::new(api).put_json("/vm/update", &request, UPDATE))
+        .with_context(|| at("updating the VMM", api))?;
+    if options.control.json {
+        print_json(&updated)?;
+    } else {
+        print(&report::updated(&updated));
+    }
+    Ok(HAPPENED)
 }
 
 /// `wherry status`

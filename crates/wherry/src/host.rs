@@ -1,12 +1,17 @@
-//! `wherry run` and `wherry receive`: the processes that hold a VM.
+//! `wherry run` and `wherry receive`: the processes that hold a VM; and `take-over`, by which one of them is replaced.
 //!
 //! Both make the API socket first, serve it from its own thread while the VM is built or awaited, and end with what the
 //! service says: the guest has powered off, the user has stopped it, it has moved away. SIGINT, SIGTERM and SIGHUP are a `stop`.
 //! A second one ends the process at once.
 
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Command;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use wherry_handover::{Channel, Launcher};
+use wherry_migration::Journey;
 use wherry_migration::ownership::VmId;
 use wherry_vmm::api::server::Server;
 use wherry_vmm::api::socket::ApiSocket;
@@ -15,6 +20,7 @@ use wherry_vmm::config::{Kernel, MachineConfig, PciConfig};
 use wherry_vmm::serial::restore_terminal;
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
+use wherry_vmm::update::{self, HostState, Hosting, LAUNCHER, TakenOver};
 use wherry_vmm::vm::DeviceConfig;
 
 use crate::args::{Process, Receive, Run, identity};
@@ -22,7 +28,7 @@ use crate::demo::check_kvm;
 use crate::{BAD_ARGUMENTS, DID_NOT, IN_DOUBT, records};
 
 /// `wherry run`
-pub fn run(options: Run) -> Result<u8> {
+pub fn run(options: Run, log: &str) -> Result<u8> {
     let Run { kernel, initrd, cmdline, memory, hugepages, cpus, cpu, name, id, rng, balloon, paused, process } =
         options;
     let config = MachineConfig {
@@ -51,14 +57,13 @@ pub fn run(options: Run) -> Result<u8> {
         eprintln!("error: --cmdline of the probe guest: {error}");
         return Ok(BAD_ARGUMENTS);
     }
-    die_with(process.die_with)?;
+    let parent = die_with(process.die_with)?;
+    let launcher = launcher(log);
     check_kvm()?;
     // Not a VM that was about to leave, has left, or was about to come here when its process died.
     records::open_and_sweep()?.may_boot(VmId(config.vm)).context("looking whether the VM may be started here")?;
 
-    let reboot = config.clone();
-    let policy = Policy { reboot: Some(Box::new(move || kvm::boot(&reboot))), linger: process.linger };
-    let host = Host::open(&process, policy)?;
+    let host = Host::open(&process, Some(config.clone()), launcher, parent)?;
     let guest = kvm::boot(&config).map_err(|e| anyhow::anyhow!("{e}")).context("building the VM")?;
     if let Err(error) = host.service.start(guest, paused)
         && host.service.ending().is_none()
@@ -69,12 +74,13 @@ pub fn run(options: Run) -> Result<u8> {
 }
 
 /// `wherry receive`
-pub fn receive(options: Receive) -> Result<u8> {
+pub fn receive(options: Receive, log: &str) -> Result<u8> {
     let Receive { listen, once, process } = options;
-    die_with(process.die_with)?;
+    let parent = die_with(process.die_with)?;
+    let launcher = launcher(log);
     check_kvm()?;
     records::open_and_sweep()?;
-    let host = Host::open(&process, Policy { reboot: None, linger: process.linger })?;
+    let host = Host::open(&process, None, launcher, parent)?;
     let devices = DeviceConfig { serial: process.serial.clone(), pci: process.pci() };
     let arrival = kvm::Arrival::listen(&listen, devices)
         .map_err(|e| anyhow::anyhow!("{e}"))
@@ -88,6 +94,59 @@ pub fn receive(options: Receive) -> Result<u8> {
     Ok(host.wait())
 }
 
+/// `wherry take-over`: the process at the other end of the standard input is replaced by this one.
+pub fn take_over() -> Result<u8> {
+    let channel = Channel::from_fd(take_stdin()?).context("using standard input as the channel to the old process")?;
+    check_kvm()?;
+    let journey = Journey::new();
+    let taken = update::take_over(channel, &journey)?;
+    // From here on the VM is lost if this process ends: nothing but that is said of what goes wrong.
+    let TakenOver { state, listener, launcher, parent, .. } = &taken;
+    let parent = parent.as_ref().map(|parent| parent.try_clone().map(Arc::new)).transpose();
+    let parent = parent.context("keeping an eye on the parent process")?;
+    if let Some(parent) = parent.clone() {
+        std::thread::Builder::new()
+            .name("parent".into())
+            .spawn(move || end_with(&parent))
+            .context("starting the thread that watches the parent process")?;
+    }
+    let socket = ApiSocket::adopt(&state.api, listener.try_clone().context("using the API socket")?)?;
+    let host = Host::with(socket, state.clone(), launcher.clone(), parent)?;
+    if let Err(error) = host.service.take_over(kvm::taken_over(&taken), kvm::view(&journey))
+        && host.service.ending().is_none()
+    {
+        return Err(error).context("taking the VM over");
+    }
+    drop(taken);
+    Ok(host.wait())
+}
+
+/// `wherry launcher`: starts programs for the process at the other end of the standard input.
+pub fn serve_launcher() -> Result<u8> {
+    wherry_handover::serve(take_stdin()?)?;
+    Ok(crate::HAPPENED)
+}
+
+/// What standard input is; nothing else reads it from now on.
+fn take_stdin() -> Result<OwnedFd> {
+    let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("taking standard input")?;
+    let null = std::fs::File::open("/dev/null").context("opening /dev/null")?;
+    rustix::stdio::dup2_stdin(&null).context("closing standard input")?;
+    Ok(stdin)
+}
+
+/// Makes the launcher, while this process may still start programs. Without one the VM runs, and its process cannot be replaced.
+fn launcher(log: &str) -> Result<Arc<Launcher>, String> {
+    // This very program, also when there is another one at its path by now.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(LAUNCHER).env("WHERRY_LOG", log);
+    let launcher = Launcher::start(command).map_err(|error| error.to_string());
+    if let Err(error) = &launcher {
+        tracing::warn!(error, "no launcher: the VM will not be able to change to a new version of this program");
+    }
+    launcher.map(Arc::new)
+}
+
 /// A process with a service, an API socket and handlers for signals.
 struct Host {
     service: Arc<Service>,
@@ -96,11 +155,31 @@ struct Host {
 }
 
 impl Host {
-    fn open(process: &Process, policy: Policy) -> Result<Self> {
+    fn open(
+        process: &Process,
+        reboot: Option<MachineConfig>,
+        launcher: Result<Arc<Launcher>, String>,
+        parent: Option<Arc<OwnedFd>>,
+    ) -> Result<Self> {
         let socket = ApiSocket::bind(&process.api)?;
-        let service = Service::new(Arc::new(KvmEngine), policy);
-        let listener = socket.listener().context("using the API socket")?;
-        let server = Server::start(listener, service.clone()).context("starting the API thread")?;
+        let program = std::env::current_exe().context("finding this program")?;
+        let api = std::path::absolute(&process.api).context("finding the API socket")?;
+        Self::with(socket, HostState { api, linger: process.linger, reboot, program }, launcher, parent)
+    }
+
+    fn with(
+        socket: ApiSocket,
+        state: HostState,
+        launcher: Result<Arc<Launcher>, String>,
+        parent: Option<Arc<OwnedFd>>,
+    ) -> Result<Self> {
+        let listener = || socket.listener().context("using the API socket");
+        let reboot = state.reboot.clone();
+        let reboot = reboot.map(|config| Box::new(move || kvm::boot(&config)) as wherry_vmm::service::Reboot);
+        let policy = Policy { reboot, linger: state.linger };
+        let hosting = Hosting::new(state, listener()?, launcher, parent).context("noting what outlives the process")?;
+        let service = Service::new(Arc::new(KvmEngine { hosting: Some(hosting) }), policy);
+        let server = Server::start(listener()?, service.clone()).context("starting the API thread")?;
         signals(service.clone())?;
         Ok(Self { service, server, socket })
     }
@@ -108,6 +187,13 @@ impl Host {
     /// Waits for the end and gives the exit status.
     fn wait(mut self) -> u8 {
         let ending = self.service.wait_for_end();
+        if ending.replaced {
+            // What others would find here is the new process's.
+            wherry_socket::forget_all();
+            self.server.stop();
+            eprintln!("{}", ending.message);
+            return ending.status;
+        }
         self.server.stop();
         drop(self.socket);
         // The machine ends with the process, without being dropped.
@@ -170,16 +256,33 @@ fn signals(service: Arc<Service>) -> Result<()> {
     Ok(())
 }
 
-/// Has the kernel end this process when the one that started it, if it is given, ends.
-pub fn die_with(parent: Option<i32>) -> Result<()> {
-    let Some(parent) = parent else { return Ok(()) };
-    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+/// Has the kernel end this process when the one that started it, if it is given, ends. A pidfd of that one, for a successor, which is
+/// not its child.
+pub fn die_with(parent: Option<i32>) -> Result<Option<Arc<OwnedFd>>> {
+    let Some(parent) = parent else { return Ok(None) };
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .context("asking to end with the parent process")?;
+    let pidfd = Pid::from_raw(parent).and_then(|parent| pidfd_open(parent, PidfdFlags::empty()).ok());
     // The parent may have gone before the request was made.
     if rustix::process::getppid().map(|p| p.as_raw_nonzero().get()) != Some(parent) {
         bail!("the parent process {parent} is gone");
     }
-    Ok(())
+    Ok(Some(Arc::new(pidfd.context("opening a pidfd of the parent process")?)))
+}
+
+/// Ends this process when another one has ended, as the kernel would end its child.
+fn end_with(parent: &OwnedFd) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    loop {
+        match poll(&mut [PollFd::new(parent, PollFlags::IN)], None) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => break,
+            Err(error) => return tracing::error!(%error, "waiting for the end of the parent process"),
+        }
+    }
+    if let Err(error) = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL) {
+        tracing::error!(%error, "ending with the parent process");
+    }
 }
 
 fn random_id() -> Result<[u8; 16]> {

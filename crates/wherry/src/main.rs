@@ -55,8 +55,8 @@ fn main() -> ExitCode {
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     let result = match cli.command {
-        Command::Run(options) => host::run(*options),
-        Command::Receive(options) => host::receive(options),
+        Command::Run(options) => host::run(*options, &cli.log),
+        Command::Receive(options) => host::receive(options, &cli.log),
         Command::Migrate(options) => migrate::migrate(&options),
         Command::Cancel(options) => control::cancel(&options),
         Command::Pause(options) => control::pause(&options),
@@ -73,6 +73,9 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::bench(&options),
         Command::Device(options) => device::device(&options),
         Command::Accel(options) => accel::accel(&options),
+        Command::Update(options) => control::update(&options),
+        Command::TakeOver => host::take_over(),
+        Command::Launcher => host::serve_launcher(),
     };
     match result {
         Ok(status) => ExitCode::from(status),

@@ -2,8 +2,8 @@
 
 use std::fmt::Write;
 
-use wherry_migration::progress::{Device, Faults, Job, Latency, Phase, Postcopy};
-use wherry_vmm::api::types::{BalloonInfo, DeviceInfo, DeviceState, VmInfo};
+use wherry_migration::progress::{Blackout, Device, Faults, Job, Latency, Phase, Postcopy};
+use wherry_vmm::api::types::{BalloonInfo, DeviceInfo, DeviceState, UpdateInfo, VmInfo};
 
 /// Bytes with a binary unit.
 pub fn bytes(n: u64) -> String {
@@ -232,6 +232,27 @@ pub fn balloon(info: &BalloonInfo) -> String {
     let _ = writeln!(text, "actual     {}", bytes(info.actual));
     if let Some(free) = info.statistics.free {
         let _ = writeln!(text, "free       {}, as the guest has last told", bytes(free));
+    }
+    text
+}
+
+/// An update that has happened.
+pub fn updated(info: &UpdateInfo) -> String {
+    let job = &info.job;
+    let mut text = String::new();
+    let _ = writeln!(text, "process {} has taken the VM over ({})", info.pid, job.peer);
+    let _ = writeln!(text, "blackout   {}", time(job.downtime_us));
+    if let Some(parts) = &job.blackout {
+        let Blackout { stop_us, state_us, network_us, load_us, start_us, .. } = *parts;
+        let _ = writeln!(
+            text,
+            "           stop {}, save {}, pass {}, load {}, start {}",
+            time(stop_us),
+            time(state_us),
+            time(network_us),
+            time(load_us),
+            time(start_us)
+        );
     }
     text
 }

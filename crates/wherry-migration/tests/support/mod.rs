@@ -11,18 +11,21 @@ mod world;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
-use wherry_memory::{BlockId, BlockSpec, DirtySource, FreePages, GRANULE, PageSize, Ram, VmmWrites};
+use wherry_handover::{KeptId, Registry};
+use wherry_memory::{Block, BlockId, BlockSpec, DirtySource, FreePages, GRANULE, PageSize, Ram, VmmWrites};
 use wherry_migration::Journey;
 use wherry_migration::machine::{
     BlockDescription, Builder, Machine, MachineDescription, MachineError, Refusal, VcpuThread, Wants,
 };
 use wherry_migration::testpoint::Point;
+use wherry_migration::update::{Keep, RAM, Successor};
 use wherry_state::{Saved, SavedState, Section, StateStream, StateUnit, UnitError, UnitId, Units};
 
 #[allow(unused_imports, reason = "each test binary uses a part of it")]
@@ -290,6 +293,7 @@ pub struct FakeMachine {
     pub script: Arc<Script>,
     pub locked: AtomicBool,
     pub blockers: Mutex<Vec<String>>,
+    pub registry: Arc<Registry>,
     guest: Mutex<Option<JoinHandle<()>>>,
     thread: u32,
 }
@@ -304,7 +308,17 @@ impl FakeMachine {
     }
 
     fn build(vm: [u8; 16], blocks: &[BlockSpec], script: Arc<Script>, faults: Result<(), String>) -> Arc<Self> {
-        let ram = Arc::new(Ram::create(blocks).unwrap());
+        Self::with_ram(vm, Ram::create(blocks).unwrap(), script, faults, Registry::new())
+    }
+
+    fn with_ram(
+        vm: [u8; 16],
+        ram: Ram,
+        script: Arc<Script>,
+        faults: Result<(), String>,
+        registry: Arc<Registry>,
+    ) -> Arc<Self> {
+        let ram = Arc::new(ram);
         let faults = faults.and_then(|()| {
             let faults = FaultService::new(ram.clone()).map_err(|e| e.to_string())?;
             faults.register_guest_maps().map_err(|e| e.to_string())?;
@@ -348,6 +362,7 @@ impl FakeMachine {
             script,
             locked: AtomicBool::new(false),
             blockers: Mutex::default(),
+            registry,
             guest: Mutex::new(Some(guest)),
             thread: told.recv().unwrap(),
         })
@@ -483,6 +498,58 @@ impl Machine for FakeMachine {
     }
     fn runs_after_start(&self) -> bool {
         true
+    }
+}
+
+impl Keep for FakeMachine {
+    fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    fn cannot_keep(&self) -> Vec<String> {
+        self.blockers.lock().unwrap().clone()
+    }
+}
+
+/// Builds the machine of the process that is replaced.
+#[derive(Default)]
+pub struct FakeHeir {
+    pub script: Arc<Script>,
+    pub built: Mutex<Option<Arc<FakeMachine>>>,
+    pub refuse: Vec<String>,
+    /// What it claims beside RAM.
+    pub claims: Vec<KeptId>,
+    /// What it claimed, and what was said beside the machine.
+    pub claimed: Mutex<Vec<OwnedFd>>,
+    pub host: Mutex<Vec<u8>>,
+}
+
+impl Successor for FakeHeir {
+    fn build(
+        &self,
+        d: &MachineDescription,
+        registry: &Arc<Registry>,
+        host: &[u8],
+    ) -> Result<Arc<dyn Machine>, Refusal> {
+        *self.host.lock().unwrap() = host.to_vec();
+        if !self.refuse.is_empty() {
+            return Err(Refusal(self.refuse.clone()));
+        }
+        for id in &self.claims {
+            let fd = registry.inherit(id).map_err(|error| Refusal(vec![error.to_string()]))?;
+            self.claimed.lock().unwrap().push(fd);
+        }
+        let adopted = d.blocks.iter().map(|b| {
+            let fd = registry.inherit(&KeptId::new(RAM, b.id)).map_err(|error| error.to_string())?;
+            Block::adopt(block(b.id as u16, b.guest_base, b.size), fd).map_err(|error| error.to_string())
+        });
+        let blocks = adopted.collect::<Result<Vec<_>, String>>().map_err(|error| Refusal(vec![error]))?;
+        let ram = Ram::from_blocks(blocks).unwrap();
+        let faults = Err("it was taken over".into());
+        let vm = d.vm.clone().try_into().unwrap();
+        let machine = FakeMachine::with_ram(vm, ram, self.script.clone(), faults, registry.clone());
+        *self.built.lock().unwrap() = Some(machine.clone());
+        Ok(machine)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -65,8 +65,18 @@ impl Image {
 
     /// Opens an image of a format. Nothing of it is changed, and nothing kept that may change until it is locked.
     pub fn open_as(path: &Path, read_only: bool, format: ImageFormat) -> Result<Self, ImageError> {
+        let error = |source| ImageError::Io { path: path.into(), what: "opening it", source };
+        let file = File::options().read(true).write(!read_only).open(path).map_err(error)?;
+        Self::of(file, path, read_only, format)
+    }
+
+    /// An image that the predecessor of this process has opened like that. Its locks are those of this process, too.
+    pub fn adopt(fd: OwnedFd, path: &Path, read_only: bool, format: ImageFormat) -> Result<Self, ImageError> {
+        Self::of(File::from(fd), path, read_only, format)
+    }
+
+    fn of(mut file: File, path: &Path, read_only: bool, format: ImageFormat) -> Result<Self, ImageError> {
         let error = |what| move |source| ImageError::Io { path: path.into(), what, source };
-        let mut file = File::options().read(true).write(!read_only).open(path).map_err(error("opening it"))?;
         let kind = file.metadata().map_err(error("looking at it"))?.file_type();
         if !kind.is_file() && !std::os::unix::fs::FileTypeExt::is_block_device(&kind) {
             return Err(ImageError::Unfit { path: path.into(), reason: "it is neither a file nor a block device" });
@@ -162,5 +172,11 @@ impl Image {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+impl AsFd for Image {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }

@@ -4,7 +4,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use virtio_bindings::bindings::virtio_net::{
@@ -87,6 +87,11 @@ impl Tap {
         Ok(tap)
     }
 
+    /// A device that the predecessor of this process has opened. It is as its guest has set it.
+    pub fn adopt(fd: OwnedFd, name: &str) -> Self {
+        Self { file: File::from(fd), name: name.into() }
+    }
+
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
@@ -135,6 +140,12 @@ impl Tap {
                 return Err(error);
             }
         }
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

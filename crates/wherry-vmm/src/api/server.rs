@@ -21,7 +21,7 @@ use wherry_migration::progress::{Job, Phase};
 use super::types::{
     BalloonInfo, BalloonRequest, DeviceAddRequest, DeviceChange, DeviceEvent, DeviceInfo, DeviceRemoveRequest,
     DeviceState, ErrorBody, ErrorCode, ErrorInfo, MigrationRequest, PhaseEvent, Ping, RecoverRequest, ResolveRequest,
-    StopRequest, VmInfo, VmState,
+    StopRequest, UpdateInfo, UpdateRequest, VmInfo, VmState,
 };
 use super::{BASE, OPENAPI};
 use crate::service::{Service, ServiceError};
@@ -44,6 +44,7 @@ pub(super) fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Serv
         ("put", "/vm/pause", put(pause)),
         ("put", "/vm/resume", put(resume)),
         ("put", "/vm/stop", put(stop)),
+        ("put", "/vm/update", put(update)),
         ("get", "/balloon", get(balloon)),
         ("put", "/balloon", put(set_balloon)),
         ("get", "/devices", get(devices)),
@@ -66,6 +67,33 @@ pub fn router(service: Arc<Service>) -> Router {
         router = router.route(&format!("{BASE}{path}"), handler);
     }
     router.method_not_allowed_fallback(method_not_allowed).fallback(not_found).with_state(service)
+}
+
+/// The listener, which takes nobody in while a new process may be about to.
+struct Gate {
+    listener: tokio::net::UnixListener,
+    open: tokio::sync::watch::Receiver<bool>,
+}
+
+impl axum::serve::Listener for Gate {
+    type Io = tokio::net::UnixStream;
+    type Addr = tokio::net::unix::SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            // The service outlives the server.
+            let _ = self.open.wait_for(|open| *open).await;
+            tokio::select! {
+                biased;
+                _ = self.open.wait_for(|open| !*open) => {}
+                accepted = axum::serve::Listener::accept(&mut self.listener) => return accepted,
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<Self::Addr> {
+        self.listener.local_addr()
+    }
 }
 
 /// The thread that serves the API.
@@ -92,6 +120,7 @@ impl Server {
                     let _ = stopped.await;
                     let _ = begin_grace.send(());
                 };
+                let listener = Gate { listener, open: service.accepts() };
                 let serve = axum::serve(listener, router(service)).with_graceful_shutdown(stopped);
                 let limit = async move {
                     let _ = grace.await;
@@ -298,6 +327,13 @@ async fn remove_device(
     JsonBody(request): JsonBody<DeviceRemoveRequest>,
 ) -> Result<Json<DeviceInfo>, ServiceError> {
     blocking(move || service.unplug(&request)).await.map(Json)
+}
+
+async fn update(
+    State(service): Shared,
+    OptionalBody(request): OptionalBody<UpdateRequest>,
+) -> Result<Json<UpdateInfo>, ServiceError> {
+    blocking(move || service.update(&request)).await.map(Json)
 }
 
 async fn job(State(service): Shared) -> Json<Job> {

@@ -49,6 +49,11 @@ impl ApiSocket {
         Ok(Self { file, listener })
     }
 
+    /// The socket of the process that this one has taken over from.
+    pub fn adopt(path: &Path, listener: UnixListener) -> Result<Self, ApiSocketError> {
+        Ok(Self { file: SocketFile::adopt(path)?, listener })
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         self.file.path()

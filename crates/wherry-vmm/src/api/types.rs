@@ -3,6 +3,7 @@
 //! Requests refuse fields they do not know: a misspelt limit must not be an ignored limit.
 
 use serde::{Deserialize, Serialize};
+use wherry_migration::progress::Job;
 
 /// Where a Wherry process and its VM stand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,6 +21,10 @@ pub enum VmState {
     Listening,
     /// One is arriving.
     Receiving,
+    /// A new process is about to take it over; until the switchover it runs here.
+    Updating,
+    /// A new process has taken it over.
+    Updated,
     /// It has left; the peer of the last job has it.
     Moved,
     /// It was given away and nobody knows whether it was taken. Nothing runs here.
@@ -40,6 +45,8 @@ impl VmState {
             Self::Migrating => "migrating",
             Self::Listening => "listening",
             Self::Receiving => "receiving",
+            Self::Updating => "updating",
+            Self::Updated => "updated",
             Self::Moved => "moved",
             Self::InDoubt => "in-doubt",
             Self::Stopped => "stopped",
@@ -229,6 +236,23 @@ pub struct DeviceInfo {
     pub state: DeviceState,
     /// Whether it can be unplugged.
     pub removable: bool,
+}
+
+/// Body of `PUT /vm/update`, all of it optional.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UpdateRequest {
+    /// The program that is to go on, as a path of the VMM's host; without, what is now at the path of the running one.
+    pub binary: Option<String>,
+}
+
+/// Answer of `PUT /vm/update`: a new process has the VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UpdateInfo {
+    /// The new process.
+    pub pid: u32,
+    /// How it went.
+    pub job: Job,
 }
 
 /// Body of `PUT /devices/add`.

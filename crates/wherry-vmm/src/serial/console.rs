@@ -22,7 +22,7 @@ const LAST_INPUT: usize = 64 << 10;
 const FLUSH: Duration = Duration::from_secs(1);
 
 pub(super) fn spawn(shared: Arc<Shared>, endpoint: Endpoint) -> io::Result<JoinHandle<()>> {
-    let console = Console { shared, endpoint, input: VecDeque::new(), outgoing: Vec::new() };
+    let console = Console { shared, endpoint, input: VecDeque::new(), outgoing: VecDeque::new() };
     std::thread::Builder::new().name("serial".into()).spawn(move || console.run())
 }
 
@@ -32,7 +32,7 @@ struct Console {
     /// Read from outside, not yet taken by the chip.
     input: VecDeque<u8>,
     /// Taken from the buffer, not yet taken by the outside.
-    outgoing: Vec<u8>,
+    outgoing: VecDeque<u8>,
 }
 
 /// Who has a descriptor in `poll`.
@@ -57,6 +57,7 @@ struct Ready {
 impl Console {
     fn run(mut self) {
         while !self.shared.stop.load(Ordering::Acquire) {
+            self.shared.rest_if_wanted(&mut self.input, &mut self.outgoing);
             self.feed();
             match self.wait(None) {
                 Ok(ready) => self.serve(ready),
@@ -174,8 +175,10 @@ impl Console {
         {
             // The newest wins: one that hangs cannot keep others out.
             self.part();
+            let new = Client::new(stream, &self.shared.registry);
             if let Endpoint::Socket { client, .. } = &mut self.endpoint {
-                *client = Some(Client { stream, sends: true });
+                // It fails only if there is still another one.
+                *client = new.ok();
             }
         }
     }
@@ -185,11 +188,14 @@ impl Console {
             return;
         }
         if self.outgoing.is_empty() {
-            self.outgoing = self.shared.output.take(CHUNK);
+            self.outgoing = self.shared.output.take(CHUNK).into();
         }
+        // `poll` has promised room for no more.
+        let bytes = &*self.outgoing.make_contiguous();
+        let bytes = &bytes[..bytes.len().min(CHUNK)];
         let result = match &self.endpoint {
-            Endpoint::Streams { output: Some(output), .. } => rustix::io::write(output, &self.outgoing),
-            Endpoint::Socket { client: Some(client), .. } => rustix::io::write(&client.stream, &self.outgoing),
+            Endpoint::Streams { output: Some(output), .. } => rustix::io::write(output, bytes),
+            Endpoint::Socket { client: Some(client), .. } => rustix::io::write(&client.stream, bytes),
             _ => Ok(self.outgoing.len()),
         };
         match result {

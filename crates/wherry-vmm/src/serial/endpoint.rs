@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
+use wherry_handover::{KeptId, Registry, RegistryError};
 use wherry_socket::SocketFile;
 
 use super::terminal::{EscapeFilter, RawMode, is_ours};
@@ -16,9 +18,9 @@ pub(super) enum Endpoint {
     /// Two streams, and the terminal they may be.
     Streams {
         /// Gone when its end was read.
-        input: Option<OwnedFd>,
+        input: Option<Arc<OwnedFd>>,
         /// Gone when nobody reads it any more.
-        output: Option<OwnedFd>,
+        output: Option<Arc<OwnedFd>>,
         /// Filters what is typed at a terminal.
         filter: Option<EscapeFilter>,
         /// Puts the terminal back when it is dropped.
@@ -27,7 +29,7 @@ pub(super) enum Endpoint {
     /// A listening socket and the client that came last.
     Socket {
         /// The socket.
-        listener: UnixListener,
+        listener: Arc<UnixListener>,
         /// Its file, which goes with it.
         _file: SocketFile,
         /// The client.
@@ -39,39 +41,78 @@ pub(super) enum Endpoint {
 
 /// A client of the socket.
 pub(super) struct Client {
-    pub stream: UnixStream,
+    pub stream: Arc<UnixStream>,
     /// It may still send.
     pub sends: bool,
 }
 
+/// What is kept over an update.
+const INPUT: &str = "serial/input";
+const OUTPUT: &str = "serial/output";
+const LISTENER: &str = "serial/listener";
+const CLIENT: &str = "serial/client";
+
+impl Client {
+    /// A client that has come, or that the predecessor of this process had. It goes over in its turn.
+    pub fn new(stream: UnixStream, registry: &Registry) -> Result<Self, RegistryError> {
+        let stream = Arc::new(stream);
+        registry.keep(KeptId::new(CLIENT, 0), stream.clone())?;
+        Ok(Self { stream, sends: true })
+    }
+}
+
 impl Endpoint {
-    /// Opens what the user chose.
-    pub fn open(target: &SerialTarget, escape: Option<EscapeHandler>) -> Result<Self, SerialError> {
+    /// Opens what the user chose, or takes what the predecessor of this process has opened.
+    pub fn open(
+        target: &SerialTarget,
+        escape: Option<EscapeHandler>,
+        registry: &Registry,
+    ) -> Result<Self, SerialError> {
+        let kept = |name, fd: OwnedFd| -> Result<Arc<OwnedFd>, SerialError> {
+            let fd = Arc::new(fd);
+            registry.keep(KeptId::new(name, 0), fd.clone())?;
+            Ok(fd)
+        };
+        let came = |name| registry.claim(&KeptId::new(name, 0));
         match target {
             SerialTarget::Null => Ok(Endpoint::Null),
+            SerialTarget::Socket(path) => {
+                let (listener, file) = match came(LISTENER) {
+                    Some(listener) => (UnixListener::from(listener), SocketFile::adopt(path)?),
+                    None => SocketFile::bind(path)?,
+                };
+                listener.set_nonblocking(true).map_err(SerialError::os("listening"))?;
+                let listener = Arc::new(listener);
+                registry.keep(KeptId::new(LISTENER, 0), listener.clone())?;
+                let client = came(CLIENT).map(|client| Client::new(client.into(), registry)).transpose()?;
+                Ok(Endpoint::Socket { listener, _file: file, client })
+            }
+            // What had come to its end there has none here, either.
+            SerialTarget::File(_) | SerialTarget::Stdio if registry.succeeds() => {
+                let input = came(INPUT).map(|fd| kept(INPUT, fd)).transpose()?;
+                let output = came(OUTPUT).map(|fd| kept(OUTPUT, fd)).transpose()?;
+                Self::streams(input, output, escape)
+            }
             SerialTarget::File(path) => {
                 let wrap = |source| SerialError::Path { what: "creating", path: path.clone(), source };
-                Ok(Self::streams(None, Some(File::create(path).map_err(wrap)?.into()), None)?)
-            }
-            SerialTarget::Socket(path) => {
-                let (listener, file) = SocketFile::bind(path)?;
-                listener.set_nonblocking(true).map_err(SerialError::os("listening"))?;
-                Ok(Endpoint::Socket { listener, _file: file, client: None })
+                let file = kept(OUTPUT, File::create(path).map_err(wrap)?.into())?;
+                Self::streams(None, Some(file), None)
             }
             SerialTarget::Stdio => {
                 // Duplicates: closing them leaves the process's own open.
                 let own = |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(SerialError::os("taking standard I/O"));
                 // A closed standard input is no input, nor is the terminal to a job in the background.
-                let input = own(io::stdin().as_fd()).ok().filter(is_ours);
-                Self::streams(input, Some(own(io::stdout().as_fd())?), escape)
+                let input = own(io::stdin().as_fd()).ok().filter(is_ours).map(|fd| kept(INPUT, fd)).transpose()?;
+                let output = kept(OUTPUT, own(io::stdout().as_fd())?)?;
+                Self::streams(input, Some(output), escape)
             }
         }
     }
 
     /// Two streams; if the first is a terminal, it is switched to raw mode.
     pub fn streams(
-        input: Option<OwnedFd>,
-        output: Option<OwnedFd>,
+        input: Option<Arc<OwnedFd>>,
+        output: Option<Arc<OwnedFd>>,
         escape: Option<EscapeHandler>,
     ) -> Result<Self, SerialError> {
         let raw = match &input {

@@ -10,7 +10,8 @@
 //! are dropped. Input waits outside while the chip's FIFO is full or the unit is stopped. Dropping the port ends the
 //! thread, after a last attempt to deliver what is left.
 //!
-//! What is buffered towards the outside is not state of the guest: it is delivered here, and does not move with it.
+//! What is buffered towards the outside is not state of the guest: it is delivered here, and does not move with it. Only in a live
+//! update, where the outside stays the same, it goes over, and so does input that waits; the thread rests meanwhile.
 
 mod console;
 mod endpoint;
@@ -20,16 +21,18 @@ mod terminal;
 #[cfg(test)]
 mod tests;
 
+use std::collections::VecDeque;
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial as Chip, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_handover::{Registry, RegistryError};
 use wherry_socket::SocketError;
 use wherry_state::{Saved, SavedState, Section, StateUnit, UnitError, UnitId};
 
@@ -38,6 +41,7 @@ use crate::units::Once;
 use endpoint::Endpoint;
 use output::Output;
 pub(crate) use saved::SavedSerial;
+pub(crate) use terminal::has_terminal;
 pub use terminal::restore_terminal;
 use wherry_pci::bus::BusDevice;
 
@@ -66,6 +70,9 @@ pub enum SerialError {
     /// The socket cannot be listened on.
     #[error("serial port: {0}; choose another path")]
     Socket(#[from] SocketError),
+    /// A descriptor that was to be kept over an update.
+    #[error("serial port: {0}")]
+    Kept(#[from] RegistryError),
     /// Standard input or output, an eventfd or the thread.
     #[error("serial port, {what}: {source}")]
     Os {
@@ -130,6 +137,20 @@ struct Port {
     running: bool,
 }
 
+/// What is on its way between the chip and the outside.
+#[derive(Default)]
+struct OnItsWay {
+    input: Vec<u8>,
+    output: Vec<u8>,
+}
+
+/// The rest of the thread in a live update.
+struct Rest {
+    wanted: bool,
+    /// There while the thread rests.
+    held: Option<OnItsWay>,
+}
+
 /// What the device and its thread share.
 struct Shared {
     /// Taken by vCPUs, by the console for input, and by the steps of the unit. The lock of the output buffer is taken
@@ -138,9 +159,54 @@ struct Shared {
     output: Output,
     wake: Wake,
     stop: AtomicBool,
+    rest: Mutex<Rest>,
+    rest_changed: Condvar,
+    registry: Arc<Registry>,
 }
 
 impl Shared {
+    fn rest(&self) -> MutexGuard<'_, Rest> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The thread: leaves what it has where others find it, for as long as it is to rest.
+    fn rest_if_wanted(&self, input: &mut VecDeque<u8>, output: &mut VecDeque<u8>) {
+        let mut rest = self.rest();
+        // What is held is taken also when the rest was over before the thread had come here.
+        if !rest.wanted && rest.held.is_none() {
+            return;
+        }
+        rest.held.get_or_insert_with(|| OnItsWay {
+            input: std::mem::take(input).into(),
+            output: std::mem::take(output).into(),
+        });
+        self.rest_changed.notify_all();
+        let rests = |rest: &mut Rest| rest.wanted && !self.stop.load(Ordering::Acquire);
+        rest = self.rest_changed.wait_while(rest, rests).unwrap_or_else(PoisonError::into_inner);
+        let held = rest.held.take().unwrap_or_default();
+        (*input, *output) = (held.input.into(), held.output.into());
+    }
+
+    /// Has the thread rest, and waits for that. False: it does not by the deadline.
+    fn bring_to_rest(&self, deadline: Instant) -> bool {
+        let mut rest = self.rest();
+        rest.wanted = true;
+        self.wake.now();
+        while rest.held.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            rest = self.rest_changed.wait_timeout(rest, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn end_rest(&self) {
+        self.rest().wanted = false;
+        self.rest_changed.notify_all();
+    }
+
     fn port(&self) -> MutexGuard<'_, Port> {
         self.port.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -169,18 +235,27 @@ impl Serial {
         interrupt: EventFd,
         target: &SerialTarget,
         escape: Option<EscapeHandler>,
+        registry: &Arc<Registry>,
     ) -> Result<Arc<Self>, SerialError> {
-        Self::with_endpoint(interrupt, Endpoint::open(target, escape)?)
+        Self::with_endpoint(interrupt, Endpoint::open(target, escape, registry)?, registry.clone())
     }
 
-    fn with_endpoint(interrupt: EventFd, endpoint: Endpoint) -> Result<Arc<Self>, SerialError> {
+    fn with_endpoint(
+        interrupt: EventFd,
+        endpoint: Endpoint,
+        registry: Arc<Registry>,
+    ) -> Result<Arc<Self>, SerialError> {
         let event = EventFd::new(EFD_NONBLOCK).map_err(SerialError::os("making an eventfd"))?;
         let wake = Wake { event: Arc::new(event), starved: Arc::default() };
         let interrupt = Interrupt { event: Arc::new(interrupt), held: Arc::default() };
         let output = Output::new(wake.clone());
         let chip = Chip::with_events(interrupt.clone(), wake.clone(), output.clone());
         let port = Mutex::new(Port { chip, running: true });
-        let shared = Arc::new(Shared { port, output, wake, stop: AtomicBool::new(false) });
+        // Until it is started, the outside is still the predecessor's.
+        let succeeds = registry.succeeds();
+        let rest = Mutex::new(Rest { wanted: succeeds, held: succeeds.then(OnItsWay::default) });
+        let stop = AtomicBool::new(false);
+        let shared = Arc::new(Shared { port, output, wake, stop, rest, rest_changed: Condvar::new(), registry });
         let thread = console::spawn(shared.clone(), endpoint).map_err(SerialError::os("starting its thread"))?;
         Ok(Arc::new(Self { shared, interrupt, thread: Some(thread), once: Once::default() }))
     }
@@ -194,6 +269,7 @@ impl Serial {
 impl Drop for Serial {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Release);
+        self.shared.end_rest();
         self.shared.wake.now();
         if let Some(thread) = self.thread.take() {
             // A panic of the thread has been reported by the panic hook.
@@ -249,23 +325,35 @@ impl StateUnit for Serial {
         Ok(())
     }
 
-    fn finish_stop(&self, _deadline: Instant) -> Result<(), UnitError> {
+    fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
+        if self.shared.registry.is_leaving() && !self.shared.bring_to_rest(deadline) {
+            return Err(UnitError::Deadline("the thread of the serial port did not come to rest".into()));
+        }
         Ok(())
     }
 
     fn save(&self) -> Result<Saved, UnitError> {
-        let saved = SavedSerial::of(&self.shared.port().chip.state());
+        let mut saved = SavedSerial::of(&self.shared.port().chip.state());
+        if let Some(held) = &self.shared.rest().held {
+            saved.waiting_input = held.input.clone();
+            saved.waiting_output = held.output.clone();
+            saved.waiting_output.extend(self.shared.output.bytes());
+        }
         Ok(Saved::Section(saved.to_section(&self.id())))
     }
 
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
         self.once.restoring()?;
-        let state = SavedSerial::from_section(section)?.to_state().map_err(UnitError::failed)?;
+        let saved = SavedSerial::from_section(section)?;
+        let state = saved.to_state().map_err(UnitError::failed)?;
         self.interrupt.held.store(true, Ordering::Relaxed);
         let shared = &self.shared;
         let chip = Chip::from_state(&state, self.interrupt.clone(), shared.wake.clone(), shared.output.clone())
             .map_err(|e| UnitError::failed(format!("the chip does not take its state: {e}")))?;
         *shared.port() = Port { chip, running: false };
+        if let Some(held) = &mut shared.rest().held {
+            *held = OnItsWay { input: saved.waiting_input, output: saved.waiting_output };
+        }
         Ok(())
     }
 
@@ -281,6 +369,7 @@ impl StateUnit for Serial {
             self.interrupt.trigger().map_err(UnitError::failed)?;
         }
         port.running = true;
+        self.shared.end_rest();
         self.shared.wake.now();
         Ok(())
     }

@@ -39,6 +39,11 @@ impl Output {
         self.lock().dropped
     }
 
+    /// All that waits, which stays.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.lock().bytes.iter().copied().collect()
+    }
+
     /// Takes up to `limit` of the oldest bytes.
     pub fn take(&self, limit: usize) -> Vec<u8> {
         let mut buffer = self.lock();

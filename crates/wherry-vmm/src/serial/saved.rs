@@ -3,7 +3,7 @@
 use vm_superio::SerialState;
 use wherry_state::SavedState;
 
-/// Schema 1: the registers of the chip.
+/// Schema 1: the registers of the chip. Schema 2: in a live update, what is on its way between the chip and the outside.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub(crate) struct SavedSerial {
     /// Divisor latch, both bytes.
@@ -33,10 +33,16 @@ pub(crate) struct SavedSerial {
     /// What was received and not yet read.
     #[prost(bytes = "vec", tag = "9")]
     pub received: Vec<u8>,
+    /// Read from outside, not yet taken by the chip.
+    #[prost(bytes = "vec", tag = "10")]
+    pub waiting_input: Vec<u8>,
+    /// Sent by the guest, not yet taken by the outside.
+    #[prost(bytes = "vec", tag = "11")]
+    pub waiting_output: Vec<u8>,
 }
 
 impl SavedState for SavedSerial {
-    const SCHEMA: u32 = 1;
+    const SCHEMA: u32 = 2;
 }
 
 impl SavedSerial {
@@ -51,6 +57,7 @@ impl SavedSerial {
             modem_status: state.modem_status.into(),
             scratch: state.scratch.into(),
             received: state.in_buffer.clone(),
+            ..Self::default()
         }
     }
 

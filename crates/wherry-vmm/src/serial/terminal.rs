@@ -21,6 +21,11 @@ pub fn restore_terminal() {
     }
 }
 
+/// Whether a serial port has the user's terminal.
+pub(crate) fn has_terminal() -> bool {
+    BEFORE.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+}
+
 /// Whether we may read from this. A terminal that another job has in its foreground would stop us: then it is as if
 /// there were no input.
 pub(super) fn is_ours(fd: &OwnedFd) -> bool {

@@ -24,7 +24,7 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 
 fn port(target: SerialTarget) -> (Arc<Serial>, EventFd) {
     let interrupt = event();
-    (Serial::new(interrupt.try_clone().unwrap(), &target, None).unwrap(), interrupt)
+    (Serial::new(interrupt.try_clone().unwrap(), &target, None, &Registry::new()).unwrap(), interrupt)
 }
 
 fn out(serial: &Serial, register: u64, bytes: &[u8]) {
@@ -83,7 +83,7 @@ fn a_file_has_all_output_when_the_port_is_gone() {
 #[test]
 fn a_file_that_cannot_be_created_is_an_error_with_its_path() {
     let target = SerialTarget::File("/nonexistent/log".into());
-    let error = Serial::new(event(), &target, None).err().unwrap().to_string();
+    let error = Serial::new(event(), &target, None, &Registry::new()).err().unwrap().to_string();
     assert!(error.contains("/nonexistent/log"), "{error}");
 }
 
@@ -166,11 +166,11 @@ fn a_stale_socket_is_replaced_and_a_live_one_respected() {
     let path = dir.path().join("serial");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let (_serial, _) = port(SerialTarget::Socket(path.clone()));
-    let error = Serial::new(event(), &SerialTarget::Socket(path.clone()), None).err().unwrap();
+    let error = Serial::new(event(), &SerialTarget::Socket(path.clone()), None, &Registry::new()).err().unwrap();
     assert!(matches!(&error, SerialError::Socket(SocketError::InUse(p)) if *p == path), "{error}");
     let file = dir.path().join("file");
     std::fs::write(&file, "precious").unwrap();
-    assert!(Serial::new(event(), &SerialTarget::Socket(file.clone()), None).is_err());
+    assert!(Serial::new(event(), &SerialTarget::Socket(file.clone()), None, &Registry::new()).is_err());
     assert_eq!(std::fs::read_to_string(file).unwrap(), "precious");
 }
 
@@ -183,7 +183,8 @@ fn pipes(serial_of: impl FnOnce(OwnedFd, OwnedFd) -> Arc<Serial>) -> (Arc<Serial
 #[test]
 fn pipes_carry_both_directions_and_the_end_of_input_is_no_end_of_output() {
     let (serial, mut input, mut output) = pipes(|input, output| {
-        Serial::with_endpoint(event(), Endpoint::streams(Some(input), Some(output), None).unwrap()).unwrap()
+        let endpoint = Endpoint::streams(Some(input.into()), Some(output.into()), None).unwrap();
+        Serial::with_endpoint(event(), endpoint, Registry::new()).unwrap()
     });
     input.write_all(b"in").unwrap();
     assert_eq!(receive(&serial, 2), b"in");
@@ -200,7 +201,8 @@ fn pipes_carry_both_directions_and_the_end_of_input_is_no_end_of_output() {
 #[test]
 fn a_pipe_that_nobody_reads_does_not_keep_the_port_from_ending() {
     let (serial, _input, _output) = pipes(|input, output| {
-        Serial::with_endpoint(event(), Endpoint::streams(Some(input), Some(output), None).unwrap()).unwrap()
+        let endpoint = Endpoint::streams(Some(input.into()), Some(output.into()), None).unwrap();
+        Serial::with_endpoint(event(), endpoint, Registry::new()).unwrap()
     });
     out(&serial, 0, &[b'x'; 300_000]);
     drop(serial);
@@ -222,9 +224,9 @@ fn a_terminal_is_raw_while_the_port_lives_and_ctrl_a_x_is_the_way_out() {
     let escaped = event();
     let tell = escaped.try_clone().unwrap();
     let handler: EscapeHandler = Arc::new(move || tell.write(1).unwrap());
-    let ends = || terminal.try_clone().unwrap();
+    let ends = || Arc::new(terminal.try_clone().unwrap());
     let endpoint = Endpoint::streams(Some(ends()), Some(ends()), Some(handler)).unwrap();
-    let serial = Serial::with_endpoint(event(), endpoint).unwrap();
+    let serial = Serial::with_endpoint(event(), endpoint, Registry::new()).unwrap();
     assert!(is_raw());
     assert!(Endpoint::streams(Some(ends()), None, None).is_err(), "the terminal has two owners");
     rustix::io::write(&controller, b"a\x01\x01b\x01c\x03").unwrap();
@@ -269,6 +271,95 @@ fn input_waits_while_the_unit_is_stopped_and_the_fifo_moves_with_the_state() {
     // Here, after a stop that was undone, nothing was lost either.
     serial.start().unwrap();
     assert_eq!(receive(&serial, 7), b"abclate");
+}
+
+/// What a successor is given of the descriptors of a registry.
+fn handed_over(registry: &Registry) -> Arc<Registry> {
+    let successor = Registry::of_successor();
+    let entries = registry.list();
+    let pass = |entry: &wherry_handover::Entry| {
+        use std::os::fd::AsFd;
+        (entry.id.clone(), entry.as_fd().try_clone_to_owned().unwrap())
+    };
+    successor.arrived(entries.iter().map(pass)).unwrap();
+    successor
+}
+
+fn bring_to_rest(serial: &Serial, registry: &Registry) -> Section {
+    registry.set_leaving(true);
+    serial.begin_stop().unwrap();
+    serial.finish_stop(Instant::now() + LIMIT).unwrap();
+    section(serial)
+}
+
+#[test]
+fn in_a_live_update_the_client_stays_and_what_is_on_its_way_goes_over_in_its_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("serial");
+    let (target, registry) = (SerialTarget::Socket(path.clone()), Registry::new());
+    let old = Serial::new(event(), &target, None, &registry).unwrap();
+    let mut client = connect(&path);
+    // More than the chip takes, and read from the socket.
+    let input: Vec<u8> = (0..200).collect();
+    client.write_all(&input).unwrap();
+    wait_for("the first bytes", || register(&old, 5) & 1 != 0);
+    let saved = bring_to_rest(&old, &registry);
+    // The guest had sent this, and nobody has taken it yet.
+    let state = SavedSerial::from_section(&saved).unwrap();
+    assert_eq!([state.received.clone(), state.waiting_input.clone()].concat().len(), 200, "{state:?}");
+    let saved = SavedSerial { waiting_output: b"first ".to_vec(), ..state }.to_section(&old.id());
+
+    let successor = handed_over(&registry);
+    let new = Serial::new(event(), &target, None, &successor).unwrap();
+    assert!(successor.unclaimed().is_empty(), "{:?}", successor.unclaimed());
+    // It is still the old one's: what comes now waits in the socket.
+    client.write_all(b"late").unwrap();
+    new.restore(&saved).unwrap();
+    assert_eq!(section(&new), saved, "what is restored can be saved again");
+    successor.settle();
+    new.start().unwrap();
+    out(&new, 0, b"second");
+    expect(&mut client, "first second");
+    assert_eq!(receive(&new, 204), [&input[..], b"late"].concat());
+    // The successor has what it needs to be replaced in its turn.
+    assert_eq!(successor.list().len(), registry.list().len());
+}
+
+#[test]
+fn an_update_that_is_given_up_goes_on_with_what_was_on_its_way() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("serial");
+    let registry = Registry::new();
+    let serial = Serial::new(event(), &SerialTarget::Socket(path.clone()), None, &registry).unwrap();
+    let mut client = connect(&path);
+    let input: Vec<u8> = (0..200).collect();
+    client.write_all(&input).unwrap();
+    wait_for("the first bytes", || register(&serial, 5) & 1 != 0);
+    bring_to_rest(&serial, &registry);
+    out(&serial, 0, b"out");
+    registry.set_leaving(false);
+    serial.start().unwrap();
+    expect(&mut client, "out");
+    assert_eq!(receive(&serial, 200), input);
+}
+
+#[test]
+fn a_port_that_was_at_the_end_of_its_input_has_none_in_the_new_process_either() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    let (target, registry) = (SerialTarget::File(path.clone()), Registry::new());
+    let old = Serial::new(event(), &target, None, &registry).unwrap();
+    out(&old, 0, b"one ");
+    wait_for("the first output", || std::fs::read(&path).unwrap() == b"one ");
+    let saved = bring_to_rest(&old, &registry);
+    let successor = handed_over(&registry);
+    let new = Serial::new(event(), &target, None, &successor).unwrap();
+    new.restore(&saved).unwrap();
+    new.start().unwrap();
+    out(&new, 0, b"two");
+    wait_for("the file to go on", || std::fs::read(&path).unwrap() == b"one two");
+    let nothing = Serial::new(event(), &SerialTarget::Stdio, None, &Registry::of_successor()).unwrap();
+    out(&nothing, 0, b"to nobody");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use wherry_migration::progress::{Job, Phase};
 use wherry_stream::Endpoint;
 
 use super::ServiceError;
-use crate::api::types::{BalloonInfo, DeviceInfo, Hardware, MigrationRequest};
+use crate::api::types::{BalloonInfo, DeviceInfo, Hardware, MigrationRequest, UpdateRequest};
 
 /// Why a guest no longer runs, on its own account.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,4 +139,42 @@ pub trait Departure: Send {
 pub trait Engine: Send + Sync {
     /// Checks the request; the error is for a person.
     fn depart(&self, request: &MigrationRequest) -> Result<Box<dyn Departure>, String>;
+
+    /// Prepares to replace this process; the error is for a person.
+    fn update(&self, request: &UpdateRequest) -> Result<Box<dyn Replacement>, String>;
+}
+
+/// How an update ended.
+pub enum Updated {
+    /// The VM is the new process's, and this one is to end.
+    Replaced {
+        /// The new process.
+        pid: u32,
+        /// What is wrong with it, if anything is.
+        trouble: Option<String>,
+    },
+    /// The VM is here, in the state it was in before.
+    Kept {
+        /// It.
+        guest: Box<dyn Guest>,
+        /// Why.
+        why: String,
+        /// It cannot be done as the VM is; otherwise it was tried, and failed.
+        refused: bool,
+    },
+    /// The VM cannot be run here any more, nor, as far as is known, there.
+    Lost {
+        /// Why.
+        why: String,
+    },
+}
+
+/// An update that is ready to begin.
+pub trait Replacement: Send {
+    /// The view from beside.
+    fn journey(&self) -> Arc<dyn Journey>;
+
+    /// Has a new process take the VM over. Blocks until it is decided which of the two has it. `hold` is called with true before the
+    /// VM stops: nobody new is served until it is called with false, or this process has ended.
+    fn run(self: Box<Self>, guest: Box<dyn Guest>, hold: &dyn Fn(bool)) -> Updated;
 }

@@ -2,27 +2,32 @@
 
 use std::any::Any;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use wherry_migration::machine::{Builder, Machine, MachineDescription, Refusal, Wants};
 use wherry_migration::progress::{Job, Phase};
+use wherry_migration::update::UpdateError;
 use wherry_migration::{
     DestinationOptions, EventKind, Journey, JourneyError, MAX_CHANNELS, Side, SourceOptions, destination, source,
 };
 use wherry_stream::{Endpoint, Listener};
 use wherry_virtio::balloon::{BalloonError, BalloonStatus};
 
-use super::guest::{self, Departure, DeviceLister, Engine, Exit, Guest, GuestError, Received, Sent};
+use super::guest::{
+    self, Departure, DeviceLister, Engine, Exit, Guest, GuestError, Received, Replacement, Sent, Updated,
+};
 use super::{Service, ServiceError};
 use crate::api::server::is_over;
 use crate::api::types::{
     BalloonInfo, DeviceInfo, DeviceState, ErrorCode, GuestStatistics, Hardware, MigrationRequest, Mode, RamBlock,
+    UpdateRequest,
 };
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::MachineConfig;
+use crate::update::{self, Hosting, ReplaceError, Replaced, TakenOver};
 use crate::vm::{self, DeviceConfig, DeviceStatus, ExitReason, PlugError, UnplugError, Unplugging, Vm};
 
 /// Builds a machine and loads its kernel. It does not run yet.
@@ -272,8 +277,11 @@ fn follows(taken: bool) -> Result<(), String> {
 }
 
 /// Starts outgoing journeys of KVM machines.
-#[derive(Debug)]
-pub struct KvmEngine;
+#[derive(Default)]
+pub struct KvmEngine {
+    /// What this process has beside its machine; without, it cannot be replaced.
+    pub hosting: Option<Arc<Hosting>>,
+}
 
 impl Engine for KvmEngine {
     fn depart(&self, request: &MigrationRequest) -> Result<Box<dyn Departure>, String> {
@@ -299,6 +307,66 @@ impl Engine for KvmEngine {
         }
         Ok(Box::new(KvmDeparture { to, options, journey: Journey::new() }))
     }
+
+    fn update(&self, request: &UpdateRequest) -> Result<Box<dyn Replacement>, String> {
+        let hosting = self.hosting.clone().ok_or("updating: this program cannot be replaced")?;
+        let binary = request.binary.as_ref().map_or_else(|| hosting.state.program.clone(), PathBuf::from);
+        if !binary.is_absolute() {
+            return Err(format!("updating: {} is no absolute path", binary.display()));
+        }
+        Ok(Box::new(KvmReplacement { hosting, binary, journey: Journey::new() }))
+    }
+}
+
+struct KvmReplacement {
+    hosting: Arc<Hosting>,
+    binary: PathBuf,
+    journey: Journey,
+}
+
+impl Replacement for KvmReplacement {
+    fn journey(&self) -> Arc<dyn guest::Journey> {
+        Handle::new(&self.journey)
+    }
+
+    fn run(self: Box<Self>, guest: Box<dyn Guest>, hold: &dyn Fn(bool)) -> Updated {
+        let any: &dyn Any = &*guest;
+        let Some(machine) = any.downcast_ref::<KvmGuest>().map(|g| g.vm.clone()) else {
+            let why = "this machine is not one of KVM".into();
+            return Updated::Kept { guest, why, refused: true };
+        };
+        // What is described at first is what goes over.
+        let held = machine.hold_devices();
+        match update::replace(&self.hosting, machine.clone(), &self.binary, hold, &self.journey) {
+            Ok(Replaced { pid, job }) => {
+                // Ends with the process. Dropping it would take from the new one what is in use there.
+                std::mem::forget((guest, machine, held));
+                Updated::Replaced { pid, trouble: job.error }
+            }
+            Err(error) => match error {
+                ReplaceError::Update(UpdateError::Stuck { .. } | UpdateError::Lost(_)) => {
+                    std::mem::forget((machine, held));
+                    // Its threads end; it has nothing that another process would miss.
+                    std::mem::forget(guest);
+                    Updated::Lost { why: error.to_string() }
+                }
+                error => {
+                    let refused = error.is_refusal();
+                    Updated::Kept { guest, why: error.to_string(), refused }
+                }
+            },
+        }
+    }
+}
+
+/// A journey as the service sees it.
+pub fn view(journey: &Journey) -> Arc<dyn guest::Journey> {
+    Handle::new(journey)
+}
+
+/// A machine that this process has taken over, in the service's hands.
+pub fn taken_over(taken: &TakenOver) -> Box<dyn Guest> {
+    Box::new(KvmGuest::new(taken.vm.clone()))
 }
 
 fn positive(name: &str, value: Option<u64>) -> Result<Option<u64>, String> {

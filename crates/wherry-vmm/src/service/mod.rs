@@ -10,6 +10,10 @@
 //!                   migrate v  | failed, cancelled
 //!                         migrating --done--> moved
 //!                           |   '--unknown--> in-doubt --resolve, answer--> running | moved
+//!                           |  ^
+//!                   update  v  | failed, cancelled
+//!                         updating --done--> updated
+//!
 //!   receive:  listening <--failed-- receiving --done--> running
 //!                                       '--memory follows--> running (the journey goes on beside it) --done, lost-->
 //! ```
@@ -34,10 +38,10 @@ use wherry_migration::Side;
 use wherry_stream::Endpoint;
 
 use crate::api::types::{
-    BalloonInfo, DeviceInfo, DeviceRemoveRequest, ErrorCode, Hardware, MigrationRequest, RecoverRequest, VmInfo,
-    VmState,
+    BalloonInfo, DeviceInfo, DeviceRemoveRequest, ErrorCode, Hardware, MigrationRequest, RecoverRequest, UpdateInfo,
+    UpdateRequest, VmInfo, VmState,
 };
-use guest::{Departure, Engine, Guest, Journey, Received, Sent};
+use guest::{Departure, Engine, Guest, Journey, Received, Sent, Updated};
 use state::Inner;
 
 /// How long the vCPUs may take to come to rest when the user pauses them.
@@ -83,6 +87,8 @@ pub struct Ending {
     pub status: u8,
     /// Last line for the user.
     pub message: String,
+    /// A new process has the VM: what this one has is that one's.
+    pub replaced: bool,
 }
 
 /// Boots the machine again after the guest has asked for a reset.
@@ -104,6 +110,7 @@ pub struct Service {
     inner: Mutex<Inner>,
     changed: Condvar,
     version: watch::Sender<u64>,
+    accepts: watch::Sender<bool>,
 }
 
 impl Service {
@@ -130,6 +137,7 @@ impl Service {
             }),
             changed: Condvar::new(),
             version: watch::Sender::new(0),
+            accepts: watch::Sender::new(true),
         })
     }
 
@@ -174,7 +182,7 @@ impl Service {
     pub fn job(&self) -> Job {
         let inner = self.lock();
         let mut job = inner.journey.as_ref().map(|j| j.job()).unwrap_or_default();
-        if matches!(inner.state, VmState::Migrating | VmState::Receiving) {
+        if matches!(inner.state, VmState::Migrating | VmState::Receiving | VmState::Updating) {
             job.phase = match job.phase {
                 Phase::Done => Phase::Switchover,
                 Phase::Cancelled | Phase::Failed => Phase::Precopy,
@@ -346,6 +354,76 @@ impl Service {
         }
     }
 
+    /// Has a new process take the VM over. Answers when it has; then this process ends. An error says why it has not, and the VM runs
+    /// on here.
+    pub fn update(self: &Arc<Self>, request: &UpdateRequest) -> Result<UpdateInfo, ServiceError> {
+        let replacement =
+            self.engine.update(request).map_err(|message| ServiceError { code: ErrorCode::BadRequest, message })?;
+        let mut inner = self.lock();
+        if inner.following {
+            return Err(ServiceError::state(format!(
+                "updating the VMM: the memory of the VM is still coming from {}; wait until `wherry status` says that this is done",
+                inner.journey.as_ref().map(|j| j.job().peer).unwrap_or_default()
+            )));
+        }
+        let guest = Self::take_out(&mut inner, "updating the VMM of")?;
+        inner.journey = Some(replacement.journey());
+        inner.result_read = false;
+        self.set(&mut inner, VmState::Updating, None);
+        drop(inner);
+        info!("a new process is about to take the VM over");
+        let updated = replacement.run(guest, &|hold| {
+            self.accepts.send_replace(!hold);
+        });
+        let mut inner = self.lock();
+        match updated {
+            Updated::Replaced { pid, trouble } => {
+                let job = inner.journey.as_ref().map(|j| j.job()).unwrap_or_default();
+                let message = match &trouble {
+                    None => format!("process {pid} has taken the VM over: blackout {} us", job.downtime_us),
+                    Some(trouble) => format!("process {pid} has taken the VM over, and may have lost it: {trouble}"),
+                };
+                info!("{message}");
+                if inner.ending.is_none() {
+                    let status = u8::from(trouble.is_some());
+                    inner.ending = Some(Ending { status, message: message.clone(), replaced: true });
+                }
+                self.set(&mut inner, VmState::Updated, Some(message.clone()));
+                match trouble {
+                    None => Ok(UpdateInfo { pid, job }),
+                    Some(_) => Err(ServiceError::failed(message)),
+                }
+            }
+            Updated::Kept { guest, why, refused } => {
+                warn!(why, "the VM stays with this process");
+                self.put_back(&mut inner, guest);
+                inner.reason = Some(format!("the last update did not happen: {why}"));
+                let code = if refused { ErrorCode::WrongState } else { ErrorCode::Failed };
+                Err(ServiceError { code, message: format!("updating the VMM: {why}") })
+            }
+            Updated::Lost { why } => {
+                self.lose(&mut inner, &why, false);
+                Err(ServiceError::failed(format!("updating the VMM: {why}")))
+            }
+        }
+    }
+
+    /// Takes a VM that this process has taken over, and that runs or is paused. `journey` is the view of how it came.
+    pub fn take_over(self: &Arc<Self>, guest: Box<dyn Guest>, journey: Arc<dyn Journey>) -> Result<(), ServiceError> {
+        let mut inner = self.lock();
+        inner.journey = Some(journey);
+        if let Some(ending) = &inner.ending {
+            return Err(ServiceError::state(format!("the process is ending: {}", ending.message)));
+        }
+        self.take_in(&mut inner, guest);
+        Ok(())
+    }
+
+    /// Whether new clients are served.
+    pub(crate) fn accepts(&self) -> watch::Receiver<bool> {
+        self.accepts.subscribe()
+    }
+
     /// Notes that a VM is arriving; `journey` is the view of it.
     pub fn arriving(&self, journey: Arc<dyn Journey>) {
         let mut inner = self.lock();
@@ -412,7 +490,7 @@ impl Service {
     pub fn cancel(&self) -> Result<Job, ServiceError> {
         let inner = self.lock();
         let journey = match (Self::seen(&inner), &inner.journey) {
-            (VmState::Migrating | VmState::Receiving, Some(journey)) => journey.clone(),
+            (VmState::Migrating | VmState::Receiving | VmState::Updating, Some(journey)) => journey.clone(),
             (VmState::InDoubt, _) => {
                 return Err(ServiceError::state(
                     "cancelling the migration: the VM has been given away and cannot be taken back; wait for the \
@@ -492,6 +570,10 @@ impl Service {
         let deadline = Instant::now() + STOP_LIMIT;
         let mut inner = self.lock();
         loop {
+            if inner.state == VmState::Updated {
+                let reason = inner.reason.clone().unwrap_or_default();
+                return Err(ServiceError::state(format!("stopping: {reason}; ask it")));
+            }
             if inner.ending.is_some() {
                 return Ok(self.info_of(inner));
             }
@@ -533,7 +615,7 @@ impl Service {
                     let (state, message) = (inner.state, inner.reason.clone().unwrap_or_default());
                     self.end(&mut inner, state, u8::from(state == VmState::Crashed), message);
                 }
-                VmState::Migrating | VmState::Receiving if !inner.stop_wanted => {
+                VmState::Migrating | VmState::Receiving | VmState::Updating if !inner.stop_wanted => {
                     inner.stop_wanted = true;
                     if let Some(journey) = inner.journey.clone() {
                         drop(inner);

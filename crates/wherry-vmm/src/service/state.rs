@@ -67,7 +67,7 @@ impl Service {
 
     pub(super) fn end(&self, inner: &mut Inner, state: VmState, status: u8, message: String) {
         if inner.ending.is_none() {
-            inner.ending = Some(Ending { status, message: message.clone() });
+            inner.ending = Some(Ending { status, message: message.clone(), replaced: false });
         }
         self.set(inner, state, Some(message));
     }
@@ -81,6 +81,9 @@ impl Service {
             (VmState::Migrating, _) => Err(ServiceError::state(format!(
                 "{what} the VM: it is migrating to {}; wait, or `wherry cancel` first",
                 inner.journey.as_ref().map(|j| j.job().peer).unwrap_or_default()
+            ))),
+            (VmState::Updating, _) => Err(ServiceError::state(format!(
+                "{what} the VM: a new process is about to take it over; try again when `wherry status` says so"
             ))),
             (state, guest) => {
                 inner.guest = guest;
@@ -143,7 +146,7 @@ impl Service {
                 self.obey(&mut inner, exit);
             }
         } else if let Some(journey) = inner.journey.clone()
-            && inner.state == VmState::Migrating
+            && matches!(inner.state, VmState::Migrating | VmState::Updating)
         {
             // A machine that is off is not worth a journey; when it is back, it is ended here.
             drop(inner);

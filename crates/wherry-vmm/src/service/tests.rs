@@ -3,7 +3,7 @@ use std::sync::mpsc;
 
 use super::*;
 use crate::api::types::DeviceState;
-use crate::service::guest::{DeviceLister, Exit, GuestError, Unplugging};
+use crate::service::guest::{DeviceLister, Exit, GuestError, Replacement, Unplugging};
 
 /// Waits until `done` answers yes, and says what it waited for if it never does.
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
@@ -197,7 +197,7 @@ impl Journey for FakeJourney {
 
 #[derive(Default)]
 pub(crate) struct FakeEngine {
-    last: Mutex<Option<Arc<FakeJourney>>>,
+    last: Arc<Mutex<Option<Arc<FakeJourney>>>>,
 }
 
 impl FakeEngine {
@@ -227,6 +227,43 @@ impl Engine for FakeEngine {
             job.phase = Phase::Precopy;
         });
         Ok(Box::new(FakeDeparture { engine_last: journey.clone(), publish: Some(self.publish(journey)) }))
+    }
+
+    fn update(&self, request: &UpdateRequest) -> Result<Box<dyn Replacement>, String> {
+        if request.binary.as_deref() == Some("wherry") {
+            return Err("\"wherry\" is no absolute path".into());
+        }
+        let journey = Arc::new(FakeJourney::default());
+        journey.change(|job| job.phase = Phase::Precopy);
+        let last = self.last.clone();
+        Ok(Box::new(FakeReplacement { journey, last }))
+    }
+}
+
+struct FakeReplacement {
+    journey: Arc<FakeJourney>,
+    last: Arc<Mutex<Option<Arc<FakeJourney>>>>,
+}
+
+impl Replacement for FakeReplacement {
+    fn journey(&self) -> Arc<dyn Journey> {
+        // Asked only when it begins.
+        *self.last.lock().unwrap() = Some(self.journey.clone());
+        self.journey.clone()
+    }
+    fn run(self: Box<Self>, guest: Box<dyn Guest>, hold: &dyn Fn(bool)) -> Updated {
+        hold(true);
+        match self.journey.wait_until(|p| matches!(p, Phase::Done | Phase::Failed | Phase::Cancelled)) {
+            Phase::Done => {
+                std::mem::forget(guest);
+                Updated::Replaced { pid: 7, trouble: self.journey.job().error }
+            }
+            phase => {
+                hold(false);
+                let why = format!("it {phase:?}");
+                Updated::Kept { guest, why, refused: false }
+            }
+        }
     }
 }
 
@@ -335,11 +372,88 @@ fn a_stop_cancels_a_migration_under_way_first() {
     assert!(!alive.load(Ordering::SeqCst));
 }
 
+/// An update under way, in a thread of its own.
+fn updating(service: &Arc<Service>) -> std::thread::JoinHandle<Result<UpdateInfo, ServiceError>> {
+    let asked = service.clone();
+    let thread = std::thread::spawn(move || asked.update(&UpdateRequest::default()));
+    wait_for("the update to have begun", || service.info().state == VmState::Updating);
+    thread
+}
+
+#[test]
+fn a_vm_that_a_new_process_has_taken_ends_this_one_without_being_ended() {
+    let (service, engine, _, alive) = running(Policy::default());
+    let update = updating(&service);
+    wait_for("clients to be held off", || !*service.accepts().borrow());
+    assert!(service.pause().unwrap_err().message.contains("take it over"));
+    assert!(service.update(&UpdateRequest::default()).unwrap_err().message.contains("take it over"));
+    engine.finish(Phase::Done);
+    let info = update.join().unwrap().unwrap();
+    assert_eq!((info.pid, info.job.phase), (7, Phase::Done));
+    let ending = service.wait_for_end();
+    assert!(ending.replaced && ending.status == 0 && ending.message.contains("process 7"), "{ending:?}");
+    assert_eq!(service.info().state, VmState::Updated);
+    assert!(alive.load(Ordering::SeqCst), "what is the new process's was taken down");
+    let error = service.stop(false).unwrap_err();
+    assert!(error.message.contains("process 7"), "a stop would have been told to have happened: {error}");
+}
+
+#[test]
+fn an_update_that_fails_or_is_cancelled_leaves_the_vm_here_and_says_why() {
+    let (service, engine, _, alive) = running(Policy::default());
+    for phase in [Phase::Failed, Phase::Cancelled] {
+        let update = updating(&service);
+        match phase {
+            Phase::Cancelled => drop(service.cancel().unwrap()),
+            phase => engine.finish(phase),
+        }
+        let error = update.join().unwrap().unwrap_err();
+        assert!(error.code == ErrorCode::Failed && error.message.contains(&format!("{phase:?}")), "{error}");
+        assert_eq!(service.info().state, VmState::Running);
+        assert!(service.info().reason.unwrap().contains("the last update did not happen"));
+        assert!(*service.accepts().borrow(), "clients are held off for ever");
+    }
+    let request = UpdateRequest { binary: Some("wherry".into()) };
+    assert_eq!(service.update(&request).unwrap_err().code, ErrorCode::BadRequest);
+    assert!(alive.load(Ordering::SeqCst) && service.ending().is_none());
+}
+
+#[test]
+fn a_new_process_that_takes_the_vm_and_fails_is_told_of_and_this_one_ends_with_an_error() {
+    let (service, engine, ..) = running(Policy::default());
+    let update = updating(&service);
+    engine.set(|job| job.error = Some("it hangs".into()));
+    engine.finish(Phase::Done);
+    assert!(update.join().unwrap().unwrap_err().message.contains("it hangs"));
+    let ending = service.wait_for_end();
+    assert!(ending.replaced && ending.status == 1, "{ending:?}");
+}
+
+#[test]
+fn a_guest_that_ends_and_a_user_who_stops_it_are_heard_in_the_middle_of_an_update() {
+    let (service, _, notify, alive) = running(Policy::default());
+    let update = updating(&service);
+    exit(&notify, Exit::PowerOff);
+    assert!(update.join().unwrap().is_err());
+    assert_eq!(service.wait_for_end().message, "the guest has powered off");
+    assert!(!alive.load(Ordering::SeqCst));
+
+    let (service, _, _, alive) = running(Policy::default());
+    let update = updating(&service);
+    service.stop(false).unwrap();
+    assert!(update.join().unwrap().is_err());
+    assert_eq!(service.wait_for_end().status, 0);
+    assert!(!alive.load(Ordering::SeqCst));
+}
+
 #[test]
 fn power_off_and_crash_end_the_process_with_their_statuses() {
     let (service, _, notify, _) = running(Policy::default());
     exit(&notify, Exit::PowerOff);
-    assert_eq!(service.wait_for_end(), Ending { status: 0, message: "the guest has powered off".into() });
+    assert_eq!(
+        service.wait_for_end(),
+        Ending { status: 0, message: "the guest has powered off".into(), replaced: false }
+    );
     let (service, _, notify, _) = running(Policy::default());
     exit(&notify, Exit::Crash("triple fault on vCPU 0".into()));
     let ending = service.wait_for_end();

@@ -39,7 +39,7 @@ use wherry_pci::bus::{Bus, BusDevice};
 const PCI_PORTS: std::ops::Range<u64> = 0x1000..0x1_0000;
 
 /// What the devices of a machine are connected to on this host.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// Where the first serial port leads.
     pub serial: SerialTarget,
@@ -98,7 +98,8 @@ impl Devices {
         let escape: EscapeHandler = Arc::new(move || {
             user.tell(ExitReason::ApiStop);
         });
-        let serial = Serial::new(interrupt, &backing.serial, Some(escape)).map_err(failed)?;
+        let serial =
+            Serial::new(interrupt, &backing.connections().serial, Some(escape), backing.registry()).map_err(failed)?;
         on_pio(acpi::SERIAL_PORT.into(), SERIAL_LEN, serial.clone())?;
 
         let rtc = Arc::new(Rtc::new(ram.size(), layout::LOW_RAM_END));

@@ -30,8 +30,10 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::VmFd;
 use prost::Message;
 use wherry_fault::FaultService;
+use wherry_handover::Registry;
 use wherry_memory::{BlockId, DirtySource, FreePages, GRANULE, PageSize, Ram, VmmWrites};
 use wherry_migration::machine::{Machine, MachineDescription, MachineError, VcpuThread};
+use wherry_migration::update::Keep;
 use wherry_state::{StateStream, StateUnit, Units};
 
 pub(crate) use assemble::needs_scaling;
@@ -123,7 +125,8 @@ impl Vm {
                 free_huge_pages()
             )]));
         }
-        let backing = Backing::open(&config.serial, &config.pci).map_err(|e| VmError::Device(e.into()))?;
+        let connections = DeviceConfig { serial: config.serial.clone(), pci: config.pci.clone() };
+        let backing = Backing::open(connections, Registry::new()).map_err(|e| VmError::Device(e.into()))?;
         backing.lock().map_err(|e| VmError::Device(e.into()))?;
         let cpuid = cpu_model::table(&host, config.cpu, host.tsc_khz)?;
         let address_bits = cpu_model::address_bits(&cpuid);
@@ -306,6 +309,11 @@ impl Vm {
         self.identity
     }
 
+    /// What its devices were connected to when it was made here.
+    pub fn connections(&self) -> &DeviceConfig {
+        self.devices.backing().connections()
+    }
+
     /// Number of vCPUs.
     pub fn cpus(&self) -> u32 {
         self.description.cpus
@@ -463,6 +471,18 @@ impl Machine for Vm {
 
     fn runs_after_start(&self) -> bool {
         !self.is_paused()
+    }
+}
+
+impl Keep for Vm {
+    fn registry(&self) -> &Arc<Registry> {
+        self.devices.backing().registry()
+    }
+
+    fn cannot_keep(&self) -> Vec<String> {
+        let mut reasons = self.devices.backing().cannot_keep();
+        reasons.extend(self.board().cannot_keep());
+        reasons
     }
 }
 

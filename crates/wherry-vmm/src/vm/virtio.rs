@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
+use wherry_handover::{KeptId, Registry, RegistryError};
 use wherry_interrupt::Input;
 use wherry_memory::{DirtySource, PageSize, Ram};
 use wherry_passthrough::{OwnerError, PassthroughParts};
@@ -20,8 +21,9 @@ use wherry_virtio::vhost::{self, Backend, VhostError, VhostSpec, VhostUser};
 use wherry_virtio::{Device, PciParts, TransportError, VirtioPci};
 
 use super::VmError;
+use super::devices::DeviceConfig;
 use super::passthrough::{Owners, Plugged, VFIO_USER};
-use crate::config::{DiskConfig, PciConfig, SerialTarget};
+use crate::config::{DiskConfig, NetConfig, PciConfig, SerialTarget};
 use crate::description::{DeviceDescription, Place};
 use crate::pci::{PciError, PciRoot};
 
@@ -32,6 +34,8 @@ const CONSOLE: &str = "console";
 const RNG: &str = "rng";
 const BALLOON: &str = "balloon";
 const VHOST_USER: &str = "vhost-user";
+/// Name of the descriptor of a tap, with the number of its network device.
+const TAP: &str = "tap";
 
 /// What a device needs on this host cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -51,37 +55,51 @@ pub(crate) enum BackingError {
     /// A device process.
     #[error(transparent)]
     Owner(#[from] OwnerError),
+    /// A descriptor that was to be kept over an update.
+    #[error(transparent)]
+    Kept(#[from] RegistryError),
 }
 
 /// What this host has for the devices of one machine. Nothing is locked.
 #[derive(Debug)]
 pub(crate) struct Backing {
-    pub(super) serial: SerialTarget,
+    connections: DeviceConfig,
     disks: Vec<Arc<Image>>,
     taps: Vec<Arc<Tap>>,
     console: Option<Arc<Outside>>,
     backends: Vec<Backend>,
     owners: Owners,
+    /// What of it is kept over an update.
+    registry: Arc<Registry>,
 }
 
 impl Backing {
-    /// Opens what the configuration names.
-    pub(crate) fn open(serial: &SerialTarget, config: &PciConfig) -> Result<Self, BackingError> {
-        let serial = serial.clone();
-        let open = |disk: &DiskConfig| Image::open_as(&disk.path, disk.read_only, disk.format).map(Arc::new);
-        let disks = config.disks.iter().map(open).collect::<Result<_, _>>()?;
-        let taps = config.nets.iter().map(|net| Tap::open(&net.tap).map(Arc::new)).collect::<Result<_, _>>()?;
+    /// Opens what the configuration names, or takes what the predecessor of this process has opened.
+    pub(crate) fn open(connections: DeviceConfig, registry: Arc<Registry>) -> Result<Self, BackingError> {
+        let config = &connections.pci;
+        let disk = |(n, disk): (usize, &DiskConfig)| {
+            let DiskConfig { path, read_only, format } = disk;
+            let adopt = |fd| Ok(Image::adopt(fd, path, *read_only, *format)?);
+            let open = || Ok(Image::open_as(path, *read_only, *format)?);
+            registry.obtain::<_, BackingError>(KeptId::new(DISK, n as u32), adopt, open)
+        };
+        let disks = config.disks.iter().enumerate().map(disk).collect::<Result<_, _>>()?;
+        let tap = |(n, NetConfig { tap, .. }): (usize, &NetConfig)| {
+            let open = || Ok(Tap::open(tap)?);
+            registry.obtain::<_, BackingError>(KeptId::new(TAP, n as u32), |fd| Ok(Tap::adopt(fd, tap)), open)
+        };
+        let taps = config.nets.iter().enumerate().map(tap).collect::<Result<_, _>>()?;
         let console = config.console.as_ref().map(Outside::open).transpose()?.map(Arc::new);
         let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
         let owners = Owners::connect(&config.vfio_user)?;
-        Ok(Self { serial, disks, taps, console, backends, owners })
+        Ok(Self { connections, disks, taps, console, backends, owners, registry })
     }
 
     /// Without any device on the PCI bus.
     pub(crate) fn bare(serial: &SerialTarget) -> Self {
-        let serial = serial.clone();
+        let connections = DeviceConfig { serial: serial.clone(), pci: PciConfig::default() };
         let (disks, taps, backends) = (Vec::new(), Vec::new(), Vec::new());
-        Self { serial, disks, taps, console: None, backends, owners: Owners::default() }
+        Self { connections, disks, taps, console: None, backends, owners: Owners::default(), registry: Registry::new() }
     }
 
     /// Describes the devices of a machine that is made of this.
@@ -230,6 +248,32 @@ impl Backing {
         }
         let huge = ram.blocks().iter().any(|block| block.spec().page_size != PageSize::Base);
         huge.then(|| "it consists of huge pages, and a balloon takes pages of 4 KiB".into())
+    }
+
+    /// What it was opened from.
+    pub(super) fn connections(&self) -> &DeviceConfig {
+        &self.connections
+    }
+
+    /// What of it goes over to a new process.
+    pub(crate) fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// What of it cannot go over, each with what would lift that.
+    pub(super) fn cannot_keep(&self) -> Vec<String> {
+        let console = self.console.iter().map(|outside| {
+            let path = outside.path().display();
+            format!("its console at {path} (consoles cannot be kept yet: start the VM without --console)")
+        });
+        let backends = self.backends.iter().map(|backend| {
+            let socket = backend.spec().socket.display();
+            format!("the vhost-user device of {socket} (its connection cannot be kept yet)")
+        });
+        let terminal = crate::serial::has_terminal().then(|| {
+            "the terminal of its serial port (terminals cannot be kept yet: start the VM with another --serial)".into()
+        });
+        console.chain(backends).chain(terminal).collect()
     }
 
     /// Why memory cannot follow a machine with these devices, if so.

@@ -145,6 +145,15 @@ impl Board {
         leaving.chain(table.functions().filter_map(|function| function.blocker())).collect()
     }
 
+    /// What of it cannot be kept over an update.
+    pub(super) fn cannot_keep(&self) -> Vec<String> {
+        let table = self.slots.signal.lock();
+        let owned = |function: &Function| {
+            format!("{} (a connection to a vfio-user device cannot be kept yet: unplug it)", function.owner().name())
+        };
+        table.functions().map(|function| owned(function)).collect()
+    }
+
     fn changing(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,0 +1,228 @@
+//! Live update of the process that holds a machine: what the old one hands over beside the machine, and how the new one begins.
+//!
+//! The journey itself is [`wherry_migration::update`]. Here is what it needs of this program: the state of the process that is no
+//! machine ([`HostState`]), its own descriptors ([`Hosting`]), and the machine built from what has come.
+
+mod saved;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use prost::Message;
+use rustix::process::{Signal, pidfd_send_signal};
+use wherry_handover::{Channel, ChannelError, Ended, KeptId, LaunchError, Launched, Launcher, Registry, RegistryError};
+use wherry_migration::machine::{Machine, MachineDescription, Refusal};
+use wherry_migration::progress::Job;
+use wherry_migration::update::{self, HandOver, Keep, Successor, UpdateError, UpdateOptions};
+use wherry_migration::{Cause, Journey};
+
+use self::saved::SavedHost;
+use crate::builder::{LocalConfig, VmBuilder};
+use crate::config::MachineConfig;
+use crate::vm::{DeviceConfig, Vm};
+
+/// The word by which a new process is told to take over; its standard input is the channel.
+pub const TAKE_OVER: &str = "take-over";
+/// The word by which a launcher is made.
+pub const LAUNCHER: &str = "launcher";
+
+/// Names of the descriptors of the process itself.
+const API: &str = "api";
+const LAUNCHER_SOCKET: &str = "launcher";
+const PARENT: &str = "parent";
+
+/// What a process is beside its machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostState {
+    /// Path of its API socket.
+    pub api: PathBuf,
+    /// It stays when its VM has left.
+    pub linger: bool,
+    /// What is booted after a reset, if anything can be.
+    pub reboot: Option<MachineConfig>,
+    /// Path of its program: what is there by then is started for an update, if nothing else is asked for.
+    pub program: PathBuf,
+}
+
+/// What a process has beside its machine, for as long as it may be replaced.
+pub struct Hosting {
+    /// What it is.
+    pub state: HostState,
+    /// Starts its successor; an error says why it cannot be replaced.
+    pub launcher: Result<Arc<Launcher>, String>,
+    /// Its own descriptors.
+    registry: Arc<Registry>,
+    /// Holds the entries.
+    _kept: Vec<Arc<dyn AsFd + Send + Sync>>,
+}
+
+impl Hosting {
+    /// Of a process that serves its API at this listener. If there is a `parent`, a pidfd, it ends when that one does.
+    pub fn new(
+        state: HostState,
+        listener: UnixListener,
+        launcher: Result<Arc<Launcher>, String>,
+        parent: Option<Arc<OwnedFd>>,
+    ) -> Result<Arc<Self>, RegistryError> {
+        let registry = Registry::new();
+        let mut kept: Vec<Arc<dyn AsFd + Send + Sync>> = Vec::new();
+        let mut keep = |name, descriptor: Arc<dyn AsFd + Send + Sync>| {
+            kept.push(descriptor.clone());
+            registry.keep(KeptId::new(name, 0), descriptor)
+        };
+        keep(API, Arc::new(listener))?;
+        if let Some(socket) = launcher.as_ref().ok().and_then(|launcher| launcher.socket().ok()) {
+            keep(LAUNCHER_SOCKET, Arc::new(socket))?;
+        }
+        if let Some(parent) = parent {
+            keep(PARENT, parent)?;
+        }
+        Ok(Arc::new(Self { state, launcher, registry, _kept: kept }))
+    }
+
+    /// What of it goes over.
+    pub(crate) fn entries(&self) -> Vec<wherry_handover::Entry> {
+        self.registry.list()
+    }
+
+    /// What is said of it beside the machine.
+    pub(crate) fn saved(&self, devices: &DeviceConfig) -> Vec<u8> {
+        SavedHost::of(&self.state, devices).encode_to_vec()
+    }
+}
+
+/// A new process has the machine.
+pub(crate) struct Replaced {
+    /// It.
+    pub(crate) pid: u32,
+    /// How it went.
+    pub(crate) job: Job,
+}
+
+/// No new process has the machine.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReplaceError {
+    /// There is no launcher.
+    #[error("there is nobody who could start a new process: {0}")]
+    NoLauncher(String),
+    /// It could not be started.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    /// The channel to it could not be made.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// It did not take over.
+    #[error(transparent)]
+    Update(#[from] UpdateError),
+    /// It did not take over, and has ended.
+    #[error("{error} ({ended})")]
+    Ended {
+        /// Why.
+        error: UpdateError,
+        /// How.
+        ended: Ended,
+    },
+}
+
+impl ReplaceError {
+    /// It cannot be done as the machine is.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Self::NoLauncher(_) | Self::Update(UpdateError::RunsHere(Cause::CannotKeep(_))))
+    }
+}
+
+/// How long a process that did not take over may take to end by itself.
+const END_LIMIT: Duration = Duration::from_secs(1);
+
+/// Has a new process of that program take the machine over.
+pub(crate) fn replace(
+    hosting: &Hosting,
+    machine: Arc<Vm>,
+    program: &Path,
+    hold: &dyn Fn(bool),
+    journey: &Journey,
+) -> Result<Replaced, ReplaceError> {
+    let reasons = machine.cannot_keep();
+    if !reasons.is_empty() {
+        return Err(UpdateError::RunsHere(Cause::CannotKeep(reasons)).into());
+    }
+    let launcher = hosting.launcher.as_ref().map_err(|why| ReplaceError::NoLauncher(why.clone()))?;
+    let (channel, theirs) = Channel::pair()?;
+    let Launched { pid, pidfd } = launcher.launch(program, &[TAKE_OVER.into()], theirs.as_fd())?;
+    drop(theirs);
+    let host = hosting.saved(machine.connections());
+    let handed = HandOver { machine, entries: hosting.entries(), host, channel, hold };
+    match update::hand_over(handed, UpdateOptions::default(), journey) {
+        Ok(job) => Ok(Replaced { pid, job }),
+        Err(error) => {
+            // The channel is closed, and it can have nothing of the machine any more but descriptors.
+            let ended = launcher.ended(pid, Instant::now() + END_LIMIT).or_else(|| {
+                tracing::warn!(pid, "the new process does not end by itself");
+                // An error: it has ended after all.
+                let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+                launcher.ended(pid, Instant::now() + END_LIMIT)
+            });
+            Err(match (ended, error) {
+                // It has said why by itself.
+                (_, error @ (UpdateError::Refused(_) | UpdateError::Cancelled)) => error.into(),
+                (Some(ended), error @ UpdateError::RunsHere(_)) => ReplaceError::Ended { error, ended },
+                (_, error) => error.into(),
+            })
+        }
+    }
+}
+
+/// What a new process has taken over.
+pub struct TakenOver {
+    /// The machine. It runs.
+    pub(crate) vm: Arc<Vm>,
+    /// What the old process was.
+    pub state: HostState,
+    /// Its API socket, on which clients may wait.
+    pub listener: UnixListener,
+    /// Its launcher.
+    pub launcher: Result<Arc<Launcher>, String>,
+    /// The process with which it is to end, if there is one: a pidfd.
+    pub parent: Option<OwnedFd>,
+}
+
+/// Takes over from the process at the other end of a channel; returns when the machine runs here.
+pub fn take_over(channel: Channel, journey: &Journey) -> Result<TakenOver, UpdateError> {
+    let heir = Heir { taken: Mutex::default() };
+    let machine = update::take_over(channel, &heir, UpdateOptions::default(), journey)?;
+    drop(machine);
+    let taken = heir.taken.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let taken = taken.ok_or_else(|| UpdateError::Lost("the machine that was built has vanished".into()))?;
+    taken.vm.has_arrived();
+    Ok(taken)
+}
+
+/// Builds what has come.
+struct Heir {
+    taken: Mutex<Option<TakenOver>>,
+}
+
+impl Successor for Heir {
+    fn build(
+        &self,
+        description: &MachineDescription,
+        registry: &Arc<Registry>,
+        host: &[u8],
+    ) -> Result<Arc<dyn Machine>, Refusal> {
+        let one = |reason: String| Refusal(vec![reason]);
+        let (state, devices) = SavedHost::read(host).map_err(one)?;
+        let listener = registry.inherit(&KeptId::new(API, 0)).map_err(|error| one(error.to_string()))?;
+        let launcher = match registry.claim(&KeptId::new(LAUNCHER_SOCKET, 0)) {
+            Some(socket) => Launcher::at(socket).map(Arc::new).map_err(|error| error.to_string()),
+            None => Err("it had no launcher when it was started".into()),
+        };
+        let parent = registry.claim(&KeptId::new(PARENT, 0));
+        let vm = VmBuilder::new(LocalConfig { devices }).take_over(description, registry)?;
+        let taken = TakenOver { vm: vm.clone(), state, listener: listener.into(), launcher, parent };
+        *self.taken.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
+        Ok(vm)
+    }
+}
