@@ -182,7 +182,12 @@ impl Service {
     pub fn job(&self) -> Job {
         let inner = self.lock();
         let mut job = inner.journey.as_ref().map(|j| j.job()).unwrap_or_default();
-        if matches!(inner.state, VmState::Migrating | VmState::Receiving | VmState::Updating) {
+        if inner.following {
+            job.phase = match job.phase {
+                Phase::Done | Phase::Cancelled | Phase::Failed => Phase::Postcopy,
+                phase => phase,
+            };
+        } else if matches!(inner.state, VmState::Migrating | VmState::Receiving | VmState::Updating) {
             job.phase = match job.phase {
                 Phase::Done => Phase::Switchover,
                 Phase::Cancelled | Phase::Failed => Phase::Precopy,
