@@ -1,5 +1,5 @@
 //! `cargo run --release -p wherry-accel --example figures [NAME [BYTES]]`: the figures of `wherry bench --accel`, without
-//! the rest of it; or only the operations whose name has that, at one size.
+//! the rest of it; or only the operations whose name has that, at one size; or, by the name `served`, those of the function.
 
 use std::time::Duration;
 
@@ -7,6 +7,9 @@ use wherry_accel::bench;
 
 fn main() -> Result<(), bench::BenchError> {
     let only = std::env::args().nth(1);
+    if only.as_deref() == Some("served") {
+        return served();
+    }
     let size: Option<usize> = std::env::args().nth(2).and_then(|bytes| bytes.parse().ok());
     let sizes = size.map_or(vec![4 << 10, 64 << 10, 1 << 20], |size| vec![size]);
     for one in bench::throughput(&sizes, 5, bench::TIME, only.as_deref())? {
@@ -29,5 +32,18 @@ fn main() -> Result<(), bench::BenchError> {
         bench::scaling(2, 5)? / 1e6
     );
     println!("shares of an engine: {:.3?}", bench::fairness(3, Duration::from_secs(1))?);
+    served()
+}
+
+/// Through the function, over vfio-user.
+fn served() -> Result<(), bench::BenchError> {
+    println!("empty request through the function, ns: {:?}", bench::served_latency(5000)?);
+    for one in bench::served_throughput(64 << 10, 5, bench::TIME)? {
+        let (served, library, percent) = (one.served / 1e6, one.library / 1e6, 100.0 * one.ratio);
+        println!(
+            "{:<15} {:>8} B  {served:>8.0} MB/s  by the library {library:>8.0} MB/s  {percent:.0} %",
+            one.operation, one.bytes
+        );
+    }
     Ok(())
 }

@@ -4,12 +4,15 @@
 //! drifts is the same for both. The device reads and writes a client's memory; the direct call has its input and output in
 //! slices of its own. Both keep from one call to the next what the crate lets them keep.
 //!
-//! - this file: the device and its client. `operations`: what is measured.
+//! - this file: the device and its client. `operations`: what is measured. `served`: the same through the function.
 
 mod operations;
+mod served;
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use wherry_vfio_user::VfioUserError;
 
 use crate::abi::{Completion, Descriptor, Fence, opcode, status};
 use crate::catalogue::{Catalogue, CatalogueError, Host};
@@ -17,17 +20,22 @@ use crate::clock::RealClock;
 use crate::device::{Caller, Config, Device, NoInterrupts, Notify};
 use crate::drive::Workers;
 use crate::error::Refused;
+use crate::function::FunctionError;
 use crate::keys::{FleetKey, KeyKind};
 use crate::memory::{AddressSpace, Arena, ArenaError, Fault};
 use crate::scheduler::FenceState;
 
 use operations::{Operation, operations};
 
+pub use served::{ServedLatency, ServedThroughput, served_latency, served_throughput};
+
 const BASE: u64 = 0x10_0000;
 /// Input, then output, then what belongs to the client itself.
 const HALF: u64 = 32 << 20;
 const OUTPUT: u64 = BASE + HALF;
 const OWN: u64 = OUTPUT + HALF;
+/// All of it.
+const BYTES: u64 = 2 * HALF + (16 << 20);
 /// How long one measurement takes, about: long beside what it takes to see that it is over.
 pub const TIME: Duration = Duration::from_millis(25);
 /// Most operations of one measurement: their descriptors have to fit.
@@ -56,8 +64,14 @@ pub enum BenchError {
     #[error("using the device's memory")]
     Fault(#[from] Fault),
     /// No thread.
-    #[error("starting workers")]
+    #[error("starting threads, or sharing memory with them")]
     Threads(#[from] std::io::Error),
+    /// No function.
+    #[error("making the function")]
+    Function(#[from] FunctionError),
+    /// The function's client is refused something.
+    #[error("speaking with the function")]
+    Client(#[from] VfioUserError),
     /// Work did not end, or not well.
     #[error("{0} has not ended within {LIMIT:?}, or failed")]
     Work(&'static str),
@@ -146,13 +160,8 @@ impl Rig {
         let host = Host::uniform(workers);
         let config = Config { catalogue: catalogue()?, host, clock: Arc::new(RealClock::default()), notify, seed: 1 };
         let device = Arc::new(Device::new(config)?);
-        let memory = Arc::new(Arena::new(&[(BASE, 2 * HALF + (16 << 20))])?);
-        // Text-like: what repeats, but not at once. Touched as a whole, so that no page is handed out meanwhile.
-        memory.write(BASE, &input())?;
-        memory.write(OUTPUT, &vec![1; HALF as usize])?;
-        memory.write(OWN, &[0; 64])?;
-        memory.write(operations::BITMAP, &[0xfc, 0xff])?;
-        memory.write(operations::PROGRAM, operations::SUM.map(u64::to_le_bytes).as_flattened())?;
+        let memory = Arc::new(Arena::new(&[(BASE, BYTES)])?);
+        fill(|at, bytes| Ok(memory.write(at, bytes)?))?;
         device.set_space(0, memory.clone());
         let fleet = FleetKey::new([1; 32]);
         for (handle, kind) in [(1, KeyKind::Aes256Gcm), (2, KeyKind::ChaCha20Poly1305), (3, KeyKind::HmacSha256)] {
@@ -184,6 +193,15 @@ impl Rig {
         self.wait(fence, what)?;
         Ok(begin.elapsed())
     }
+}
+
+/// Fills a client's memory. Text-like: what repeats, but not at once. Touched as a whole, so that no page is handed out meanwhile.
+fn fill(write: impl Fn(u64, &[u8]) -> Result<(), BenchError>) -> Result<(), BenchError> {
+    write(BASE, &input())?;
+    write(OUTPUT, &vec![1; HALF as usize])?;
+    write(OWN, &[0; 64])?;
+    write(operations::BITMAP, &[0xfc, 0xff])?;
+    write(operations::PROGRAM, operations::SUM.map(u64::to_le_bytes).as_flattened())
 }
 
 fn input() -> Vec<u8> {
@@ -382,6 +400,11 @@ mod tests {
         assert!(all.iter().all(|one| one.device > 0.0 && one.direct > 0.0), "{all:?}");
         let (polled, woken) = latency(3).unwrap();
         assert!(polled.p50 > 0 && woken.p99 >= woken.p50);
+        let served = served_latency(50).unwrap();
+        let all = [served.message, served.eventfd, served.polled, served.both_eventfd];
+        assert!(all.iter().all(|one| one.p50 > 0 && one.p99 >= one.p50), "{served:?}");
+        let through = served_throughput(4096, 1, Duration::from_millis(1)).unwrap();
+        assert!(through.len() == 3 && through.iter().all(|one| one.served > 0.0 && one.library > 0.0), "{through:?}");
         let shares = fairness(2, Duration::from_millis(20)).unwrap();
         assert!((shares.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{shares:?}");
     }

@@ -29,6 +29,44 @@ struct Operation {
     processor_ratio: Option<f64>,
 }
 
+/// Half of the empty requests took no longer, and 99 of 100.
+#[derive(Serialize)]
+struct Latency {
+    p50_ns: u64,
+    p99_ns: u64,
+}
+
+impl Latency {
+    fn of(latency: engine::Latency) -> Self {
+        Self { p50_ns: latency.p50, p99_ns: latency.p99 }
+    }
+
+    fn text(&self) -> String {
+        format!("p50 {:.1} us, p99 {:.1} us", self.p50_ns as f64 / 1e3, self.p99_ns as f64 / 1e3)
+    }
+}
+
+/// An operation through the function.
+#[derive(Serialize)]
+struct Through {
+    operation: &'static str,
+    bytes: usize,
+    served_bytes_per_s: f64,
+    library_bytes_per_s: f64,
+    /// The median of the pairs.
+    ratio: f64,
+}
+
+/// The device as a PCI function over vfio-user.
+#[derive(Serialize)]
+struct Served {
+    message: Latency,
+    eventfd: Latency,
+    polled: Latency,
+    both_eventfd: Latency,
+    throughput: Vec<Through>,
+}
+
 /// All of it.
 #[derive(Serialize)]
 struct Results {
@@ -37,6 +75,8 @@ struct Results {
     polled_p99_ns: u64,
     interrupt_p50_ns: u64,
     interrupt_p99_ns: u64,
+    /// Through the function, over vfio-user.
+    served: Served,
     /// SHA-256 on four engines by one worker, and by two.
     by_workers_bytes_per_s: [f64; 2],
     /// Shares of an engine that three contexts of one priority got.
@@ -54,6 +94,9 @@ pub(super) fn bench(options: &Bench) -> Result<u8> {
     let measured = engine::throughput(&SIZES, runs, engine::TIME, None).context("measuring the engines")?;
     say("empty requests, workers, fairness");
     let (polled, woken) = engine::latency(REQUESTS).context("measuring empty requests")?;
+    say("the same through the function");
+    let latency = engine::served_latency(REQUESTS).context("measuring the function")?;
+    let through = engine::served_throughput(SIZES[1], runs, engine::TIME).context("measuring the function")?;
     let scaling = |workers| engine::scaling(workers, runs).context("measuring workers");
     let results = Results {
         operations: measured
@@ -71,6 +114,22 @@ pub(super) fn bench(options: &Bench) -> Result<u8> {
         polled_p99_ns: polled.p99,
         interrupt_p50_ns: woken.p50,
         interrupt_p99_ns: woken.p99,
+        served: Served {
+            message: Latency::of(latency.message),
+            eventfd: Latency::of(latency.eventfd),
+            polled: Latency::of(latency.polled),
+            both_eventfd: Latency::of(latency.both_eventfd),
+            throughput: through
+                .into_iter()
+                .map(|one| Through {
+                    operation: one.operation,
+                    bytes: one.bytes,
+                    served_bytes_per_s: one.served,
+                    library_bytes_per_s: one.library,
+                    ratio: one.ratio,
+                })
+                .collect(),
+        },
         by_workers_bytes_per_s: [scaling(1)?, scaling(2)?],
         shares: engine::fairness(3, FAIR).context("measuring fairness")?,
     };
@@ -108,6 +167,23 @@ impl Results {
             us(self.interrupt_p50_ns),
             us(self.interrupt_p99_ns)
         ));
+        text.push_str(&format!(
+            "Through the function, over vfio-user: told by message {}; by eventfd {}; polled {}; by eventfd both ways {}\n",
+            self.served.message.text(),
+            self.served.eventfd.text(),
+            self.served.polled.text(),
+            self.served.both_eventfd.text()
+        ));
+        for one in &self.served.throughput {
+            text.push_str(&format!(
+                "  {} of {}: {}, by the library {} ({:.0} %)\n",
+                one.operation,
+                report::bytes(one.bytes as u64),
+                rate(one.served_bytes_per_s),
+                rate(one.library_bytes_per_s),
+                100.0 * one.ratio
+            ));
+        }
         text.push_str(&format!(
             "SHA-256 on four engines: {} by one worker, {} by two ({:.2} times)\n",
             rate(one),
