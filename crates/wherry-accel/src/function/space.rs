@@ -1,5 +1,6 @@
 //! The client's memory as an address space of the device.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
@@ -28,6 +29,11 @@ impl BusSpace {
     }
 }
 
+thread_local! {
+    /// What a copy goes through: of at most [`MAX_MOVE`] bytes, and kept, since a fresh one for each costs more than the copy.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 impl AddressSpace for BusSpace {
     fn read(&self, at: u64, to: &mut [u8]) -> Result<(), Fault> {
         let fault = Fault { at, bytes: to.len() as u64, access: Access::Read };
@@ -50,9 +56,14 @@ impl AddressSpace for BusSpace {
             return Err(Fault { at: from, bytes, access: Access::Read });
         }
         self.check(to, bytes, Access::Write)?;
-        let mut buffer = vec![0; bytes as usize];
-        self.read(from, &mut buffer)?;
-        self.write(to, &buffer)
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < bytes as usize {
+                buffer.resize(bytes as usize, 0);
+            }
+            let buffer = &mut buffer[..bytes as usize];
+            self.read(from, buffer)?;
+            self.write(to, buffer)
+        })
     }
 
     fn atomic(&self, at: u64, width: Width, operation: Atomic) -> Result<u64, Fault> {
