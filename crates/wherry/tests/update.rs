@@ -307,11 +307,13 @@ fn what_cannot_be_kept_and_what_cannot_be_now_is_refused_by_name_before_anything
         return;
     }
     let place = Place::new();
-    let console = format!("unix:{}", place.path("console").display());
-    let vm = place.run_with("0", &["--console", &console], &[]);
+    let process = support::testdma::Process::start(&place, "d0", &[]);
+    let device = format!("vfio-user={}", process.socket.display());
+    let vm = place.run_with("0", &["--device", &device], &[]);
     let output = place.control("0", &["update"]);
     assert_eq!(output.status.code(), Some(1));
-    assert!(stderr(&output).contains("its console at"), "{}", stderr(&output));
+    let socket = process.socket.display().to_string();
+    assert!(stderr(&output).contains(&socket) && stderr(&output).contains("cannot be kept"), "{}", stderr(&output));
     assert_eq!(place.wait_for_state("0", "running")["pid"], vm.pid());
     let (_there, _) = place.receive("1", &[]);
     let output = place.control("1", &["update"]);
@@ -358,35 +360,39 @@ fn a_paused_vm_stays_paused_and_one_that_has_moved_or_was_updated_moves_and_is_u
 }
 
 #[test]
-fn a_serial_port_keeps_its_clients_and_its_file_and_not_a_byte_is_lost() {
-    if !kvm("a_serial_port_keeps_its_clients_and_its_file_and_not_a_byte_is_lost") {
+fn a_serial_port_and_a_console_keep_their_clients_and_their_sockets() {
+    if !kvm("a_serial_port_and_a_console_keep_their_clients_and_their_sockets") {
         return;
     }
     let place = Place::new();
-    let socket = place.path("serial");
-    let serial = format!("socket:{}", socket.display());
-    let _first = place.run_with("0", &["--serial", &serial], &[]);
-    let mut client = UnixStream::connect(&socket).unwrap();
-    client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-    client.write_all(b"waits for a guest that does not read\n").unwrap();
+    let sockets = [place.path("serial"), place.path("console")];
+    let [serial, console] = [("socket", 0), ("unix", 1)].map(|(kind, n)| format!("{kind}:{}", sockets[n].display()));
+    let _first = place.run_with("0", &["--serial", &serial, "--console", &console], &[]);
+    let mut clients = sockets.each_ref().map(|socket| {
+        let mut client = UnixStream::connect(socket).unwrap();
+        client.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        client.write_all(b"waits for a guest that does not read\n").unwrap();
+        client
+    });
     for n in 0..3 {
         updated(&place.control("0", &["update", "--json"]), &format!("update {n}"));
         std::mem::forget(Process::behind(&place, "0"));
-        let mut byte = [0];
-        let read = client.read(&mut byte);
-        let open = match &read {
-            Ok(bytes) => *bytes > 0,
-            Err(error) => error.kind() == std::io::ErrorKind::WouldBlock,
-        };
-        assert!(open, "update {n}: the client was dropped: {read:?}");
+        for (client, socket) in clients.iter_mut().zip(&sockets) {
+            let read = client.read(&mut [0]);
+            let open = match &read {
+                Ok(bytes) => *bytes > 0,
+                Err(error) => error.kind() == std::io::ErrorKind::WouldBlock,
+            };
+            assert!(open, "update {n}: the client of {} was dropped: {read:?}", socket.display());
+        }
     }
     let last = Process::behind(&place, "0");
     assert_alive(&place, "0");
-    // Others still find the socket.
-    UnixStream::connect(&socket).unwrap();
+    // Others still find the sockets.
+    sockets.iter().for_each(|socket| drop(UnixStream::connect(socket).unwrap()));
     assert_eq!(place.control("0", &["stop"]).status.code(), Some(0));
     last.await_end("which was stopped");
-    assert!(!socket.exists(), "the socket goes with the last process");
+    assert!(sockets.iter().all(|socket| !socket.exists()), "the sockets go with the last process");
 }
 
 #[test]

@@ -152,8 +152,9 @@ impl<M: Keep + ?Sized> Old<'_, M> {
         self.blackout.stop_us = us(stop.elapsed());
         reach(&self.journey, Point::OldStopped);
         let saving = Instant::now();
-        self.send_kept()?;
         let state = machine.units().save()?;
+        // Nothing comes or goes any more.
+        self.send_kept()?;
         let digest = state.digest().to_vec();
         self.blackout.state_us = us(saving.elapsed());
         reach(&self.journey, Point::OldSaved);

@@ -40,7 +40,7 @@ pub(super) struct Bytes {
     outside: Arc<Outside>,
     shared: Arc<Shared>,
     epoll: OwnedFd,
-    client: Option<UnixStream>,
+    client: Option<Arc<UnixStream>>,
     /// There is more to read, as far as is known.
     sends: bool,
     /// Output is lost: the file takes no more.
@@ -61,14 +61,15 @@ impl Bytes {
     pub(super) fn new(outside: Arc<Outside>, shared: Arc<Shared>) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         if let End::Socket(listener, _) = &outside.end {
-            epoll::add(&epoll, listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
+            epoll::add(&epoll, &**listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
         }
-        let sends = matches!(outside.end, End::Pty { .. });
+        let client = outside.take_client();
+        let sends = matches!(outside.end, End::Pty { .. }) || client.is_some();
         Ok(Self {
             outside,
             shared,
             epoll,
-            client: None,
+            client,
             sends,
             gone: false,
             armed: None,
@@ -82,7 +83,7 @@ impl Bytes {
     /// What bytes go to and come from, if there is something.
     fn stream(&self) -> Option<BorrowedFd<'_>> {
         match &self.outside.end {
-            End::Socket(..) => self.client.as_ref().map(AsFd::as_fd),
+            End::Socket(..) => self.client.as_deref().map(AsFd::as_fd),
             End::Pty { master, .. } => Some(master.as_fd()),
             End::File(file) => (!self.gone).then(|| file.as_fd()),
         }
@@ -117,7 +118,10 @@ impl Bytes {
         {
             // The newest wins: one that hangs cannot keep others out.
             self.part();
-            (self.client, self.sends) = (Some(stream), true);
+            match self.outside.admit(stream) {
+                Ok(stream) => (self.client, self.sends) = (Some(stream), true),
+                Err(error) => tracing::error!(%error, "taking in a client of a console"),
+            }
         }
     }
 

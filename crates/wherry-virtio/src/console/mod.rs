@@ -47,7 +47,8 @@ struct Held {
 #[derive(Default)]
 struct Shared {
     held: Mutex<Held>,
-    /// What waits was saved: it belongs to whoever restores it, unless the device is started again.
+    /// What waits was saved: it belongs to whoever restores it, unless the device is started again. Or it will be restored, and is
+    /// still another process's.
     given: AtomicBool,
 }
 
@@ -67,9 +68,14 @@ pub struct Console {
 impl Console {
     /// A device with this at its other end; `instance` as that of its transport.
     pub fn new(outside: Arc<Outside>, instance: u32) -> io::Result<Self> {
-        let shared = Arc::new(Shared::default());
+        let elsewhere = outside.is_elsewhere();
+        let shared = Arc::new(Shared { given: elsewhere.into(), ..Shared::default() });
         let bytes = Bytes::new(outside, shared.clone())?;
         let worker = Worker::spawn(format!("virtio-con-{instance}"), bytes)?;
+        if elsewhere {
+            // It rests until it is started.
+            worker.quiesce();
+        }
         Ok(Self { worker, shared, instance })
     }
 }

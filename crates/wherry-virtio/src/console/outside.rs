@@ -2,13 +2,15 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::pty::OpenptFlags;
+use wherry_handover::{KeptId, Registry, RegistryError};
 use wherry_socket::{SocketError, SocketFile};
 
 /// What a console is to be connected to.
@@ -34,6 +36,9 @@ pub enum OutsideError {
     /// There is something else where the link would be.
     #[error("console at {}: there is something already that is no symbolic link; it is not replaced", .0.display())]
     NoLink(PathBuf),
+    /// A descriptor that was to be kept over an update.
+    #[error("console: {0}")]
+    Kept(#[from] RegistryError),
     /// Anything else.
     #[error("console at {}: {what}: {source}", .path.display())]
     Io {
@@ -52,40 +57,93 @@ pub struct Outside {
     pub(super) end: End,
     path: PathBuf,
     removed: AtomicBool,
+    registry: Arc<Registry>,
+    /// The client that the predecessor of this process had.
+    client: Mutex<Option<Arc<UnixStream>>>,
 }
 
 #[derive(Debug)]
 pub(super) enum End {
-    Socket(UnixListener, SocketFile),
+    Socket(Arc<UnixListener>, SocketFile),
     /// The master. The terminal itself is held open, or the master would report its end whenever nobody has it open.
     Pty {
-        master: OwnedFd,
-        _terminal: OwnedFd,
+        master: Arc<OwnedFd>,
+        _terminal: Arc<OwnedFd>,
         name: PathBuf,
     },
-    File(File),
+    File(Arc<File>),
+}
+
+/// What is kept over an update.
+const LISTENER: &str = "console/listener";
+const CLIENT: &str = "console/client";
+const MASTER: &str = "console/master";
+const TERMINAL: &str = "console/terminal";
+const OUTPUT: &str = "console/output";
+
+fn keep<T: AsFd + Send + Sync + 'static>(registry: &Registry, name: &str, it: T) -> Result<Arc<T>, RegistryError> {
+    let it = Arc::new(it);
+    registry.keep(KeptId::new(name, 0), it.clone())?;
+    Ok(it)
 }
 
 impl Outside {
-    /// Makes it, or opens it.
-    pub fn open(target: &ConsoleTarget) -> Result<Self, OutsideError> {
+    /// Makes it, or opens it, or takes what the predecessor of this process has made.
+    pub fn open(target: &ConsoleTarget, registry: &Arc<Registry>) -> Result<Self, OutsideError> {
+        let inherited = |name| registry.inherit(&KeptId::new(name, 0));
+        let mut client = None;
         let (end, path) = match target {
             ConsoleTarget::Socket(path) => {
-                let (listener, file) = SocketFile::bind(path)?;
+                let (listener, file) = match registry.succeeds() {
+                    true => (UnixListener::from(inherited(LISTENER)?), SocketFile::adopt(path)?),
+                    false => SocketFile::bind(path)?,
+                };
                 listener.set_nonblocking(true).map_err(failed(path, "listening"))?;
-                (End::Socket(listener, file), path)
+                let came = registry.claim(&KeptId::new(CLIENT, 0)).map(UnixStream::from);
+                client = came.map(|stream| keep(registry, CLIENT, stream)).transpose()?;
+                (End::Socket(keep(registry, LISTENER, listener)?, file), path)
             }
-            ConsoleTarget::Pty(path) => (pty(path)?, path),
+            ConsoleTarget::Pty(path) => {
+                let (master, terminal, name) = match registry.succeeds() {
+                    true => {
+                        let master = inherited(MASTER)?;
+                        let name = name_of(&master).map_err(failed(path, "finding its pseudo-terminal"))?;
+                        (master, inherited(TERMINAL)?, name)
+                    }
+                    false => pty(path)?,
+                };
+                let (master, _terminal) = (keep(registry, MASTER, master)?, keep(registry, TERMINAL, terminal)?);
+                (End::Pty { master, _terminal, name }, path)
+            }
             ConsoleTarget::File(path) => {
                 // What another VM, or this one elsewhere, has written before stays. A pipe that nobody reads is refused by
                 // the kernel, and does not hold us up.
-                let mut options = File::options();
-                options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
-                let file = options.open(path).map_err(failed(path, "opening it"))?;
-                (End::File(file), path)
+                let open = || {
+                    let mut options = File::options();
+                    options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
+                    options.open(path).map_err(failed(path, "opening it"))
+                };
+                let id = KeptId::new(OUTPUT, 0);
+                (End::File(registry.obtain::<_, OutsideError>(id, |fd| Ok(fd.into()), open)?), path)
             }
         };
-        Ok(Self { end, path: path.clone(), removed: AtomicBool::new(false) })
+        let (registry, client) = (registry.clone(), Mutex::new(client));
+        Ok(Self { end, path: path.clone(), removed: AtomicBool::new(false), registry, client })
+    }
+
+    /// The predecessor still has it: nothing is read, written or accepted yet.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.registry.succeeds()
+    }
+
+    /// The client that there was before this process.
+    pub(super) fn take_client(&self) -> Option<Arc<UnixStream>> {
+        self.client.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// A client that has come; it goes over in an update. There is no other one.
+    pub(super) fn admit(&self, stream: UnixStream) -> Result<Arc<UnixStream>, RegistryError> {
+        keep(&self.registry, CLIENT, stream)
     }
 
     /// Where it is.
@@ -117,16 +175,20 @@ fn failed<E: Into<io::Error>>(path: &Path, what: &'static str) -> impl FnOnce(E)
     move |source| OutsideError::Io { path: path.into(), what, source: source.into() }
 }
 
-/// Makes a pseudo-terminal in raw mode, and a link to it over one that leads nowhere any more.
-fn pty(link: &Path) -> Result<End, OutsideError> {
+fn name_of(master: &OwnedFd) -> Result<PathBuf, rustix::io::Errno> {
+    let name = rustix::pty::ptsname(master, Vec::new())?;
+    Ok(PathBuf::from(String::from_utf8_lossy(name.as_bytes()).into_owned()))
+}
+
+/// Makes a pseudo-terminal in raw mode (master, terminal and its name), and a link to it over one that leads nowhere any more.
+fn pty(link: &Path) -> Result<(OwnedFd, OwnedFd, PathBuf), OutsideError> {
     const MAKING: &str = "making a pseudo-terminal";
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = rustix::pty::openpt(flags).map_err(failed(link, MAKING))?;
     rustix::pty::grantpt(&master).map_err(failed(link, MAKING))?;
     rustix::pty::unlockpt(&master).map_err(failed(link, MAKING))?;
     rustix::io::ioctl_fionbio(&master, true).map_err(failed(link, MAKING))?;
-    let name = rustix::pty::ptsname(&master, Vec::new()).map_err(failed(link, MAKING))?;
-    let name = PathBuf::from(String::from_utf8_lossy(name.as_bytes()).into_owned());
+    let name = name_of(&master).map_err(failed(link, MAKING))?;
     let mut options = File::options();
     options.read(true).write(true).custom_flags(libc::O_NOCTTY);
     let terminal = OwnedFd::from(options.open(&name).map_err(failed(link, MAKING))?);
@@ -142,5 +204,5 @@ fn pty(link: &Path) -> Result<End, OutsideError> {
         Err(_) => {}
     }
     std::os::unix::fs::symlink(&name, link).map_err(failed(link, "making the link"))?;
-    Ok(End::Pty { master, _terminal: terminal, name })
+    Ok((master, terminal, name))
 }

@@ -3,6 +3,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use vm_memory::{Bytes as _, GuestAddress};
+use wherry_handover::{KeptId, Registry};
 use wherry_state::{Saved, StateUnit};
 
 use super::*;
@@ -49,7 +50,7 @@ fn connect(path: &Path) -> UnixStream {
 
 /// One whose driver has not begun.
 fn idle(target: &ConsoleTarget) -> Driver {
-    let outside = Arc::new(Outside::open(target).unwrap());
+    let outside = Arc::new(Outside::open(target, &Registry::new()).unwrap());
     let driver = Driver::new(Arc::new(Console::new(outside, 0).unwrap()), ram());
     driver.switch_on(true);
     driver
@@ -115,7 +116,7 @@ fn rest_full(driver: &Driver) -> Section {
 
 /// The same guest on another device with this at its other end.
 fn arrive(from: &Driver, section: &Section, target: &ConsoleTarget) -> Driver {
-    let outside = Arc::new(Outside::open(target).unwrap());
+    let outside = Arc::new(Outside::open(target, &Registry::new()).unwrap());
     let mut driver = Driver::new(Arc::new(Console::new(outside, 0).unwrap()), from.ram.clone());
     driver.function.restore(section).unwrap();
     driver.follow(from);
@@ -297,7 +298,7 @@ fn impossible_state_is_refused() {
     let driver = lab.driver(&lab.target("s"));
     let good = SavedConsole::from_section(&rest(&driver)).unwrap();
     let refused = |saved: SavedConsole, word: &str| {
-        let console = Console::new(Arc::new(Outside::open(&lab.target("t")).unwrap()), 0).unwrap();
+        let console = Console::new(Arc::new(Outside::open(&lab.target("t"), &Registry::new()).unwrap()), 0).unwrap();
         let error = console.restore(&saved.to_section(&UnitId::new(KIND.name, 0))).unwrap_err().to_string();
         assert!(error.contains(word), "{error}");
     };
@@ -344,7 +345,7 @@ fn a_terminal_is_found_by_its_link_and_raw() {
     let lab = Lab::new();
     let link = lab.path("tty");
     let mut driver = lab.driver(&ConsoleTarget::Pty(link.clone()));
-    let error = Outside::open(&ConsoleTarget::Pty(link.clone())).unwrap_err();
+    let error = Outside::open(&ConsoleTarget::Pty(link.clone()), &Registry::new()).unwrap_err();
     assert!(matches!(error, OutsideError::InUse(_)), "{error}");
     let mut terminal = std::fs::File::options().read(true).write(true).open(&link).unwrap();
     say(&mut driver, 0, b"login:\n");
@@ -367,21 +368,123 @@ fn a_terminal_is_found_by_its_link_and_raw() {
     drop(driver);
     assert!(std::fs::symlink_metadata(&link).is_err(), "the link is still there");
     std::fs::write(&link, "precious").unwrap();
-    let error = Outside::open(&ConsoleTarget::Pty(link)).unwrap_err();
+    let error = Outside::open(&ConsoleTarget::Pty(link), &Registry::new()).unwrap_err();
     assert!(matches!(error, OutsideError::NoLink(_)), "{error}");
 }
 
 #[test]
 fn a_socket_of_a_process_that_lives_is_left_alone_and_ours_is_removed() {
     let lab = Lab::new();
-    let outside = Outside::open(&lab.target("s")).unwrap();
-    let error = Outside::open(&lab.target("s")).unwrap_err();
+    let outside = Outside::open(&lab.target("s"), &Registry::new()).unwrap();
+    let error = Outside::open(&lab.target("s"), &Registry::new()).unwrap_err();
     assert!(matches!(error, OutsideError::Socket(_)) && error.to_string().contains("/s;"), "{error}");
     drop(outside);
     assert!(!lab.path("s").exists());
     // What a dead process leaves behind.
     drop(std::os::unix::net::UnixListener::bind(lab.path("s")).unwrap());
-    drop(Outside::open(&lab.target("s")).unwrap());
-    let error = Outside::open(&ConsoleTarget::File("/nonexistent/log".into())).unwrap_err();
+    drop(Outside::open(&lab.target("s"), &Registry::new()).unwrap());
+    let error = Outside::open(&ConsoleTarget::File("/nonexistent/log".into()), &Registry::new()).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/log"), "{error}");
+}
+
+/// A device with what a registry has at its other end, and that registry's successor.
+fn replaced(from: &Driver, registry: &Registry, section: &Section, target: &ConsoleTarget) -> (Driver, Arc<Registry>) {
+    use std::os::fd::AsFd;
+    let successor = Registry::of_successor();
+    let entries = registry.list();
+    let pass = |entry: &wherry_handover::Entry| (entry.id.clone(), entry.as_fd().try_clone_to_owned().unwrap());
+    successor.arrived(entries.iter().map(pass)).unwrap();
+    let outside = Arc::new(Outside::open(target, &successor).unwrap());
+    assert!(successor.unclaimed().is_empty(), "{:?}", successor.unclaimed());
+    let mut driver = Driver::new(Arc::new(Console::new(outside, 0).unwrap()), from.ram.clone());
+    driver.function.restore(section).unwrap();
+    driver.follow(from);
+    (driver, successor)
+}
+
+fn kept(target: &ConsoleTarget) -> (Driver, Arc<Registry>) {
+    let registry = Registry::new();
+    let outside = Arc::new(Outside::open(target, &registry).unwrap());
+    let mut driver = Driver::new(Arc::new(Console::new(outside, 0).unwrap()), ram());
+    driver.switch_on(true);
+    driver.set_up_rings(VERSION_1, 2);
+    (driver, registry)
+}
+
+#[test]
+fn in_a_live_update_a_client_stays_and_hears_and_says_everything_once() {
+    let lab = Lab::new();
+    let target = lab.target("s");
+    let (mut old, registry) = kept(&target);
+    let mut client = lab.connect("s");
+    say(&mut old, 0, b"before ");
+    assert_eq!(read(&mut client, 7), b"before ");
+    client.write_all(b"to the old one ").unwrap();
+    let section = rest(&old);
+    // It is nobody's while it is on its way.
+    client.write_all(b"to nobody yet").unwrap();
+    let (mut new, successor) = replaced(&old, &registry, &section, &target);
+    std::mem::forget(old);
+    assert!(successor.list().iter().any(|entry| entry.id == KeptId::new("console/client", 0)));
+    successor.settle();
+    new.function.start().unwrap();
+    say(&mut new, 1, b"after");
+    assert_eq!(read(&mut client, 5), b"after");
+    let mut bytes = Vec::new();
+    for n in 2..12 {
+        give(&mut new, n, 64);
+    }
+    while bytes.len() < 28 {
+        bytes.extend(heard(&mut new));
+    }
+    assert_eq!(bytes, b"to the old one to nobody yet");
+    // Others come as ever, and the socket is still the same.
+    let mut next = lab.connect("s");
+    until("the next client to be heard", || {
+        say(&mut new, 1, b"x");
+        next.set_read_timeout(Some(std::time::Duration::from_millis(20))).unwrap();
+        next.read_exact(&mut [0]).is_ok()
+    });
+}
+
+#[test]
+fn in_a_live_update_a_pseudo_terminal_and_a_file_are_the_same_ones() {
+    let lab = Lab::new();
+    let link = lab.path("tty");
+    let target = ConsoleTarget::Pty(link.clone());
+    let (mut old, registry) = kept(&target);
+    let mut terminal = std::fs::File::options().read(true).write(true).open(&link).unwrap();
+    say(&mut old, 0, b"one");
+    assert_eq!(read(&mut terminal, 3), b"one");
+    let section = rest(&old);
+    let (mut new, successor) = replaced(&old, &registry, &section, &target);
+    std::mem::forget(old);
+    successor.settle();
+    new.function.start().unwrap();
+    say(&mut new, 1, b"two");
+    assert_eq!(read(&mut terminal, 3), b"two");
+    drop(new);
+    assert!(std::fs::symlink_metadata(&link).is_err(), "the link goes with the last process");
+
+    let path = lab.path("file");
+    let target = ConsoleTarget::File(path.clone());
+    let (mut old, registry) = kept(&target);
+    say(&mut old, 0, b"one ");
+    until("the output", || std::fs::read(&path).unwrap() == b"one ");
+    let section = rest(&old);
+    let (mut new, successor) = replaced(&old, &registry, &section, &target);
+    std::mem::forget(old);
+    successor.settle();
+    new.function.start().unwrap();
+    say(&mut new, 1, b"two");
+    until("the output to go on", || std::fs::read(&path).unwrap() == b"one two");
+}
+
+#[test]
+fn a_successor_without_the_other_end_of_a_console_is_told_which_is_missing() {
+    let lab = Lab::new();
+    for target in [lab.target("s"), ConsoleTarget::Pty(lab.path("t")), ConsoleTarget::File(lab.path("f"))] {
+        let error = Outside::open(&target, &Registry::of_successor()).unwrap_err().to_string();
+        assert!(error.contains("there is no descriptor console/"), "{error}");
+    }
 }

@@ -89,7 +89,8 @@ impl Backing {
             registry.obtain::<_, BackingError>(KeptId::new(TAP, n as u32), |fd| Ok(Tap::adopt(fd, tap)), open)
         };
         let taps = config.nets.iter().enumerate().map(tap).collect::<Result<_, _>>()?;
-        let console = config.console.as_ref().map(Outside::open).transpose()?.map(Arc::new);
+        let console =
+            config.console.as_ref().map(|target| Outside::open(target, &registry).map(Arc::new)).transpose()?;
         let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
         let owners = Owners::connect(&config.vfio_user)?;
         Ok(Self { connections, disks, taps, console, backends, owners, registry })
@@ -262,10 +263,6 @@ impl Backing {
 
     /// What of it cannot go over, each with what would lift that.
     pub(super) fn cannot_keep(&self) -> Vec<String> {
-        let console = self.console.iter().map(|outside| {
-            let path = outside.path().display();
-            format!("its console at {path} (consoles cannot be kept yet: start the VM without --console)")
-        });
         let backends = self.backends.iter().map(|backend| {
             let socket = backend.spec().socket.display();
             format!("the vhost-user device of {socket} (its connection cannot be kept yet)")
@@ -273,7 +270,7 @@ impl Backing {
         let terminal = crate::serial::has_terminal().then(|| {
             "the terminal of its serial port (terminals cannot be kept yet: start the VM with another --serial)".into()
         });
-        console.chain(backends).chain(terminal).collect()
+        backends.chain(terminal).collect()
     }
 
     /// Why memory cannot follow a machine with these devices, if so.
