@@ -1,9 +1,12 @@
 //! Bells as eventfds, and the thread that listens to them and polls.
+//!
+//! The client has the same eventfds, and may do with them what it wants: drain them, fill them, have them block. So they are never read or
+//! written here: a signal is seen by its edge.
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -29,7 +32,7 @@ fn event() -> io::Result<OwnedFd> {
     Ok(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?)
 }
 
-/// Adds one to an eventfd. One that is full is signalled already.
+/// Adds one to an eventfd of ours. One that is full is signalled already.
 fn signal(event: &OwnedFd) {
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
@@ -44,23 +47,21 @@ impl Bells {
     pub fn descriptors(&self) -> &[Arc<OwnedFd>] {
         &self.0
     }
-
-    /// Rings one; a number that is none harms nobody.
-    pub fn ring(&self, bell: u32) {
-        self.0.get(bell as usize).into_iter().for_each(|event| signal(event));
-    }
 }
 
 /// What the thread and its owner share.
 #[derive(Debug)]
 struct Shared {
     device: Arc<Device>,
-    bells: Bells,
+    /// Open as long as they are listened to.
+    _bells: Bells,
     /// How long a ring is polled after the latest news.
     patience: Duration,
     epoll: OwnedFd,
     wake: OwnedFd,
     over: AtomicBool,
+    /// Bells that were rung without their eventfds, one bit each.
+    rung: AtomicU32,
     /// The device was resumed: what was rung and what was asleep is not known.
     resumed: AtomicBool,
 }
@@ -76,18 +77,26 @@ impl Listener {
     /// Starts it. `patience` is how long a polled ring is looked at after the latest descriptor.
     pub fn start(device: Arc<Device>, bells: Bells, patience: Duration) -> io::Result<Self> {
         let (epoll, wake) = (epoll::create(epoll::CreateFlags::CLOEXEC)?, event()?);
-        let add = |event: &OwnedFd, number: u64| {
-            epoll::add(&epoll, event, epoll::EventData::new_u64(number), epoll::EventFlags::IN)
+        let add = |event: &OwnedFd, number: u64, how: epoll::EventFlags| {
+            epoll::add(&epoll, event, epoll::EventData::new_u64(number), epoll::EventFlags::IN | how)
         };
         for (number, event) in (0..).zip(bells.descriptors()) {
-            add(event, number)?;
+            add(event, number, epoll::EventFlags::ET)?;
         }
-        add(&wake, WAKE)?;
-        let (over, resumed) = (AtomicBool::new(false), AtomicBool::new(true));
-        let shared = Arc::new(Shared { device, bells, patience, epoll, wake, over, resumed });
+        add(&wake, WAKE, epoll::EventFlags::empty())?;
+        let (over, rung, resumed) = (AtomicBool::new(false), AtomicU32::new(0), AtomicBool::new(true));
+        let shared = Arc::new(Shared { device, _bells: bells, patience, epoll, wake, over, rung, resumed });
         let its = shared.clone();
         let thread = std::thread::Builder::new().name("wherry-accel-bells".into()).spawn(move || its.listen())?;
         Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Rings a bell without its eventfd; a number that is none harms nobody.
+    pub fn ring(&self, bell: u32) {
+        if bell < BELLS {
+            self.shared.rung.fetch_or(1 << bell, Ordering::SeqCst);
+            signal(&self.shared.wake);
+        }
     }
 
     /// To be called when the device has been resumed: all tails are looked at.
@@ -157,17 +166,13 @@ impl Shared {
         let mut rung = 0;
         for event in &events[..count] {
             let number = event.data.u64();
-            let descriptor = match self.bells.0.get(number as usize) {
-                Some(bell) => {
-                    rung |= 1 << number;
-                    &**bell
-                }
-                None => &self.wake,
-            };
-            // Emptied before tails are looked at: what is rung later is another event.
-            let _ = rustix::io::read(descriptor, &mut [0; 8]);
+            match number {
+                // Emptied before anything is looked at: what comes later is another event.
+                WAKE => drop(rustix::io::read(&self.wake, &mut [0; 8])),
+                number => rung |= 1 << number,
+            }
         }
-        rung
+        rung | self.rung.swap(0, Ordering::SeqCst)
     }
 
     fn keep_awake(&self, awake: &mut Vec<Polled>, told: Told) {

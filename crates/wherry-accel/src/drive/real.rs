@@ -21,6 +21,9 @@ pub trait Drive: Send {
 pub trait Driven: Send {
     /// The device goes on after a stop.
     fn resumed(&self);
+
+    /// A bell is rung by a message.
+    fn ring(&self, bell: u32);
 }
 
 /// Threads of this process: [`Workers`] and a [`Listener`].
@@ -39,6 +42,10 @@ struct Threads {
 impl Driven for Threads {
     fn resumed(&self) {
         self.listener.resumed();
+    }
+
+    fn ring(&self, bell: u32) {
+        self.listener.ring(bell);
     }
 }
 

@@ -243,7 +243,9 @@ impl wherry_vfio_user::Device for AccelFunction {
                 self.note_master();
             }
             // Where nobody put the eventfd. Its thread looks: this one answers messages.
-            0 if data.len() == 4 && bell(offset).is_some() => bell(offset).into_iter().for_each(|n| self.bells.ring(n)),
+            0 if data.len() == 4 && bell(offset).is_some() => {
+                bell(offset).into_iter().for_each(|n| self.live.driven.ring(n))
+            }
             0 => {
                 // A client learns of it by the registers that say so (RESULT, STATUS).
                 let caller = Caller { privileged: self.model.privileged.load(Ordering::SeqCst), space: FIRST_SPACE };

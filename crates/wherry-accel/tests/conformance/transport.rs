@@ -98,6 +98,8 @@ struct ByHand;
 
 impl Driven for ByHand {
     fn resumed(&self) {}
+
+    fn ring(&self, _: u32) {}
 }
 
 impl Drive for Virtual {

@@ -486,6 +486,34 @@ fn a_bell_is_an_eventfd_and_work_is_done_without_a_message() {
 }
 
 #[test]
+fn a_client_that_fills_or_blocks_its_bells_hangs_nobody() {
+    let mut c = client(Way::Sealed);
+    let context = c.create(0, 0).unwrap();
+    let (ring, counter) = (told(&mut c, context, false), c.put(&[0; 64]));
+    let event = bell(&c, context);
+    let message = 0x1000 + 64 * u64::from((context & 0xffff) % 16);
+    rustix::fs::fcntl_setfl(&event, rustix::fs::OFlags::empty()).unwrap();
+    let mut number = 0;
+    for fill in [1, 1, u64::MAX - 10, 0] {
+        put_in(&mut c, ring, number, counter);
+        number += 1;
+        match fill {
+            // By message, while the eventfd is as good as full.
+            0 => c.set(message, 4, 1),
+            fill => drop(rustix::io::write(&event, &fill.to_ne_bytes()).unwrap()),
+        }
+        c.until("the work", |c| c.word(counter) == number);
+    }
+    // Drained by the client itself; and the device is made anew, and moves.
+    rustix::io::read(&event, &mut [0; 8]).unwrap();
+    c.bus.migrate();
+    put_in(&mut c, ring, number, counter);
+    c.set(message, 4, 1);
+    c.until("the work after a move", |c| c.word(counter) == number + 1);
+    c.bus.client.reset().unwrap();
+}
+
+#[test]
 fn a_polled_ring_needs_its_bell_only_when_the_device_says_so_also_across_moves() {
     for way in [Way::Sealed, Way::File] {
         let mut c = client(way);
