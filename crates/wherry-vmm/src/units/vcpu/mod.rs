@@ -286,7 +286,7 @@ impl StateUnit for VcpuUnit {
     }
 
     fn begin_stop(&self) -> Result<(), UnitError> {
-        self.vcpu.hold(Hold::Unit);
+        self.vcpu.hold_hurriedly(Hold::Unit);
         Ok(())
     }
 
