@@ -360,6 +360,27 @@ fn a_paused_vm_stays_paused_and_one_that_has_moved_or_was_updated_moves_and_is_u
 }
 
 #[test]
+fn a_vm_whose_source_may_not_know_that_it_has_come_is_not_updated() {
+    if !kvm("a_vm_whose_source_may_not_know_that_it_has_come_is_not_updated") {
+        return;
+    }
+    let place = Place::new();
+    let mut source = guest_held_at(&place, Point::SourceRun);
+    let (there, address) = place.receive("1", &[]);
+    let mut command =
+        place.command(&["migrate", "--to", &address, "--mode", "precopy", "--api", place.path("0").to_str().unwrap()]);
+    let mut migrate = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the source to have given the VM away", || place.path(Point::SourceRun.name()).exists().then_some(()));
+    source.kill();
+    migrate.wait().unwrap();
+    assert_alive(&place, "1");
+    let output = place.control("1", &["update"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("its source may not know"), "{}", stderr(&output));
+    assert_eq!(place.wait_for_state("1", "running")["pid"], there.pid());
+}
+
+#[test]
 fn a_serial_port_and_a_console_keep_their_clients_and_their_sockets() {
     if !kvm("a_serial_port_and_a_console_keep_their_clients_and_their_sockets") {
         return;

@@ -3,6 +3,7 @@
 //! stays to tell it.
 
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use wherry_stream::message::{About, Body};
@@ -65,7 +66,9 @@ impl Destination<'_> {
             return;
         }
         let (listener, journey) = (self.listener.clone(), self.journey.clone());
+        let present = Present::new();
         let witness = std::thread::Builder::new().name("wherry-witness".into()).spawn(move || {
+            let _present = present;
             let begun = Instant::now();
             while !owner.is_over() && begun.elapsed() < WITNESS {
                 if let Err(error) = attend(&listener, &journey, &mut owner, &mut host, TICK * 4) {
@@ -78,6 +81,30 @@ impl Destination<'_> {
             tracing::warn!(%error, "nobody is left to tell the source that the VM runs here, should it ask again");
         }
     }
+}
+
+/// How many witnesses this process has.
+static WITNESSES: AtomicUsize = AtomicUsize::new(0);
+
+/// A witness, for as long as it stays.
+struct Present;
+
+impl Present {
+    fn new() -> Self {
+        WITNESSES.fetch_add(1, Ordering::AcqRel);
+        Self
+    }
+}
+
+impl Drop for Present {
+    fn drop(&mut self) {
+        WITNESSES.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Whether the source of a VM that has come here may still have to be told that it runs here, which only this process can.
+pub(crate) fn has_witness() -> bool {
+    WITNESSES.load(Ordering::Acquire) > 0
 }
 
 /// Hears one word, if one comes, and lets the state machine act on it.

@@ -30,6 +30,8 @@ use wherry_memory::GRANULE;
 use wherry_stream::message::Poise;
 use wherry_stream::{Channel, Listener};
 
+pub(crate) use self::doubt::has_witness;
+
 use self::check::Hashes;
 use self::host::Host;
 use self::place::Place;

@@ -98,7 +98,14 @@ struct Old<'a, M: Keep + ?Sized> {
 impl<M: Keep + ?Sized> Old<'_, M> {
     fn setup(&mut self, host: Vec<u8>) -> Result<(), Cause> {
         let begun = Instant::now();
-        let reasons = self.machine.cannot_keep();
+        let mut reasons = self.machine.cannot_keep();
+        if crate::destination::has_witness() {
+            reasons.push(
+                "the news that it has come here: its source may not know yet, and only this process can tell it; wait until the \
+                 source has asked, or for ten minutes"
+                    .into(),
+            );
+        }
         if !reasons.is_empty() {
             return Err(Cause::CannotKeep(reasons));
         }
