@@ -45,6 +45,9 @@ fn the_demo_moves_a_guest_and_proves_that_nothing_was_lost() {
     assert_eq!(outcome["errors"], 0);
     assert_eq!(outcome["data_pages"], (64 << 20) / 4096);
     assert!(outcome["pages_verified"].as_u64().is_some_and(|n| n > 0), "{outcome:#}");
+    let update = &outcome["update"];
+    assert_ne!(update["from_pid"], update["to_pid"]);
+    assert!(update["blackout_us"].as_u64().unwrap() > 0, "{update}");
     let legs = outcome["legs"].as_array().unwrap();
     let kinds: Vec<_> = legs.iter().map(|leg| leg["kind"].as_str().unwrap()).collect();
     match wherry_fault::Userfault::open() {

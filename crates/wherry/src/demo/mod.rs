@@ -1,5 +1,6 @@
 //! `wherry demo`: starts the probe guest in a process of its own, moves it live from process to process over loopback
-//! TCP, measures from outside what the guest felt, and has the guest prove that nothing was lost.
+//! TCP, measures from outside what the guest felt, has a new process take it over where it is, and has the guest prove that nothing was
+//! lost.
 
 mod accelerator;
 pub mod outcome;
@@ -15,14 +16,14 @@ use wherry_guest::report::Phase as GuestPhase;
 use wherry_guest::snapshot::Snapshot;
 use wherry_migration::progress::{Job, Phase};
 use wherry_vmm::api::server::is_over;
-use wherry_vmm::api::types::{MigrationRequest, Mode, VmInfo, VmState};
+use wherry_vmm::api::types::{MigrationRequest, Mode, UpdateInfo, UpdateRequest, VmInfo, VmState};
 
 use crate::args::{self, Demo};
 use crate::migrate::{End, Show, carry};
 use crate::probe::{ProbeRam, WHERRY_RAM, Watcher};
 use crate::{DID_NOT, HAPPENED, control, report, runtime};
 use accelerator::{Accelerator, Jobs};
-use outcome::{Kind, Leg, Outcome, Touched};
+use outcome::{Kind, Leg, Outcome, Touched, Update};
 use process::Process;
 use relay::Relay;
 
@@ -148,6 +149,16 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         workers.extend(accelerator.iter().map(|it| it.workers));
     }
 
+    let update = match &accelerator {
+        None => {
+            tokio::time::sleep(REST).await;
+            let update = renew(&mut here, &ram).await?;
+            say(&format!("a new process has taken the VM over: blackout {}", report::time(update.blackout_us)));
+            Some(update)
+        }
+        // The connection to its process cannot be kept yet.
+        Some(_) => None,
+    };
     let on_the_way = ram.snapshot()?.context("the guest's report has vanished")?.pages_verified();
     say("the guest checks all of its data once more");
     ram.ask_to_finish().context("asking the guest to finish")?;
@@ -167,6 +178,7 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
         data_pages: end.data_pages,
         errors: end.verify_errors(),
         clock_backwards: end.cpus.iter().map(|c| c.tsc_backwards).sum(),
+        update,
         accelerator: Jobs::of(&end, workers),
         competition,
         ok: complaint.is_none(),
@@ -275,6 +287,32 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
         guest_gap_us: snapshot.largest_gap_ns() / 1000,
         touches: Touched::of(&snapshot, waited),
         job,
+    })
+}
+
+/// Has a new process of this very program take the VM over from the one that holds it.
+async fn renew(holder: &mut Process, ram: &ProbeRam) -> Result<Update> {
+    let from_pid = holder.pid();
+    let doing = || format!("updating process {from_pid}");
+    measure_anew(ram).await?;
+    let begun = Instant::now();
+    let done: UpdateInfo =
+        holder.client.put_json("/vm/update", &UpdateRequest::default(), WORK).await.with_context(doing)?;
+    let whole = begun.elapsed();
+    holder.was_replaced(done.pid, START).await.with_context(doing)?;
+    let info = holder.wait_for(&[VmState::Running], START).await?;
+    if info.pid != done.pid {
+        bail!("{}: process {} was to have the VM, and process {} answers", doing(), done.pid, info.pid);
+    }
+    let beat = ram.heartbeat(0)?;
+    wait_for(ram, "go on", |s| s.cpus.first().is_some_and(|c| c.heartbeat > beat + 1)).await?;
+    let snapshot = ram.snapshot()?.context("the guest's report has vanished in the update")?;
+    Ok(Update {
+        from_pid,
+        to_pid: done.pid,
+        whole_us: u64::try_from(whole.as_micros()).unwrap_or(u64::MAX),
+        blackout_us: done.job.downtime_us,
+        guest_gap_us: snapshot.largest_gap_ns() / 1000,
     })
 }
 

@@ -86,6 +86,21 @@ impl Touched {
     }
 }
 
+/// A new process that took the VM over with its memory.
+#[derive(Clone, Debug, Serialize)]
+pub struct Update {
+    /// The process that had it.
+    pub from_pid: u32,
+    /// The new one.
+    pub to_pid: u32,
+    /// From the command to its answer, in microseconds.
+    pub whole_us: u64,
+    /// From the first vCPU told to stop until the new process runs the VM.
+    pub blackout_us: u64,
+    /// The longest that the guest itself saw nothing, from shortly before to shortly after.
+    pub guest_gap_us: u64,
+}
+
 /// All of it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
@@ -115,6 +130,8 @@ pub struct Outcome {
     pub errors: u64,
     /// How often its clock went backwards.
     pub clock_backwards: u64,
+    /// The update of the last process, unless something of its VM cannot be kept.
+    pub update: Option<Update>,
     /// What came of the accelerator, if there was one.
     pub accelerator: Option<Jobs>,
     /// How many threads of other programs wanted each core when the demo began, if it was more than half a thread.
@@ -220,6 +237,18 @@ impl Outcome {
                 report::bytes(self.pages_dirtied.saturating_mul(page)),
             ),
         );
+        if let Some(update) = &self.update {
+            let Update { from_pid, to_pid, whole_us, blackout_us, guest_gap_us } = update;
+            line(
+                "Updated",
+                format!(
+                    "process {from_pid} to {to_pid} in {}, memory kept: blackout {}, largest gap in the guest {}",
+                    report::time(*whole_us),
+                    report::time(*blackout_us),
+                    report::time(*guest_gap_us),
+                ),
+            );
+        }
         if let Some(jobs) = &self.accelerator {
             line("Accelerator", jobs.text());
         }
@@ -267,6 +296,7 @@ mod tests {
             data_pages: 0,
             errors: 0,
             clock_backwards: 0,
+            update: None,
             accelerator: None,
             competition: None,
             ok: true,

@@ -1,11 +1,13 @@
 //! Wherry processes that the demo starts, and that end with it whatever happens.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::time::Instant;
 use wherry_netlab::Namespace;
 use wherry_vmm::api::types::{VmInfo, VmState};
@@ -25,6 +27,8 @@ pub fn directory(name: &str) -> Result<tempfile::TempDir> {
 /// A child that holds a VM. Dropping it kills it; it also ends by itself when this process ends.
 pub struct Process {
     child: Child,
+    /// The one that has taken its place: its number and a pidfd.
+    successor: Option<(u32, OwnedFd)>,
     api: PathBuf,
     log: PathBuf,
     /// Its API.
@@ -57,12 +61,24 @@ impl Process {
             .spawn()
             .with_context(|| format!("starting {} {}", program.display(), arguments.join(" ")))?;
         let client = Client::new(&api);
-        Ok(Self { child, api, log, client })
+        Ok(Self { child, successor: None, api, log, client })
     }
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.successor.as_ref().map_or_else(|| self.child.id(), |(pid, _)| *pid)
+    }
+
+    /// A new process has taken its place, which is ended like it.
+    pub async fn was_replaced(&mut self, pid: u32, limit: Duration) -> Result<()> {
+        let raw = Pid::from_raw(pid as i32).context("a process without a number")?;
+        let pidfd = pidfd_open(raw, PidfdFlags::empty()).context("opening a pidfd of the new process")?;
+        let left = self.wait_for_end(limit).await?;
+        if !left.success() {
+            bail!("the process that was replaced ended with {left}: {}", self.log_text());
+        }
+        self.successor = Some((pid, pidfd));
+        Ok(())
     }
 
     /// Waits until it is in one of `states`.
@@ -82,7 +98,9 @@ impl Process {
                 }
                 _ => {}
             }
-            if let Some(status) = self.child.try_wait().context("waiting for a child")? {
+            if self.successor.is_none()
+                && let Some(status) = self.child.try_wait().context("waiting for a child")?
+            {
                 bail!("process {} ended with {status}: {}", self.pid(), self.log_text());
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -118,6 +136,10 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if let Some((_, pidfd)) = &self.successor {
+            // An error: it has ended.
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        }
         let _ = std::fs::remove_file(&self.api);
     }
 }
