@@ -13,6 +13,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -58,18 +59,41 @@ impl From<SocketError> for io::Error {
 /// Device and inode of a file.
 type Identity = (u64, u64);
 
-/// The files that this process has made and not removed.
-static FILES: Mutex<Vec<(PathBuf, Identity)>> = Mutex::new(Vec::new());
+/// A file that somebody has to remove.
+struct Entry {
+    /// Of the [`SocketFile`] that it belongs to.
+    number: u64,
+    path: PathBuf,
+    identity: Identity,
+}
 
-fn files() -> MutexGuard<'static, Vec<(PathBuf, Identity)>> {
+impl Entry {
+    fn new(path: &Path, identity: Identity) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self { number: NEXT.fetch_add(1, Ordering::Relaxed), path: path.to_owned(), identity }
+    }
+}
+
+/// The files that this process has made, or owns since it has taken over, and has not removed.
+static FILES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+/// The files of the process that this one is about to take over from.
+static ADOPTED: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+
+fn files() -> MutexGuard<'static, Vec<Entry>> {
     FILES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Removes the files of all sockets of this process: for those who end it without dropping what listens.
 pub fn remove_all() {
-    for (path, identity) in files().drain(..) {
+    for Entry { path, identity, .. } in files().drain(..) {
         remove(&path, identity);
     }
+}
+
+/// The files that were [adopted](SocketFile::adopt) are this process's from now on.
+pub fn own_adopted() {
+    let mut adopted = ADOPTED.lock().unwrap_or_else(PoisonError::into_inner);
+    files().append(&mut adopted);
 }
 
 /// Has the files of all sockets of this process stay: they are its successor's.
@@ -88,7 +112,7 @@ fn remove(path: &Path, identity: Identity) {
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    identity: Identity,
+    number: u64,
 }
 
 impl SocketFile {
@@ -103,12 +127,14 @@ impl SocketFile {
         clear(path)?;
         let listener = UnixListener::bind(path).map_err(os("making"))?;
         let meta = std::fs::symlink_metadata(path).map_err(os("looking at"))?;
-        let file = Self { path: path.to_owned(), identity: (meta.dev(), meta.ino()) };
-        files().push((file.path.clone(), file.identity));
+        let entry = Entry::new(path, (meta.dev(), meta.ino()));
+        let file = Self { path: path.to_owned(), number: entry.number };
+        files().push(entry);
         Ok((listener, file))
     }
 
-    /// The file of a socket that the predecessor of this process has made: it is this one's to remove now.
+    /// The file of a socket that the predecessor of this process has made. It is this one's to remove when it has
+    /// [taken over](own_adopted); until then it stays, whatever is dropped.
     pub fn adopt(path: &Path) -> Result<Self, SocketError> {
         let meta = std::fs::symlink_metadata(path);
         let identity = match meta {
@@ -118,8 +144,9 @@ impl SocketFile {
             Err(error) if error.kind() == io::ErrorKind::NotFound => (0, 0),
             Err(source) => return Err(SocketError::Os { what: "looking at", path: path.to_owned(), source }),
         };
-        let file = Self { path: path.to_owned(), identity };
-        files().push((file.path.clone(), file.identity));
+        let entry = Entry::new(path, identity);
+        let file = Self { path: path.to_owned(), number: entry.number };
+        ADOPTED.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
         Ok(file)
     }
 
@@ -131,10 +158,10 @@ impl SocketFile {
     /// Removes the file, so that nobody new comes, if it is still the one that was made. Done at the end at the latest.
     pub fn remove(&self) {
         let mut files = files();
-        // Once: what is there later with the same number is another one.
-        if let Some(at) = files.iter().position(|(path, identity)| (path, identity) == (&self.path, &self.identity)) {
-            files.swap_remove(at);
-            remove(&self.path, self.identity);
+        // Once: what is there later with the same inode is another one.
+        if let Some(at) = files.iter().position(|entry| entry.number == self.number) {
+            let Entry { path, identity, .. } = files.swap_remove(at);
+            remove(&path, identity);
         }
     }
 }
@@ -242,6 +269,26 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let (_new, _second) = SocketFile::bind(&path).unwrap();
         drop(first);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_file_that_is_adopted_stays_until_its_process_is_the_new_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (_listener, old) = SocketFile::bind(&path).unwrap();
+        drop(SocketFile::adopt(&path).unwrap());
+        assert!(path.exists(), "a process that did not take over has removed it");
+        let new = SocketFile::adopt(&path).unwrap();
+        own_adopted();
+        drop(new);
+        assert!(!path.exists());
+        drop(old);
+        // What is no socket, or is gone, is nobody's.
+        std::fs::write(&path, "data").unwrap();
+        let other = SocketFile::adopt(&path).unwrap();
+        own_adopted();
+        drop(other);
         assert!(path.exists());
     }
 

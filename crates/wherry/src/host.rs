@@ -111,6 +111,7 @@ pub fn take_over() -> Result<u8> {
             .context("starting the thread that watches the parent process")?;
     }
     let socket = ApiSocket::adopt(&state.api, listener.try_clone().context("using the API socket")?)?;
+    wherry_socket::own_adopted();
     let host = Host::with(socket, state.clone(), launcher.clone(), parent)?;
     if let Err(error) = host.service.take_over(kvm::taken_over(&taken), kvm::view(&journey))
         && host.service.ending().is_none()

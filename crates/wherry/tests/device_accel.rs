@@ -64,7 +64,13 @@ impl Process {
     }
 
     fn client(&self) -> Client {
-        Client::connect(&self.socket, Options::default(), Arc::new(NoMemory)).unwrap()
+        let mut client = None;
+        // There is a socket before it is listened on.
+        until("the device to be served", || {
+            client = Client::connect(&self.socket, Options::default(), Arc::new(NoMemory)).ok();
+            client.is_some()
+        });
+        client.unwrap()
     }
 }
 

@@ -79,6 +79,28 @@ fn a_vm_with_a_network_device_moves_by_every_mode_and_leaves_its_tap_to_others()
 }
 
 #[test]
+fn a_tap_is_kept_over_live_updates_and_free_when_the_last_process_has_ended() {
+    let test = "a_tap_is_kept_over_live_updates_and_free_when_the_last_process_has_ended";
+    let Some((network, _peers)) = network(test, &["tap0"]) else { return };
+    let place = Place::new();
+    let first = run(&place, &network, &["--net", "tap0"]);
+    for n in 0..2 {
+        let output = place.control("0", &["update"]);
+        assert_eq!(output.status.code(), Some(0), "update {n}: {}", stderr(&output));
+        assert_alive(&place, "0");
+        let api = format!("other{n}");
+        let mut other = place.start_in(network.left(), &api, &["run", "--memory", "64M", "--net", "tap0"]);
+        assert_eq!(other.end().code(), Some(1));
+        assert!(other.log().contains("tap0: another process has it open"), "{}", other.log());
+    }
+    assert_ne!(place.wait_for_state("0", "running")["pid"], first.pid());
+    let output = place.control("0", &["stop"]);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let _next = run(&place, &network, &["--net", "tap0"]);
+    assert_alive(&place, "0");
+}
+
+#[test]
 fn a_tap_that_cannot_be_used_is_named_at_the_start() {
     let test = "a_tap_that_cannot_be_used_is_named_at_the_start";
     let Some((network, _peers)) = network(test, &[]) else { return };

@@ -417,6 +417,31 @@ fn a_serial_port_and_a_console_keep_their_clients_and_their_sockets() {
 }
 
 #[test]
+fn a_new_process_that_gives_up_by_itself_leaves_what_others_find_here() {
+    if !kvm("a_new_process_that_gives_up_by_itself_leaves_what_others_find_here") {
+        return;
+    }
+    let place = Place::new();
+    let point = Point::NewBuilt;
+    let (dir, paths) = (place.path(""), [place.path("0"), place.path("serial"), place.path("console")]);
+    let environment = [("WHERRY_TEST_PAUSE_AT", point.name()), ("WHERRY_TEST_PAUSE_DIR", dir.to_str().unwrap())];
+    let (serial, console) = (format!("socket:{}", paths[1].display()), format!("pty:{}", paths[2].display()));
+    let vm = place.run_with("0", &["--serial", &serial, "--console", &console], &environment);
+    let (update, new) = held(&place, point);
+    assert_eq!(place.control("0", &["cancel"]).status.code(), Some(0));
+    // It goes on, and finds that nobody wants it any more.
+    std::fs::write(place.path(&format!("{point}.go")), "").unwrap();
+    new.await_end("which was given up");
+    assert_eq!(update.wait_with_output().unwrap().status.code(), Some(1));
+    for path in &paths {
+        assert!(path.exists(), "{} is gone", path.display());
+    }
+    UnixStream::connect(&paths[1]).unwrap();
+    assert_eq!(place.wait_for_state("0", "running")["pid"], vm.pid());
+    assert_alive(&place, "0");
+}
+
+#[test]
 fn two_updates_at_once_are_told_of_each_other_and_a_stop_asked_of_the_old_one_is_not_lost() {
     if !kvm("two_updates_at_once_are_told_of_each_other_and_a_stop_asked_of_the_old_one_is_not_lost") {
         return;

@@ -155,6 +155,8 @@ impl Outside {
     pub fn remove(&self) {
         let ours = match &self.end {
             End::Socket(_, file) => return file.remove(),
+            // The link is still the predecessor's.
+            End::Pty { .. } if self.registry.succeeds() => false,
             End::Pty { name, .. } => std::fs::read_link(&self.path).is_ok_and(|to| to == *name),
             End::File(_) => false,
         };

@@ -457,6 +457,8 @@ fn in_a_live_update_a_pseudo_terminal_and_a_file_are_the_same_ones() {
     say(&mut old, 0, b"one");
     assert_eq!(read(&mut terminal, 3), b"one");
     let section = rest(&old);
+    drop(replaced(&old, &registry, &section, &target));
+    assert!(link.exists(), "a process that did not take over has removed the link");
     let (mut new, successor) = replaced(&old, &registry, &section, &target);
     std::mem::forget(old);
     successor.settle();

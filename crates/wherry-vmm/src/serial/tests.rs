@@ -309,6 +309,10 @@ fn in_a_live_update_the_client_stays_and_what_is_on_its_way_goes_over_in_its_ord
     assert_eq!([state.received.clone(), state.waiting_input.clone()].concat().len(), 200, "{state:?}");
     let saved = SavedSerial { waiting_output: b"first ".to_vec(), ..state }.to_section(&old.id());
 
+    // One that loads it and gives up delivers nothing of it.
+    let gives_up = Serial::new(event(), &target, None, &handed_over(&registry)).unwrap();
+    gives_up.restore(&saved).unwrap();
+    drop(gives_up);
     let successor = handed_over(&registry);
     let new = Serial::new(event(), &target, None, &successor).unwrap();
     assert!(successor.unclaimed().is_empty(), "{:?}", successor.unclaimed());
