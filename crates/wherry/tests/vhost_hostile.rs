@@ -18,7 +18,7 @@ use rustix::fs::{FallocateFlags, fallocate, ftruncate};
 use rustix::io::Errno;
 use serde_json::Value;
 use support::disk::Memory;
-use support::{Place, kvm, wait_for};
+use support::{Place, kvm, listens, wait_for};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 use wherry_backend::{Device, Driver, RingGiven, Server};
@@ -136,7 +136,7 @@ impl Honest {
         let socket = place.path("honest");
         let mut command = place.command(&["device", "blk", "--socket"]);
         let process = command.arg(&socket).arg("--image").arg(image).stdout(Stdio::null()).spawn().unwrap();
-        wait_for("the socket of a back end", || socket.exists().then_some(()));
+        wait_for("the socket of a back end", || listens(&socket).then_some(()));
         (Self(process), socket)
     }
 }

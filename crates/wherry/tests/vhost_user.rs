@@ -13,7 +13,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 use support::disk::Memory;
-use support::{Place, Vm, assert_alive, kvm, stderr, wait_for};
+use support::{Place, Vm, assert_alive, kvm, listens, stderr, wait_for};
 use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
 
@@ -53,7 +53,7 @@ impl Daemon {
             }
         };
         let process = command.stdout(Stdio::null()).spawn().unwrap();
-        wait_for("the socket of a back end", || socket.exists().then_some(()));
+        wait_for("the socket of a back end", || listens(&socket).then_some(()));
         Self { process, socket }
     }
 

@@ -40,6 +40,15 @@ pub fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Whether somebody listens on a socket: its file is there a moment before. Makes no connection, of which some take only one.
+pub fn listens(socket: &Path) -> bool {
+    /// `__SO_ACCEPTCON` of the kernel, as `/proc/net/unix` shows it.
+    const LISTENS: &str = "00010000";
+    let all = std::fs::read_to_string("/proc/net/unix").unwrap();
+    let path = socket.to_str().unwrap();
+    all.lines().any(|line| line.split_whitespace().nth(3) == Some(LISTENS) && line.ends_with(&format!(" {path}")))
+}
+
 /// A directory for sockets and records of one test.
 pub struct Place {
     dir: tempfile::TempDir,
