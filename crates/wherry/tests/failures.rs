@@ -51,11 +51,8 @@ fn is_source(point: Point) -> bool {
 }
 
 fn points(source: bool) -> impl Iterator<Item = Point> {
-    Point::ALL
-        .iter()
-        .copied()
-        .filter(|point| *point != Point::PostcopyComplete)
-        .filter(move |point| is_source(*point) == source)
+    let side = if source { "source-" } else { "destination-" };
+    Point::ALL.iter().copied().filter(move |point| point.name().starts_with(side))
 }
 
 /// How a migration may end for the source after the destination was killed.
