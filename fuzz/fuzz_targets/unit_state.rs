@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::eventfd::EventFd;
-use wherry_state::{Saved, SavedState, Section, StateUnit};
 use wherry_handover::Registry;
+use wherry_state::{Saved, SavedState, Section, StateUnit};
 use wherry_vmm::config::SerialTarget;
 use wherry_vmm::line::InterruptLine;
 use wherry_vmm::pci::{PciRoot, PciWindows};
@@ -30,7 +30,8 @@ fn unit(choice: u8) -> Arc<dyn StateUnit> {
     match choice {
         0 => Arc::new(Rtc::new(1 << 30, 1 << 30)),
         1 => AcpiPm::new(Arc::new(Line), ResetControl::new(Arc::new(|_| {})), Arc::new(|_| {})),
-        2 => Serial::new(EventFd::new(0).expect("an eventfd"), &SerialTarget::Null, None, &Registry::new()).expect("a serial port"),
+        2 => Serial::new(EventFd::new(0).expect("an eventfd"), &SerialTarget::Null, None, &Registry::new())
+            .expect("a serial port"),
         _ => {
             let windows =
                 PciWindows { io: 0xc000..0xd000, memory32: 0xc000_0000..0xe000_0000, memory64: 1 << 40..1 << 41 };
