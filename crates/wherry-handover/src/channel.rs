@@ -226,7 +226,8 @@ impl Channel {
                 return Ok(parcel);
             }
             if begun.elapsed() < spin && Instant::now() < deadline {
-                std::hint::spin_loop();
+                // The other side may be on this very processor, and wait for it.
+                std::thread::yield_now();
             } else if !self.ready(PollFlags::IN, deadline)? {
                 return Err(ChannelError::Deadline("answer"));
             }
