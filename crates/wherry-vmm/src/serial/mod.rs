@@ -312,11 +312,17 @@ impl StateUnit for Serial {
         SavedSerial::SCHEMA
     }
 
-    fn drain(&self, _deadline: Instant) -> Result<(), UnitError> {
+    /// In a live update the thread rests from here on: nobody is to wait for it in the blackout. What the guest still writes waits.
+    fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
+        if self.shared.registry.is_leaving() && !self.shared.bring_to_rest(deadline) {
+            return Err(UnitError::Deadline("the thread of the serial port did not come to rest".into()));
+        }
         Ok(())
     }
 
     fn undrain(&self) -> Result<(), UnitError> {
+        self.shared.end_rest();
+        self.shared.wake.now();
         Ok(())
     }
 
@@ -325,10 +331,7 @@ impl StateUnit for Serial {
         Ok(())
     }
 
-    fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
-        if self.shared.registry.is_leaving() && !self.shared.bring_to_rest(deadline) {
-            return Err(UnitError::Deadline("the thread of the serial port did not come to rest".into()));
-        }
+    fn finish_stop(&self, _deadline: Instant) -> Result<(), UnitError> {
         Ok(())
     }
 

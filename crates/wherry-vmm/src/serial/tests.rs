@@ -287,6 +287,8 @@ fn handed_over(registry: &Registry) -> Arc<Registry> {
 
 fn bring_to_rest(serial: &Serial, registry: &Registry) -> Section {
     registry.set_leaving(true);
+    serial.drain(Instant::now() + LIMIT).unwrap();
+    out(serial, 0, b"while it drains ");
     serial.begin_stop().unwrap();
     serial.finish_stop(Instant::now() + LIMIT).unwrap();
     section(serial)
@@ -304,10 +306,9 @@ fn in_a_live_update_the_client_stays_and_what_is_on_its_way_goes_over_in_its_ord
     client.write_all(&input).unwrap();
     wait_for("the first bytes", || register(&old, 5) & 1 != 0);
     let saved = bring_to_rest(&old, &registry);
-    // The guest had sent this, and nobody has taken it yet.
     let state = SavedSerial::from_section(&saved).unwrap();
-    assert_eq!([state.received.clone(), state.waiting_input.clone()].concat().len(), 200, "{state:?}");
-    let saved = SavedSerial { waiting_output: b"first ".to_vec(), ..state }.to_section(&old.id());
+    assert_eq!([state.received.clone(), state.waiting_input.clone()].concat(), input, "{state:?}");
+    assert_eq!(state.waiting_output, b"while it drains ");
 
     // One that loads it and gives up delivers nothing of it.
     let gives_up = Serial::new(event(), &target, None, &handed_over(&registry)).unwrap();
@@ -323,7 +324,7 @@ fn in_a_live_update_the_client_stays_and_what_is_on_its_way_goes_over_in_its_ord
     successor.settle();
     new.start().unwrap();
     out(&new, 0, b"second");
-    expect(&mut client, "first second");
+    expect(&mut client, "while it drains second");
     assert_eq!(receive(&new, 204), [&input[..], b"late"].concat());
     // The successor has what it needs to be replaced in its turn.
     assert_eq!(successor.list().len(), registry.list().len());
@@ -343,8 +344,16 @@ fn an_update_that_is_given_up_goes_on_with_what_was_on_its_way() {
     out(&serial, 0, b"out");
     registry.set_leaving(false);
     serial.start().unwrap();
-    expect(&mut client, "out");
+    serial.undrain().unwrap();
+    expect(&mut client, "while it drains out");
     assert_eq!(receive(&serial, 200), input);
+    // One that is given up before the stop.
+    registry.set_leaving(true);
+    serial.drain(Instant::now() + LIMIT).unwrap();
+    client.write_all(b"later").unwrap();
+    registry.set_leaving(false);
+    serial.undrain().unwrap();
+    assert_eq!(receive(&serial, 5), b"later");
 }
 
 #[test]
@@ -361,7 +370,7 @@ fn a_port_that_was_at_the_end_of_its_input_has_none_in_the_new_process_either() 
     new.restore(&saved).unwrap();
     new.start().unwrap();
     out(&new, 0, b"two");
-    wait_for("the file to go on", || std::fs::read(&path).unwrap() == b"one two");
+    wait_for("the file to go on", || std::fs::read(&path).unwrap() == b"one while it drains two");
     let nothing = Serial::new(event(), &SerialTarget::Stdio, None, &Registry::of_successor()).unwrap();
     out(&nothing, 0, b"to nobody");
 }
