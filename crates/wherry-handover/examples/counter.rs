@@ -52,9 +52,7 @@ impl Server {
     }
 
     fn add(&mut self, client: UnixStream) -> Result<()> {
-        let client = Arc::new(client);
-        self.registry.keep(KeptId::new("client", self.clients.len() as u32), client.clone())?;
-        self.clients.push(client);
+        self.clients.push(self.registry.add(KeptId::new("client", self.clients.len() as u32), client)?);
         Ok(())
     }
 

@@ -180,11 +180,6 @@ impl Registry {
         self.claim(id).ok_or_else(|| RegistryError::Missing(id.clone()))
     }
 
-    /// Whether something has come under this name, and was not claimed.
-    pub fn has(&self, id: &KeptId) -> bool {
-        self.lock().arrived.contains_key(id)
-    }
-
     /// What has come and nobody has claimed. A process that is about to take over refuses to if there is anything.
     pub fn unclaimed(&self) -> Vec<KeptId> {
         self.lock().arrived.keys().cloned().collect()
@@ -201,6 +196,13 @@ impl Registry {
         let kept = Kept { serial: inner.next, descriptor: Arc::downgrade(&descriptor) };
         inner.kept.insert(id, kept);
         Ok(())
+    }
+
+    /// [`keep`](Self::keep), for what is given to it.
+    pub fn add<T: AsFd + Send + Sync + 'static>(&self, id: KeptId, descriptor: T) -> Result<Arc<T>, RegistryError> {
+        let descriptor = Arc::new(descriptor);
+        self.keep(id, descriptor.clone())?;
+        Ok(descriptor)
     }
 
     /// The descriptor that has come under this name, or else a new one; either goes over from now on. A process that is about to take
@@ -220,9 +222,7 @@ impl Registry {
             None if self.succeeds() => return Err(RegistryError::Missing(id).into()),
             None => make(),
         };
-        let made = Arc::new(made?);
-        self.keep(id, made.clone())?;
-        Ok(made)
+        Ok(self.add(id, made?)?)
     }
 
     /// What would go over now, by name. The descriptors stay open as long as the list is held.
@@ -280,7 +280,6 @@ mod tests {
     fn what_has_come_is_used_before_anything_is_made_and_what_nobody_wants_is_left_over() {
         let registry = Registry::new();
         registry.arrived([(KeptId::new("kick", 0), event()), (KeptId::new("tap", 0), event())]).unwrap();
-        assert!(registry.has(&KeptId::new("tap", 0)));
         let (_kick, made) = obtain(&registry, 0);
         assert!(!made);
         assert_eq!(registry.unclaimed(), [KeptId::new("tap", 0)]);

@@ -207,7 +207,7 @@ pub struct Job {
     pub phase: Phase,
     /// `source` or `destination`.
     pub role: String,
-    /// `precopy`, `postcopy` or `hybrid`.
+    /// `precopy`, `postcopy` or `hybrid`; `update`: to a new process that keeps the memory.
     pub mode: String,
     /// Attempt id, in hexadecimal.
     pub attempt: String,

@@ -4,6 +4,7 @@
 mod support;
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -276,11 +277,11 @@ fn a_new_process_that_breaks_the_protocol_or_is_silent_is_told_apart_and_the_mac
         ("runs unasked", "Running out of turn", |mut channel| {
             say(&channel, hello());
             hear(&mut channel, 4);
-            say(&channel, Body::Running(Running { load_us: 1, start_us: 1, pid: 1 }));
+            say(&channel, Body::Running(Running { load_us: 1, start_us: 1 }));
         }),
         ("says that it runs, and does not", "Running out of turn", |mut channel| {
             until_state(&mut channel);
-            say(&channel, Body::Running(Running { load_us: 1, start_us: 1, pid: 1 }));
+            say(&channel, Body::Running(Running { load_us: 1, start_us: 1 }));
         }),
         ("hangs with the state", "silent for 1s while it was to load", |mut channel| {
             until_state(&mut channel);
@@ -303,6 +304,44 @@ fn a_new_process_that_breaks_the_protocol_or_is_silent_is_told_apart_and_the_mac
         let (old, new) = World { old: Journey::new(), ..world }.update(&machine);
         assert!(old.is_ok() && new.is_ok(), "{name}: {old:?}");
     }
+}
+
+#[test]
+fn a_new_process_that_is_too_slow_to_load_finds_that_the_offer_was_taken_back() {
+    let (machine, world) = (guest(), World::default());
+    world.new.set_test_hook(|at| {
+        if at == Point::NewLoaded {
+            std::thread::sleep(short().load + Duration::from_millis(300));
+        }
+    });
+    let (old, new) = world.update(&machine);
+    assert_stayed(&world, &machine, &old, "slow");
+    assert!(old.unwrap_err().to_string().contains("silent for 1s while it was to load"));
+    assert!(new.err().unwrap().to_string().contains("was taken back"));
+}
+
+#[test]
+fn a_new_process_that_spoils_the_word_is_told_of_and_the_old_one_dares_not_run_the_machine() {
+    let (machine, world) = (guest(), World::default());
+    let old = world.with_new(&machine, |mut channel| {
+        say(&channel, hello());
+        let mut word = None;
+        loop {
+            let parcel = channel.receive(soon(), Duration::ZERO).unwrap();
+            match parcel.tag {
+                // The word is the first of all descriptors.
+                3 => word = word.or_else(|| parcel.descriptors.into_iter().next()),
+                4 => say(&channel, Body::Built(Empty {})),
+                9 => break,
+                _ => {}
+            }
+        }
+        std::fs::File::from(word.unwrap()).write_all_at(&[0xff; 8], 0).unwrap();
+        // Until the old one has seen it.
+        let _ = channel.receive(soon(), Duration::ZERO);
+    });
+    assert!(matches!(&old, Err(UpdateError::Lost(why)) if why.contains("overwritten")), "{old:?}");
+    assert!(!machine.is_running());
 }
 
 #[test]

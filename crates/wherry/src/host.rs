@@ -5,6 +5,7 @@
 //! A second one ends the process at once.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 
@@ -98,27 +99,25 @@ pub fn receive(options: Receive, log: &str) -> Result<u8> {
 pub fn take_over() -> Result<u8> {
     let channel = Channel::from_fd(take_stdin()?).context("using standard input as the channel to the old process")?;
     check_kvm()?;
+    let program = std::env::current_exe().context("finding this program")?;
     let journey = Journey::new();
     let taken = update::take_over(channel, &journey)?;
     // From here on the VM is lost if this process ends: nothing but that is said of what goes wrong.
-    let TakenOver { state, listener, launcher, parent, .. } = &taken;
-    let parent = parent.as_ref().map(|parent| parent.try_clone().map(Arc::new)).transpose();
-    let parent = parent.context("keeping an eye on the parent process")?;
+    wherry_socket::own_adopted();
+    let guest = kvm::taken_over(&taken);
+    let TakenOver { state, socket, launcher, parent, .. } = taken;
     if let Some(parent) = parent.clone() {
         std::thread::Builder::new()
             .name("parent".into())
             .spawn(move || end_with(&parent))
             .context("starting the thread that watches the parent process")?;
     }
-    let socket = ApiSocket::adopt(&state.api, listener.try_clone().context("using the API socket")?)?;
-    wherry_socket::own_adopted();
-    let host = Host::with(socket, state.clone(), launcher.clone(), parent)?;
-    if let Err(error) = host.service.take_over(kvm::taken_over(&taken), kvm::view(&journey))
+    let host = Host::with(socket, state, program, launcher, parent)?;
+    if let Err(error) = host.service.take_over(guest, kvm::view(&journey))
         && host.service.ending().is_none()
     {
         return Err(error).context("taking the VM over");
     }
-    drop(taken);
     Ok(host.wait())
 }
 
@@ -165,12 +164,13 @@ impl Host {
         let socket = ApiSocket::bind(&process.api)?;
         let program = std::env::current_exe().context("finding this program")?;
         let api = std::path::absolute(&process.api).context("finding the API socket")?;
-        Self::with(socket, HostState { api, linger: process.linger, reboot, program }, launcher, parent)
+        Self::with(socket, HostState { api, linger: process.linger, reboot }, program, launcher, parent)
     }
 
     fn with(
         socket: ApiSocket,
         state: HostState,
+        program: PathBuf,
         launcher: Result<Arc<Launcher>, String>,
         parent: Option<Arc<OwnedFd>>,
     ) -> Result<Self> {
@@ -178,7 +178,8 @@ impl Host {
         let reboot = state.reboot.clone();
         let reboot = reboot.map(|config| Box::new(move || kvm::boot(&config)) as wherry_vmm::service::Reboot);
         let policy = Policy { reboot, linger: state.linger };
-        let hosting = Hosting::new(state, listener()?, launcher, parent).context("noting what outlives the process")?;
+        let hosting =
+            Hosting::new(state, program, listener()?, launcher, parent).context("noting what outlives the process")?;
         let service = Service::new(Arc::new(KvmEngine { hosting: Some(hosting) }), policy);
         let server = Server::start(listener()?, service.clone()).context("starting the API thread")?;
         signals(service.clone())?;

@@ -285,17 +285,22 @@ pub fn status(info: &VmInfo, devices: &[DeviceInfo], job: &Job) -> String {
     }
     let _ = writeln!(text, "process    {} (wherry {})", info.pid, info.version);
     if job.phase != Phase::None {
-        let _ = writeln!(text, "migration  {} as {}, peer {}", phase(job.phase), job.role, job.peer);
-        let _ = writeln!(
-            text,
-            "           {} of {} moved, {} left, {} a second, round {}, {} since it began",
-            bytes(job.data_processed),
-            bytes(job.data_total),
-            bytes(job.data_remaining),
-            bytes(job.memory_bps),
-            job.memory_iteration,
-            time(job.time_elapsed_us)
-        );
+        let is_update = job.mode == "update";
+        let doing = if is_update { "update" } else { "migration" };
+        let _ = writeln!(text, "{doing:<10} {} as {}, peer {}", phase(job.phase), job.role, job.peer);
+        // In an update no memory moves.
+        if !is_update {
+            let _ = writeln!(
+                text,
+                "           {} of {} moved, {} left, {} a second, round {}, {} since it began",
+                bytes(job.data_processed),
+                bytes(job.data_total),
+                bytes(job.data_remaining),
+                bytes(job.memory_bps),
+                job.memory_iteration,
+                time(job.time_elapsed_us)
+            );
+        }
         if let Some(error) = &job.error {
             let _ = writeln!(text, "           {error}");
         }

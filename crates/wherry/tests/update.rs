@@ -260,6 +260,34 @@ fn processes(place: &Place) -> Vec<u32> {
     pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_one).collect()
 }
 
+#[test]
+fn the_program_that_took_over_is_the_one_that_goes_on_and_has_the_standard_input_of_the_first() {
+    if !kvm("the_program_that_took_over_is_the_one_that_goes_on_and_has_the_standard_input_of_the_first") {
+        return;
+    }
+    let place = Place::new();
+    let other = place.path("another-wherry");
+    std::fs::copy(env!("CARGO_BIN_EXE_wherry"), &other).unwrap();
+    let (input, _keeps_open) = rustix::pipe::pipe().unwrap();
+    let what = |pid: u32, file: &str| std::fs::read_link(format!("/proc/{pid}/{file}")).unwrap();
+    let first = place.start_from(input, "0", &["run", "--serial", "stdio", "--memory", "64M", "--cmdline", "data=1M"]);
+    let pipe = what(first.pid(), "fd/0");
+    for binary in [Some(&other), None] {
+        let mut command = vec!["update", "--json"];
+        command.extend(binary.iter().flat_map(|path| ["--binary", path.to_str().unwrap()]));
+        place.wait_until_filled("0");
+        updated(&place.control("0", &command), &format!("{binary:?}"));
+        let new = Process::behind(&place, "0");
+        assert_eq!(what(new.pid, "exe"), other, "{binary:?}");
+        // A guest that resets is booted again with it.
+        assert_eq!(what(new.pid, "fd/0"), pipe, "{binary:?}");
+        std::mem::forget(new);
+    }
+    let last = Process::behind(&place, "0");
+    assert_eq!(place.control("0", &["stop"]).status.code(), Some(0));
+    last.await_end("which was stopped");
+}
+
 fn script(place: &Place, name: &str, text: &str) -> PathBuf {
     let path = place.path(name);
     std::fs::write(&path, text).unwrap();

@@ -94,9 +94,6 @@ pub struct Running {
     /// What starting took.
     #[prost(uint64, tag = "2")]
     pub start_us: u64,
-    /// Its process.
-    #[prost(uint32, tag = "3")]
-    pub pid: u32,
 }
 
 /// New process: it does not take over, and ends.

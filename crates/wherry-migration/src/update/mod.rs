@@ -74,6 +74,23 @@ pub trait Keep: Machine {
     fn cannot_keep(&self) -> Vec<String>;
 }
 
+/// Whether the machine's process can be replaced now: before a new one is started, and once more when it is there.
+pub fn check(machine: &(impl Keep + ?Sized)) -> Result<(), UpdateError> {
+    check_cause(machine).map_err(UpdateError::RunsHere)
+}
+
+fn check_cause(machine: &(impl Keep + ?Sized)) -> Result<(), Cause> {
+    let mut reasons = machine.cannot_keep();
+    if crate::destination::has_witness() {
+        reasons.push(
+            "the news that it has come here: its source may not know yet, and only this process can tell it; wait until the \
+             source has asked, or for ten minutes"
+                .into(),
+        );
+    }
+    if reasons.is_empty() { Ok(()) } else { Err(Cause::CannotKeep(reasons)) }
+}
+
 /// Builds the machine in the new process.
 pub trait Successor {
     /// Builds it as described, with the descriptors that have come: its RAM is `ram`, by number of the block. What nobody claims is

@@ -143,7 +143,7 @@ impl New {
         let start_us = us(starting.elapsed());
         reach(&self.journey, Point::NewStarted);
         // Whoever handed over may have been killed meanwhile.
-        let running = Running { load_us, start_us, pid: std::process::id() };
+        let running = Running { load_us, start_us };
         if let Err(error) = self.say(Body::Running(running)) {
             tracing::warn!(%error, "telling the old process that the VM runs here");
         }

@@ -9,7 +9,7 @@ use prost::Message;
 use wherry_handover::{Channel, ChannelError, Entry, KeptId, MOST_DESCRIPTORS, RunWord, Who};
 
 use super::message::{self, Body, Describe, Empty, Name, Names, OLDEST, PROTOCOL, Running, State};
-use super::{ATTEMPT, Keep, RAM, UpdateError, UpdateOptions, WORD};
+use super::{ATTEMPT, Keep, RAM, UpdateError, UpdateOptions, WORD, check_cause};
 use crate::error::Cause;
 use crate::journey::{EventKind, Journey};
 use crate::link::printable;
@@ -98,17 +98,7 @@ struct Old<'a, M: Keep + ?Sized> {
 impl<M: Keep + ?Sized> Old<'_, M> {
     fn setup(&mut self, host: Vec<u8>) -> Result<(), Cause> {
         let begun = Instant::now();
-        let mut reasons = self.machine.cannot_keep();
-        if crate::destination::has_witness() {
-            reasons.push(
-                "the news that it has come here: its source may not know yet, and only this process can tell it; wait until the \
-                 source has asked, or for ten minutes"
-                    .into(),
-            );
-        }
-        if !reasons.is_empty() {
-            return Err(Cause::CannotKeep(reasons));
-        }
+        check_cause(&*self.machine)?;
         reach(&self.journey, Point::OldConnected);
         let hello = match self.hear("say who it is", self.options.hello)? {
             Body::Hello(hello) => hello,
@@ -186,7 +176,8 @@ impl<M: Keep + ?Sized> Old<'_, M> {
                 who => return Err(Cause::Lost(format!("the new process has spoilt what decides who runs: {who}"))),
             }
             let heard = if begun.elapsed() < SPIN {
-                std::hint::spin_loop();
+                // The new process may be on this very processor, and wait for it.
+                std::thread::yield_now();
                 self.channel.poll()?
             } else {
                 let tick = (Instant::now() + Duration::from_millis(1)).min(deadline);

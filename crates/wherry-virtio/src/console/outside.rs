@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -81,16 +81,11 @@ const MASTER: &str = "console/master";
 const TERMINAL: &str = "console/terminal";
 const OUTPUT: &str = "console/output";
 
-fn keep<T: AsFd + Send + Sync + 'static>(registry: &Registry, name: &str, it: T) -> Result<Arc<T>, RegistryError> {
-    let it = Arc::new(it);
-    registry.keep(KeptId::new(name, 0), it.clone())?;
-    Ok(it)
-}
-
 impl Outside {
     /// Makes it, or opens it, or takes what the predecessor of this process has made.
     pub fn open(target: &ConsoleTarget, registry: &Arc<Registry>) -> Result<Self, OutsideError> {
-        let inherited = |name| registry.inherit(&KeptId::new(name, 0));
+        let id = |name| KeptId::new(name, 0);
+        let inherited = |name| registry.inherit(&id(name));
         let mut client = None;
         let (end, path) = match target {
             ConsoleTarget::Socket(path) => {
@@ -99,9 +94,9 @@ impl Outside {
                     false => SocketFile::bind(path)?,
                 };
                 listener.set_nonblocking(true).map_err(failed(path, "listening"))?;
-                let came = registry.claim(&KeptId::new(CLIENT, 0)).map(UnixStream::from);
-                client = came.map(|stream| keep(registry, CLIENT, stream)).transpose()?;
-                (End::Socket(keep(registry, LISTENER, listener)?, file), path)
+                let came = registry.claim(&id(CLIENT)).map(UnixStream::from);
+                client = came.map(|stream| registry.add(id(CLIENT), stream)).transpose()?;
+                (End::Socket(registry.add(id(LISTENER), listener)?, file), path)
             }
             ConsoleTarget::Pty(path) => {
                 let (master, terminal, name) = match registry.succeeds() {
@@ -112,7 +107,7 @@ impl Outside {
                     }
                     false => pty(path)?,
                 };
-                let (master, _terminal) = (keep(registry, MASTER, master)?, keep(registry, TERMINAL, terminal)?);
+                let (master, _terminal) = (registry.add(id(MASTER), master)?, registry.add(id(TERMINAL), terminal)?);
                 (End::Pty { master, _terminal, name }, path)
             }
             ConsoleTarget::File(path) => {
@@ -123,8 +118,7 @@ impl Outside {
                     options.append(true).create(true).custom_flags(libc::O_NONBLOCK);
                     options.open(path).map_err(failed(path, "opening it"))
                 };
-                let id = KeptId::new(OUTPUT, 0);
-                (End::File(registry.obtain::<_, OutsideError>(id, |fd| Ok(fd.into()), open)?), path)
+                (End::File(registry.obtain::<_, OutsideError>(id(OUTPUT), |fd| Ok(fd.into()), open)?), path)
             }
         };
         let (registry, client) = (registry.clone(), Mutex::new(client));
@@ -143,7 +137,7 @@ impl Outside {
 
     /// A client that has come; it goes over in an update. There is no other one.
     pub(super) fn admit(&self, stream: UnixStream) -> Result<Arc<UnixStream>, RegistryError> {
-        keep(&self.registry, CLIENT, stream)
+        self.registry.add(KeptId::new(CLIENT, 0), stream)
     }
 
     /// Where it is.

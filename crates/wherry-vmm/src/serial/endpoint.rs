@@ -55,9 +55,7 @@ const CLIENT: &str = "serial/client";
 impl Client {
     /// A client that has come, or that the predecessor of this process had. It goes over in its turn.
     pub fn new(stream: UnixStream, registry: &Registry) -> Result<Self, RegistryError> {
-        let stream = Arc::new(stream);
-        registry.keep(KeptId::new(CLIENT, 0), stream.clone())?;
-        Ok(Self { stream, sends: true })
+        Ok(Self { stream: registry.add(KeptId::new(CLIENT, 0), stream)?, sends: true })
     }
 }
 
@@ -68,22 +66,18 @@ impl Endpoint {
         escape: Option<EscapeHandler>,
         registry: &Registry,
     ) -> Result<Self, SerialError> {
-        let kept = |name, fd: OwnedFd| -> Result<Arc<OwnedFd>, SerialError> {
-            let fd = Arc::new(fd);
-            registry.keep(KeptId::new(name, 0), fd.clone())?;
-            Ok(fd)
-        };
-        let came = |name| registry.claim(&KeptId::new(name, 0));
+        let id = |name| KeptId::new(name, 0);
+        let kept = |name, fd: OwnedFd| registry.add(id(name), fd);
+        let came = |name| registry.claim(&id(name));
         match target {
             SerialTarget::Null => Ok(Endpoint::Null),
             SerialTarget::Socket(path) => {
-                let (listener, file) = match came(LISTENER) {
-                    Some(listener) => (UnixListener::from(listener), SocketFile::adopt(path)?),
-                    None => SocketFile::bind(path)?,
+                let (listener, file) = match registry.succeeds() {
+                    true => (UnixListener::from(registry.inherit(&id(LISTENER))?), SocketFile::adopt(path)?),
+                    false => SocketFile::bind(path)?,
                 };
                 listener.set_nonblocking(true).map_err(SerialError::os("listening"))?;
-                let listener = Arc::new(listener);
-                registry.keep(KeptId::new(LISTENER, 0), listener.clone())?;
+                let listener = registry.add(id(LISTENER), listener)?;
                 let client = came(CLIENT).map(|client| Client::new(client.into(), registry)).transpose()?;
                 Ok(Endpoint::Socket { listener, _file: file, client })
             }
@@ -91,6 +85,10 @@ impl Endpoint {
             SerialTarget::File(_) | SerialTarget::Stdio if registry.succeeds() => {
                 let input = came(INPUT).map(|fd| kept(INPUT, fd)).transpose()?;
                 let output = came(OUTPUT).map(|fd| kept(OUTPUT, fd)).transpose()?;
+                if let Some(input) = &input {
+                    // For the machine that is booted here after a reset: what this process was started with was its channel.
+                    rustix::stdio::dup2_stdin(input).map_err(|e| SerialError::os("taking standard input")(e.into()))?;
+                }
                 Self::streams(input, output, escape)
             }
             SerialTarget::File(path) => {

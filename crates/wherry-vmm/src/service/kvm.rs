@@ -310,7 +310,7 @@ impl Engine for KvmEngine {
 
     fn update(&self, request: &UpdateRequest) -> Result<Box<dyn Replacement>, String> {
         let hosting = self.hosting.clone().ok_or("updating: this program cannot be replaced")?;
-        let binary = request.binary.as_ref().map_or_else(|| hosting.state.program.clone(), PathBuf::from);
+        let binary = request.binary.as_ref().map_or_else(|| hosting.program.clone(), PathBuf::from);
         if !binary.is_absolute() {
             return Err(format!("updating: {} is no absolute path", binary.display()));
         }
@@ -345,9 +345,8 @@ impl Replacement for KvmReplacement {
             }
             Err(error) => match error {
                 ReplaceError::Update(UpdateError::Stuck { .. } | UpdateError::Lost(_)) => {
-                    std::mem::forget((machine, held));
-                    // Its threads end; it has nothing that another process would miss.
-                    std::mem::forget(guest);
+                    // What it has may be the new one's.
+                    std::mem::forget((guest, machine, held));
                     Updated::Lost { why: error.to_string() }
                 }
                 error => {

@@ -16,10 +16,11 @@ use rustix::process::{Signal, pidfd_send_signal};
 use wherry_handover::{Channel, ChannelError, Ended, KeptId, LaunchError, Launched, Launcher, Registry, RegistryError};
 use wherry_migration::machine::{Machine, MachineDescription, Refusal};
 use wherry_migration::progress::Job;
-use wherry_migration::update::{self, HandOver, Keep, Successor, UpdateError, UpdateOptions};
+use wherry_migration::update::{self, HandOver, Successor, UpdateError, UpdateOptions};
 use wherry_migration::{Cause, Journey};
 
 use self::saved::SavedHost;
+use crate::api::socket::ApiSocket;
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::MachineConfig;
 use crate::vm::{DeviceConfig, Vm};
@@ -43,14 +44,14 @@ pub struct HostState {
     pub linger: bool,
     /// What is booted after a reset, if anything can be.
     pub reboot: Option<MachineConfig>,
-    /// Path of its program: what is there by then is started for an update, if nothing else is asked for.
-    pub program: PathBuf,
 }
 
 /// What a process has beside its machine, for as long as it may be replaced.
 pub struct Hosting {
     /// What it is.
     pub state: HostState,
+    /// Path of its program: what is there by then is started for an update, if nothing else is asked for.
+    pub program: PathBuf,
     /// Starts its successor; an error says why it cannot be replaced.
     pub launcher: Result<Arc<Launcher>, String>,
     /// Its own descriptors.
@@ -63,24 +64,22 @@ impl Hosting {
     /// Of a process that serves its API at this listener. If there is a `parent`, a pidfd, it ends when that one does.
     pub fn new(
         state: HostState,
+        program: PathBuf,
         listener: UnixListener,
         launcher: Result<Arc<Launcher>, String>,
         parent: Option<Arc<OwnedFd>>,
     ) -> Result<Arc<Self>, RegistryError> {
         let registry = Registry::new();
         let mut kept: Vec<Arc<dyn AsFd + Send + Sync>> = Vec::new();
-        let mut keep = |name, descriptor: Arc<dyn AsFd + Send + Sync>| {
-            kept.push(descriptor.clone());
-            registry.keep(KeptId::new(name, 0), descriptor)
-        };
-        keep(API, Arc::new(listener))?;
+        kept.push(registry.add(KeptId::new(API, 0), listener)?);
         if let Some(socket) = launcher.as_ref().ok().and_then(|launcher| launcher.socket().ok()) {
-            keep(LAUNCHER_SOCKET, Arc::new(socket))?;
+            kept.push(registry.add(KeptId::new(LAUNCHER_SOCKET, 0), socket)?);
         }
         if let Some(parent) = parent {
-            keep(PARENT, parent)?;
+            registry.keep(KeptId::new(PARENT, 0), parent.clone())?;
+            kept.push(parent);
         }
-        Ok(Arc::new(Self { state, launcher, registry, _kept: kept }))
+        Ok(Arc::new(Self { state, program, launcher, registry, _kept: kept }))
     }
 
     /// What of it goes over.
@@ -145,10 +144,8 @@ pub(crate) fn replace(
     hold: &dyn Fn(bool),
     journey: &Journey,
 ) -> Result<Replaced, ReplaceError> {
-    let reasons = machine.cannot_keep();
-    if !reasons.is_empty() {
-        return Err(UpdateError::RunsHere(Cause::CannotKeep(reasons)).into());
-    }
+    // Nobody is started in vain.
+    update::check(&*machine)?;
     let launcher = hosting.launcher.as_ref().map_err(|why| ReplaceError::NoLauncher(why.clone()))?;
     let (channel, theirs) = Channel::pair()?;
     let Launched { pid, pidfd } = launcher.launch(program, &[TAKE_OVER.into()], theirs.as_fd())?;
@@ -182,11 +179,11 @@ pub struct TakenOver {
     /// What the old process was.
     pub state: HostState,
     /// Its API socket, on which clients may wait.
-    pub listener: UnixListener,
+    pub socket: ApiSocket,
     /// Its launcher.
     pub launcher: Result<Arc<Launcher>, String>,
     /// The process with which it is to end, if there is one: a pidfd.
-    pub parent: Option<OwnedFd>,
+    pub parent: Option<Arc<OwnedFd>>,
 }
 
 /// Takes over from the process at the other end of a channel; returns when the machine runs here.
@@ -214,14 +211,16 @@ impl Successor for Heir {
     ) -> Result<Arc<dyn Machine>, Refusal> {
         let one = |reason: String| Refusal(vec![reason]);
         let (state, devices) = SavedHost::read(host).map_err(one)?;
+        // All that can fail does so before the machine is this process's.
         let listener = registry.inherit(&KeptId::new(API, 0)).map_err(|error| one(error.to_string()))?;
+        let socket = ApiSocket::adopt(&state.api, listener.into()).map_err(|error| one(error.to_string()))?;
         let launcher = match registry.claim(&KeptId::new(LAUNCHER_SOCKET, 0)) {
             Some(socket) => Launcher::at(socket).map(Arc::new).map_err(|error| error.to_string()),
             None => Err("it had no launcher when it was started".into()),
         };
-        let parent = registry.claim(&KeptId::new(PARENT, 0));
+        let parent = registry.claim(&KeptId::new(PARENT, 0)).map(Arc::new);
         let vm = VmBuilder::new(LocalConfig { devices }).take_over(description, registry)?;
-        let taken = TakenOver { vm: vm.clone(), state, listener: listener.into(), launcher, parent };
+        let taken = TakenOver { vm: vm.clone(), state, socket, launcher, parent };
         *self.taken.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
         Ok(vm)
     }

@@ -26,9 +26,6 @@ pub(super) struct SavedHost {
     /// What is booted after a reset; absent for a VM that came from elsewhere.
     #[prost(message, optional, tag = "4")]
     reboot: Option<SavedBoot>,
-    /// Its program, as a path.
-    #[prost(bytes = "vec", tag = "5")]
-    program: Vec<u8>,
 }
 
 /// What is booted.
@@ -277,7 +274,6 @@ impl SavedHost {
             linger: host.linger,
             devices: Some(devices.into()),
             reboot: host.reboot.as_ref().map(SavedBoot::from),
-            program: bytes(&host.program),
         }
     }
 
@@ -289,7 +285,6 @@ impl SavedHost {
             api: path(saved.api),
             linger: saved.linger,
             reboot: saved.reboot.map(MachineConfig::try_from).transpose()?,
-            program: path(saved.program),
         };
         Ok((host, devices.try_into()?))
     }
@@ -334,7 +329,7 @@ mod tests {
             serial: SerialTarget::Stdio,
             pci: devices.pci.clone(),
         };
-        let host = HostState { api: "/api".into(), linger: true, reboot: Some(reboot), program: "/bin/w".into() };
+        let host = HostState { api: "/api".into(), linger: true, reboot: Some(reboot) };
         (host, devices)
     }
 

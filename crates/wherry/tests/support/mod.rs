@@ -131,6 +131,13 @@ impl Place {
         self.start_command(api, command)
     }
 
+    /// Starts one with this as its standard input.
+    pub fn start_from(&self, input: impl Into<Stdio>, api: &str, arguments: &[&str]) -> Vm {
+        let mut command = self.command(arguments);
+        command.stdin(input);
+        self.start_command(api, command)
+    }
+
     /// Starts one inside a network namespace.
     pub fn start_in(&self, namespace: &Namespace, api: &str, arguments: &[&str]) -> Vm {
         let mut command = self.command(arguments);
