@@ -3,8 +3,7 @@
 //! A message is a header of 12 bytes (request, flags, bytes that follow) and its payload, with descriptors beside it. Numbers
 //! are those of QEMU's document "Vhost-user Protocol"; the byte order is the host's.
 
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -12,11 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
-};
 use vmm_sys_util::eventfd::EventFd;
+use wherry_socket::descriptors;
 
 use crate::BackendError;
 
@@ -207,21 +203,13 @@ impl<'a> Connection<'a> {
         let mut got = 0;
         let mut deadline = (!begins).then(|| Instant::now() + LIMIT);
         while got < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut rest = [IoSliceMut::new(&mut bytes[got..])];
-            match rustix::net::recvmsg(&self.stream, &mut rest, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(message) => {
-                    for part in control.drain() {
-                        if let RecvAncillaryMessage::ScmRights(received) = part {
-                            fds.extend(received);
-                        }
-                    }
-                    if message.flags.contains(ReturnFlags::CTRUNC) || fds.len() > MOST_DESCRIPTORS {
+            match descriptors::receive(&self.stream, &mut bytes[got..], fds) {
+                Ok(came) => {
+                    if came.cut || fds.len() > MOST_DESCRIPTORS {
                         let most = MOST_DESCRIPTORS;
                         return Err(BackendError::Protocol(format!("more than {most} descriptors with a message")));
                     }
-                    match message.bytes {
+                    match came.bytes {
                         0 if begins && got == 0 => return Ok(false),
                         0 => return Err(BackendError::Protocol("it went in the middle of a message".into())),
                         more => got += more,
@@ -251,14 +239,9 @@ impl<'a> Connection<'a> {
         let deadline = Some(Instant::now() + LIMIT);
         let mut sent = 0;
         while sent < message.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
             // They go with the first byte.
-            if sent == 0 && !fds.is_empty() {
-                control.push(SendAncillaryMessage::ScmRights(fds));
-            }
-            let rest = [IoSlice::new(&message[sent..])];
-            match rustix::net::sendmsg(&self.stream, &rest, &mut control, SendFlags::NOSIGNAL) {
+            let with = if sent == 0 { fds } else { &[] };
+            match descriptors::send(&self.stream, &[IoSlice::new(&message[sent..])], with) {
                 Ok(bytes) => sent += bytes,
                 Err(Errno::AGAIN) => {
                     if !self.ready(PollFlags::OUT, deadline)? {

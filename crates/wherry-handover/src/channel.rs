@@ -12,20 +12,17 @@
 //! Numbers are in the byte order of the host, which both sides share. Reads never go beyond the end of a parcel, so descriptors
 //! belong to the one whose bytes they came with. A parcel that is half there when a deadline passes stays in the inbox.
 
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, sockopt,
-};
+use rustix::net::sockopt;
+use wherry_socket::descriptors;
 
-/// Most descriptors of one parcel (the kernel takes `SCM_MAX_FD`, 253, at once).
+/// Most descriptors of one parcel; the kernel takes [`descriptors::MOST`] at once.
 pub const MOST_DESCRIPTORS: usize = 250;
 /// Most bytes of a body.
 pub const MOST_BODY: usize = 64 << 20;
@@ -198,13 +195,10 @@ impl Channel {
         header[8..12].copy_from_slice(&(body.len() as u32).to_ne_bytes());
         let (mut sent, all) = (0, HEADER + body.len());
         while sent < all {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
-            if sent == 0 && !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
-                return Err(ChannelError::TooMuch { bytes: body.len(), descriptors: descriptors.len() });
-            }
+            // They go with the first byte.
+            let with = if sent == 0 { descriptors } else { &[] };
             let rest = [IoSlice::new(&header[sent.min(HEADER)..]), IoSlice::new(&body[sent.saturating_sub(HEADER)..])];
-            match rustix::net::sendmsg(&self.stream, &rest, &mut control, SendFlags::NOSIGNAL) {
+            match descriptors::send(&self.stream, &rest, with) {
                 Ok(bytes) => sent += bytes,
                 Err(Errno::AGAIN) => {
                     if !self.ready(PollFlags::OUT, deadline)? {
@@ -273,22 +267,14 @@ impl Channel {
         let Partial { header, headed, body, bodied, descriptors } = &mut self.partial;
         let in_header = *headed < HEADER;
         let room = if in_header { &mut header[*headed..] } else { &mut body[*bodied..] };
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut into = [IoSliceMut::new(room)];
-        match rustix::net::recvmsg(&self.stream, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Ok(message) => {
-                for part in control.drain() {
-                    if let RecvAncillaryMessage::ScmRights(received) = part {
-                        descriptors.extend(received);
-                    }
-                }
-                if message.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > MOST_DESCRIPTORS {
+        match descriptors::receive(&self.stream, room, descriptors) {
+            Ok(came) => {
+                if came.cut || descriptors.len() > MOST_DESCRIPTORS {
                     // The kernel also cuts them off when this process has no room for more.
                     let what = format!("more than {MOST_DESCRIPTORS} descriptors, or than this process may have open");
                     return Err(ChannelError::Protocol(what));
                 }
-                match message.bytes {
+                match came.bytes {
                     0 if *headed == 0 => Err(ChannelError::Closed),
                     0 => Err(ChannelError::Protocol("it closed the channel within a parcel".into())),
                     bytes => {

@@ -1,4 +1,5 @@
-//! UNIX sockets as files: made for one process, left alone while another lives behind them, removed at the end.
+//! UNIX sockets as files: made for one process, left alone while another lives behind them, removed at the end. And what goes over
+//! them besides bytes: [`descriptors`].
 //!
 //! A process that is killed leaves the file of its socket behind, and `bind` fails on it for ever. [`SocketFile::bind`]
 //! replaces such a file, and nothing else: not a socket that somebody listens on, not a file of another kind. Everything
@@ -7,6 +8,8 @@
 //! Contract: two processes that bind the same path at once agree on one of them. Dropping a [`SocketFile`] removes the file
 //! only if it is still the one that was made: a successor's stays. A process that ends without dropping what it has calls
 //! [`remove_all`].
+
+pub mod descriptors;
 
 use std::fs::File;
 use std::io;

@@ -9,8 +9,7 @@
 //! of a message, so descriptors belong to the message whose bytes they came with.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,10 +17,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, Shutdown, sockopt,
-};
+use rustix::net::{Shutdown, sockopt};
+use wherry_socket::descriptors;
 
 use crate::error::VfioUserError;
 use crate::message::{Command, HEADER, Header, MOST_DESCRIPTORS, MOST_PAYLOAD, Message, flags};
@@ -140,11 +137,8 @@ impl Link {
         let deadline = Instant::now() + limit;
         let mut waste = vec![0; 64 << 10];
         loop {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut into = [IoSliceMut::new(&mut waste)];
-            match rustix::net::recvmsg(&self.stream, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(message) if message.bytes == 0 => break,
+            match descriptors::receive(&self.stream, &mut waste, &mut Vec::new()) {
+                Ok(came) if came.bytes == 0 => break,
                 // Who goes on sending is not listened to for ever.
                 Ok(_) if Instant::now() >= deadline => break,
                 Ok(_) | Err(Errno::INTR) => {}
@@ -238,18 +232,16 @@ impl Link {
         let mut bytes = Vec::with_capacity(HEADER + payload.len());
         bytes.extend(header.encode());
         bytes.extend(payload);
+        if fds.len() > MOST_DESCRIPTORS {
+            let reason = format!("{} descriptors do not fit in one message", fds.len());
+            return Err(VfioUserError::Lacks { peer: self.peer.clone(), reason });
+        }
         let _turn = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sent = 0;
         while sent < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
             // They go with the first byte.
-            if sent == 0 && !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-                let reason = format!("{} descriptors do not fit in one message", fds.len());
-                return Err(VfioUserError::Lacks { peer: self.peer.clone(), reason });
-            }
-            let rest = [IoSlice::new(&bytes[sent..])];
-            match rustix::net::sendmsg(&self.stream, &rest, &mut control, SendFlags::NOSIGNAL) {
+            let with = if sent == 0 { fds } else { &[] };
+            match descriptors::send(&self.stream, &[IoSlice::new(&bytes[sent..])], with) {
                 Ok(count) => sent += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => match self.wait(PollFlags::OUT, Some(deadline)) {
@@ -441,23 +433,14 @@ impl Link {
         deadline: Option<Instant>,
     ) -> Result<Option<usize>, Over> {
         loop {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut into = [IoSliceMut::new(bytes)];
-            match rustix::net::recvmsg(&self.stream, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(message) => {
-                    for part in control.drain() {
-                        if let RecvAncillaryMessage::ScmRights(fds) = part {
-                            partial.descriptors.extend(fds);
-                        }
-                    }
-                    partial.too_many |=
-                        message.flags.contains(ReturnFlags::CTRUNC) || partial.descriptors.len() > MOST_DESCRIPTORS;
-                    if message.bytes == 0 {
+            match descriptors::receive(&self.stream, bytes, &mut partial.descriptors) {
+                Ok(came) => {
+                    partial.too_many |= came.cut || partial.descriptors.len() > MOST_DESCRIPTORS;
+                    if came.bytes == 0 {
                         return Err(Over::Closed);
                     }
                     partial.since.get_or_insert_with(Instant::now);
-                    return Ok(Some(message.bytes));
+                    return Ok(Some(came.bytes));
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {

@@ -5,8 +5,7 @@
 //! Numbers are those of QEMU's document "Vhost-user Protocol"; the byte order is the host's.
 
 use std::fmt::{self, Debug};
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,10 +13,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use wherry_socket::descriptors;
 
 /// Most bytes of a payload that is taken; no message that a front end reads is longer.
 const MOST_PAYLOAD: usize = 4096;
@@ -299,16 +296,14 @@ impl Connection {
             message.extend(word.to_ne_bytes());
         }
         message.extend(payload);
+        if fds.len() > MOST_DESCRIPTORS {
+            return Err(self.lacks(format!("{} descriptors do not fit in one message", fds.len())));
+        }
         let mut sent = 0;
         while sent < message.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = SendAncillaryBuffer::new(&mut space);
             // They go with the first byte.
-            if sent == 0 && !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
-                return Err(self.lacks(format!("{} descriptors do not fit in one message", fds.len())));
-            }
-            let rest = [IoSlice::new(&message[sent..])];
-            match rustix::net::sendmsg(&self.stream, &rest, &mut control, SendFlags::NOSIGNAL) {
+            let with = if sent == 0 { fds } else { &[] };
+            match descriptors::send(&self.stream, &[IoSlice::new(&message[sent..])], with) {
                 Ok(bytes) => sent += bytes,
                 Err(Errno::AGAIN) => self.wait(PollFlags::OUT, what, deadline)?,
                 Err(Errno::INTR) => {}
@@ -378,24 +373,15 @@ impl Connection {
     ) -> Result<(), VhostError> {
         let mut got = 0;
         while got < bytes.len() {
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
-            let mut control = RecvAncillaryBuffer::new(&mut space);
-            let mut rest = [IoSliceMut::new(&mut bytes[got..])];
-            match rustix::net::recvmsg(&self.stream, &mut rest, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(message) => {
-                    for part in control.drain() {
-                        if let RecvAncillaryMessage::ScmRights(fds) = part {
-                            descriptors.extend(fds);
-                        }
-                    }
-                    if message.flags.contains(rustix::net::ReturnFlags::CTRUNC) || descriptors.len() > MOST_DESCRIPTORS
-                    {
+            match descriptors::receive(&self.stream, &mut bytes[got..], descriptors) {
+                Ok(came) => {
+                    if came.cut || descriptors.len() > MOST_DESCRIPTORS {
                         return Err(self.wrong(what, format!("more than {MOST_DESCRIPTORS} descriptors in an answer")));
                     }
-                    if message.bytes == 0 {
+                    if came.bytes == 0 {
                         return Err(self.closed(what));
                     }
-                    got += message.bytes;
+                    got += came.bytes;
                 }
                 Err(Errno::AGAIN) => self.wait(PollFlags::IN, what, deadline)?,
                 Err(Errno::INTR) => {}
