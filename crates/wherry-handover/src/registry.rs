@@ -6,13 +6,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
 /// Longest name, in bytes.
 const MOST_NAME: usize = 200;
+/// Longest note, in bytes.
+const MOST_NOTE: u64 = 1 << 20;
 
 /// Which descriptor.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -225,6 +231,28 @@ impl Registry {
         Ok(self.add(id, made?)?)
     }
 
+    /// Has bytes go over for as long as what this returns lives: what cannot change, and what a successor has to know to use
+    /// descriptors that go over beside it.
+    pub fn add_note(&self, id: KeptId, note: &[u8]) -> io::Result<Arc<OwnedFd>> {
+        let file = memfd_create(id.name.as_str(), MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let mut file = File::from(file);
+        file.write_all(note)?;
+        fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
+        Ok(self.add(id, OwnedFd::from(file))?)
+    }
+
+    /// Takes bytes that have come under this name, as something that can only have come.
+    pub fn inherit_note(&self, id: &KeptId) -> io::Result<Vec<u8>> {
+        let file = File::from(self.inherit(id)?);
+        let bytes = file.metadata()?.len();
+        if bytes > MOST_NOTE {
+            return Err(io::Error::other(format!("{id} has {bytes} bytes, and a note has at most {MOST_NOTE}")));
+        }
+        let mut note = vec![0; bytes as usize];
+        file.read_exact_at(&mut note, 0)?;
+        Ok(note)
+    }
+
     /// What would go over now, by name. The descriptors stay open as long as the list is held.
     pub fn list(&self) -> Vec<Entry> {
         let mut inner = self.lock();
@@ -312,6 +340,23 @@ mod tests {
         assert!(matches!(missing, RegistryError::Missing(id) if id.index == 1));
         registry.settle();
         assert!(obtain(&registry, 1).1);
+    }
+
+    #[test]
+    fn a_note_comes_as_it_was_written_and_nobody_changes_it() {
+        let (old, new) = (Registry::new(), Registry::of_successor());
+        let id = KeptId::new("facts", 0);
+        let note = old.add_note(id.clone(), b"two regions").unwrap();
+        assert!(rustix::io::pwrite(&note, b"x", 0).is_err());
+        new.arrived([(id.clone(), note.try_clone().unwrap())]).unwrap();
+        assert_eq!(new.inherit_note(&id).unwrap(), b"two regions");
+        assert!(new.inherit_note(&id).unwrap_err().to_string().contains("no descriptor facts[0]"));
+        drop(note);
+        assert!(old.list().is_empty());
+        let long = memfd_create("facts", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&long, MOST_NOTE + 1).unwrap();
+        new.arrived([(id.clone(), long)]).unwrap();
+        assert!(new.inherit_note(&id).unwrap_err().to_string().contains("bytes"));
     }
 
     #[test]

@@ -3,9 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use crate::{Input, InterruptError, Router};
+use crate::{Event, Events, Input, InterruptError, Router};
 
 struct State {
     enabled: bool,
@@ -21,19 +19,19 @@ struct State {
 pub struct ForeignIntx {
     router: Arc<dyn Router>,
     input: Input,
-    event: EventFd,
-    unmask: EventFd,
+    event: Arc<Event>,
+    unmask: Arc<Event>,
     /// Held while the router is called, which takes locks of its own.
     state: Mutex<State>,
 }
 
 impl ForeignIntx {
     /// A pin that leads to this input, and that the guest does not let the device use yet.
-    pub fn new(router: Arc<dyn Router>, input: Input) -> Result<Self, InterruptError> {
+    pub fn new(router: Arc<dyn Router>, events: &Events, input: Input) -> Result<Self, InterruptError> {
         let event =
-            || EventFd::new(EFD_NONBLOCK).map_err(|source| InterruptError { input, what: "making an eventfd", source });
+            |what| events.get(what, 0).map_err(|source| InterruptError { input, what: "getting an eventfd", source });
         let state = State { enabled: false, attached: false, rests: false };
-        Ok(Self { router, input, event: event()?, unmask: event()?, state: Mutex::new(state) })
+        Ok(Self { router, input, event: event("event")?, unmask: event("unmask")?, state: Mutex::new(state) })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -46,12 +44,12 @@ impl ForeignIntx {
     }
 
     /// The device signals it.
-    pub fn event(&self) -> &EventFd {
+    pub fn event(&self) -> &Event {
         &self.event
     }
 
     /// The device unmasks itself when it is written to.
-    pub fn unmask_event(&self) -> &EventFd {
+    pub fn unmask_event(&self) -> &Event {
         &self.unmask
     }
 

@@ -5,6 +5,7 @@
 //!   eventfds of which a device signals one or the other.
 //! - [`Intx`] is an interrupt pin: level-triggered, shared, asserted again for as long as the device wants service.
 //! - [`ForeignIntx`] is the pin of a device in another process, which only that process knows to be asserted.
+//! - [`Events`] is where eventfds come from that others hold, and how they outlive the process.
 //! - [`saved`] is what of it is state.
 //!
 //! **An interrupt is never lost; one too many is harmless.** A vector that cannot be delivered (masked, switched off, no
@@ -14,6 +15,7 @@
 //!
 //! Nothing here knows KVM or PCI.
 
+mod event;
 #[cfg(any(test, feature = "testing"))]
 pub mod fake;
 mod foreign;
@@ -23,6 +25,7 @@ pub mod saved;
 mod vector;
 mod vectors;
 
+pub use event::{Event, Events};
 pub use foreign::ForeignIntx;
 pub use intx::Intx;
 pub use router::{Input, InterruptError, Message, Router};

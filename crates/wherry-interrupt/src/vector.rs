@@ -3,9 +3,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use crate::{Input, InterruptError, Message, Router};
+use crate::{Event, Events, Input, InterruptError, Message, Router};
 
 /// What the guest has set a vector to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,23 +39,24 @@ struct State {
 pub struct Vector {
     router: Arc<dyn Router>,
     input: Input,
-    interrupt: EventFd,
-    kvm_interrupt: EventFd,
+    interrupt: Arc<Event>,
+    kvm_interrupt: Arc<Event>,
     /// Held while the router is called, which takes locks of its own.
     state: Mutex<State>,
 }
 
 impl Vector {
-    pub(crate) fn new(router: Arc<dyn Router>) -> Result<Self, InterruptError> {
+    pub(crate) fn new(router: Arc<dyn Router>, events: &Events, index: u32) -> Result<Self, InterruptError> {
         let input = router.reserve().map_err(|source| InterruptError {
             input: Input(0),
             what: "reserving an input",
             source,
         })?;
-        let event =
-            || EventFd::new(EFD_NONBLOCK).map_err(|source| InterruptError { input, what: "making an eventfd", source });
+        let event = |what| {
+            events.get(what, index).map_err(|source| InterruptError { input, what: "getting an eventfd", source })
+        };
         let state = State { setting: Setting::default(), pending: false, attached: false, rests: false };
-        match (event(), event()) {
+        match (event("interrupt"), event("kvm-interrupt")) {
             (Ok(interrupt), Ok(kvm_interrupt)) => {
                 Ok(Self { router, input, interrupt, kvm_interrupt, state: Mutex::new(state) })
             }
@@ -83,12 +82,12 @@ impl Vector {
     }
 
     /// Signalled while the vector cannot be delivered.
-    pub fn interrupt_event(&self) -> &EventFd {
+    pub fn interrupt_event(&self) -> &Event {
         &self.interrupt
     }
 
     /// Signalled while the hypervisor delivers it.
-    pub fn kvm_interrupt_event(&self) -> &EventFd {
+    pub fn kvm_interrupt_event(&self) -> &Event {
         &self.kvm_interrupt
     }
 

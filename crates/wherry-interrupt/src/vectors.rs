@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::saved::SavedVector;
-use crate::{InterruptError, Router, Setting, Vector};
+use crate::{Events, InterruptError, Router, Setting, Vector};
 
 /// All vectors of one function. Those that are set together get their routes in one call.
 pub struct Vectors {
@@ -13,8 +13,9 @@ pub struct Vectors {
 
 impl Vectors {
     /// That many vectors, all closed.
-    pub fn new(router: Arc<dyn Router>, count: u16) -> Result<Self, InterruptError> {
-        let vectors = (0..count).map(|_| Vector::new(router.clone()).map(Arc::new)).collect::<Result<_, _>>()?;
+    pub fn new(router: Arc<dyn Router>, events: &Events, count: u16) -> Result<Self, InterruptError> {
+        let vector = |index: u16| Vector::new(router.clone(), events, index.into()).map(Arc::new);
+        let vectors = (0..count).map(vector).collect::<Result<_, _>>()?;
         Ok(Self { router, vectors })
     }
 

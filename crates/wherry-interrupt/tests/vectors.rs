@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use wherry_interrupt::fake::FakeRouter;
-use wherry_interrupt::{Input, Intx, Message, Setting, Signal, Vectors};
+use wherry_interrupt::{Events, Input, Intx, Message, Setting, Signal, Vectors};
 
 fn open(data: u32) -> Setting {
     Setting { message: Message { address: 0xfee0_0000, data }, open: true }
@@ -17,7 +17,7 @@ fn closed(data: u32) -> Setting {
 
 fn vectors(count: u16) -> (Arc<FakeRouter>, Vectors) {
     let router = Arc::new(FakeRouter::default());
-    (router.clone(), Vectors::new(router, count).unwrap())
+    (router.clone(), Vectors::new(router, &Events::own(), count).unwrap())
 }
 
 #[test]

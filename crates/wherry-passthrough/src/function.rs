@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
-use wherry_interrupt::{ForeignIntx, Input, InterruptError, Router};
+use wherry_handover::Registry;
+use wherry_interrupt::{Events, ForeignIntx, Input, InterruptError, Router};
 use wherry_memory::Ram;
 use wherry_pci::bus::Bus;
 use wherry_pci::{
@@ -14,7 +15,7 @@ use wherry_pci::{
 use wherry_state::Once;
 
 use crate::bars::{Bar, GuestMaps, Window, areas};
-use crate::config::{COMMAND, SIZE, STATUS, STATUS_INTX, Split};
+use crate::config::{COMMAND, STATUS, STATUS_INTX, Split};
 use crate::interrupts::Interrupts;
 use crate::log::DmaLog;
 use crate::owner::{Owner, OwnerError};
@@ -56,6 +57,8 @@ pub struct PassthroughParts {
     pub faults: Option<Arc<FaultService>>,
     /// The functions of the machine.
     pub crew: Arc<Crew>,
+    /// What is kept over a live update.
+    pub registry: Arc<Registry>,
 }
 
 /// A function cannot be made.
@@ -123,6 +126,9 @@ pub struct Function {
     pub(crate) member: Arc<Member>,
     pub(crate) crew: Arc<Crew>,
     log: Arc<DmaLog>,
+    pub(crate) registry: Arc<Registry>,
+    /// What its owner left when it came to rest for another process.
+    pub(crate) left: Mutex<Option<Vec<u8>>>,
     pub(crate) sharer: Sharer,
     /// The owner has gone; said once.
     lost: OnceLock<String>,
@@ -140,13 +146,18 @@ impl Function {
     where
         E: From<PassthroughError>,
     {
-        let (mut config, split, interrupts) = make(&owner, parts)?;
+        let name = Self::kept_name(instance);
+        let events = Events::kept(parts.registry.clone(), &name);
+        let (mut config, split, interrupts) = make(&owner, parts, &events)?;
         let express = config.capabilities().into_iter().find(|(id, _)| *id == EXPRESS).map(|(_, at)| at);
         place(&mut config)?;
-        for block in parts.ram.blocks() {
-            let spec = block.spec();
-            owner.map_dma(spec.guest_base, spec.size, block.fd(), 0).map_err(PassthroughError::Owner)?;
+        if !owner.is_inherited() {
+            for block in parts.ram.blocks() {
+                let spec = block.spec();
+                owner.map_dma(spec.guest_base, spec.size, block.fd(), 0).map_err(PassthroughError::Owner)?;
+            }
         }
+        owner.keep(&parts.registry, &name).map_err(PassthroughError::Owner)?;
         let this = Arc::new_cyclic(|this: &Weak<Self>| {
             let mut bars = BarMap::default();
             for (index, kind, _) in config.bars() {
@@ -164,6 +175,8 @@ impl Function {
                 member: Arc::new(Member::new(this.clone())),
                 crew: parts.crew.clone(),
                 log: Arc::new(DmaLog::new(name, this.clone(), parts.ram.clone())),
+                registry: parts.registry.clone(),
+                left: Mutex::default(),
                 sharer: Sharer::new(parts.ram.clone(), parts.faults.clone()),
                 lost: OnceLock::new(),
                 owner,
@@ -172,6 +185,17 @@ impl Function {
         this.member.start(instance).map_err(PassthroughError::Thread)?;
         parts.crew.join(&this.member);
         Ok(this)
+    }
+
+    /// What the names of its descriptors begin with that are kept over a live update.
+    pub fn kept_name(instance: u32) -> String {
+        format!("{}{instance}", crate::UNIT)
+    }
+
+    /// Why another process cannot go on with it, if so.
+    pub fn cannot_keep(&self) -> Option<String> {
+        let why = self.lost.get()?;
+        Some(format!("{} (it has gone: {why}; unplug it)", self.owner.name()))
     }
 
     /// Who owns it.
@@ -189,6 +213,10 @@ impl Function {
         let name = self.owner.name();
         if let Some(why) = self.lost.get() {
             return Some(format!("{name} has gone, and its state with it: {why}"));
+        }
+        // Another process goes on with the very device.
+        if self.registry.is_leaving() {
+            return None;
         }
         self.owner.facts().migration.is_none().then(|| {
             format!(
@@ -342,12 +370,12 @@ impl Function {
 fn make(
     owner: &Arc<dyn Owner>,
     parts: &PassthroughParts,
+    events: &Events,
 ) -> Result<(ConfigSpace, Split, Interrupts), PassthroughError> {
     let (facts, name) = (owner.facts(), || owner.name().to_owned());
-    let mut theirs = vec![0; facts.config_size.min(SIZE as u64) as usize];
-    owner.read_config(0, &mut theirs)?;
-    let (mut config, mut split) = Split::new(&theirs);
-    let listed = ConfigSpace::like(&theirs).capabilities();
+    let theirs = &facts.config;
+    let (mut config, mut split) = Split::new(theirs);
+    let listed = ConfigSpace::like(theirs).capabilities();
     let word = |at: usize| u16::from_le_bytes([theirs[at], theirs[at + 1]]);
     let find = |id: u8, len: usize| {
         listed
@@ -381,7 +409,7 @@ fn make(
             let reason = format!("MSI-X of {count} vectors in configuration space, {} by its owner", facts.msix);
             return Err(PassthroughError::Contradiction { name: name(), reason });
         }
-        let made = Msix::new(parts.router.clone(), count, place, &mut config);
+        let made = Msix::new(parts.router.clone(), &events.of("msix"), count, place, &mut config);
         let made = made.map_err(|source| PassthroughError::Msix { name: name(), source })?;
         for (bar, range) in [(place.bar, made.table_range()), (place.pending_bar, made.pending_range())] {
             let size = facts.bars[usize::from(bar)].size;
@@ -396,7 +424,7 @@ fn make(
     let mut msi = None;
     if let (Some((_, at)), true) = (find(MSI, 10), facts.msi > 0) {
         let (count, form) = MsiForm::of_control(word(at + 2));
-        let made = Msi::new(parts.router.clone(), count, form, &mut config);
+        let made = Msi::new(parts.router.clone(), &events.of("msi"), count, form, &mut config);
         let made = made.map_err(|source| PassthroughError::Msi { name: name(), source })?;
         let (at, len) = made.place();
         split.ours(at.into()..usize::from(at + len));
@@ -408,7 +436,7 @@ fn make(
     } else {
         config.set_interrupt(0, 0);
     }
-    let pin = pin.then(|| ForeignIntx::new(parts.router.clone(), parts.pin_input)).transpose()?;
+    let pin = pin.then(|| ForeignIntx::new(parts.router.clone(), &events.of("pin"), parts.pin_input)).transpose()?;
     Ok((config, split, Interrupts::new(msix, msi, pin)))
 }
 

@@ -2,7 +2,7 @@
 
 use wherry_pci::ConfigSpace;
 
-use crate::owner::{Owner, OwnerError};
+use crate::owner::Facts;
 
 /// What a function is: part of a machine's description.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -37,14 +37,11 @@ pub struct FunctionIdentity {
 }
 
 impl FunctionIdentity {
-    /// Asks the owner.
-    pub fn of(owner: &dyn Owner) -> Result<Self, OwnerError> {
-        let facts = owner.facts();
-        let mut bytes = vec![0; facts.config_size.min(256) as usize];
-        owner.read_config(0, &mut bytes)?;
-        let config = ConfigSpace::like(&bytes);
+    /// Of the function with these facts.
+    pub fn of(facts: &Facts) -> Self {
+        let config = ConfigSpace::like(&facts.config);
         let capabilities = config.capabilities().into_iter().flat_map(|(id, at)| [id, at as u8]).collect();
-        Ok(Self {
+        Self {
             id: config.dword(0),
             class: config.dword(8),
             subsystem: config.dword(0x2c),
@@ -54,7 +51,7 @@ impl FunctionIdentity {
             msix: facts.msix,
             capabilities,
             migration: facts.migration.is_some(),
-        })
+        }
     }
 
     /// What this function, which is wanted, has and `here` has not.

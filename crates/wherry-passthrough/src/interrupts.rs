@@ -4,25 +4,26 @@
 //! masks or unmasks it, and what went to the old one meanwhile is collected after the device has answered. The pin is
 //! level-triggered: the device masks itself when it has signalled, and is unmasked when the guest has ended the interrupt: the
 //! hypervisor writes to an eventfd then, which the owner reads, or a thread of ours that asks it (vfio-user has no other way).
-#![expect(unsafe_code, reason = "borrows the descriptors of eventfds, which do not lend them")]
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use wherry_interrupt::{ForeignIntx, InterruptError, Signal, Vector};
+use wherry_interrupt::{Event, ForeignIntx, InterruptError, Signal, Vector};
 use wherry_pci::{ConfigSpace, Msi, Msix};
 
 use crate::owner::{Irq, Owner, OwnerError};
+use crate::saved::SavedTold;
 
 /// What the owner was told.
 #[derive(Default)]
 struct Told {
     irq: Option<Irq>,
     signals: Vec<Signal>,
-    /// Unmasks the pin, where the owner takes no eventfd for that.
+    /// The owner takes no eventfd that unmasks the pin.
+    asks: bool,
+    /// Unmasks the pin then, but at rest.
     unmasker: Option<Unmasker>,
 }
 
@@ -35,16 +36,11 @@ pub(crate) struct Interrupts {
     told: Mutex<Told>,
 }
 
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open for as long as the eventfd is borrowed.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
-}
-
 fn event_of(vector: &Vector, signal: Signal) -> BorrowedFd<'_> {
-    borrow(match signal {
-        Signal::Interrupt => vector.interrupt_event(),
-        Signal::KvmInterrupt => vector.kvm_interrupt_event(),
-    })
+    match signal {
+        Signal::Interrupt => vector.interrupt_event().as_fd(),
+        Signal::KvmInterrupt => vector.kvm_interrupt_event().as_fd(),
+    }
 }
 
 impl Interrupts {
@@ -73,7 +69,10 @@ impl Interrupts {
             Irq::Msi => self.msi.as_ref().map(Msi::vectors),
             Irq::Intx => None,
         };
-        vectors.into_iter().flat_map(|vectors| (0..count).filter_map(|index| vectors.get(index))).collect()
+        vectors
+            .into_iter()
+            .flat_map(|vectors| (0..count.min(vectors.len())).filter_map(|index| vectors.get(index)))
+            .collect()
     }
 
     /// Follows what was written to configuration space, or restored.
@@ -117,18 +116,25 @@ impl Interrupts {
         told.irq = Some(irq);
         if let (Irq::Intx, Some(pin)) = (irq, &self.pin) {
             report(owner, pin.enable(true));
-            owner.signal(irq, 0, &[borrow(pin.event())])?;
-            if !owner.unmask_by(borrow(pin.unmask_event()))? {
-                told.unmasker = Unmasker::start(owner.clone(), pin.clone())
-                    .inspect_err(|error| tracing::error!(device = owner.name(), %error, "unmasking its pin"))
-                    .ok();
-            }
+            owner.signal(irq, 0, &[pin.event().as_fd()])?;
+            told.asks = !owner.unmask_by(pin.unmask_event().as_fd())?;
+            self.unmask(owner, told);
             return Ok(());
         }
         let vectors = self.vectors(irq, count);
         told.signals = vectors.iter().map(|vector| vector.signal()).collect();
         let events: Vec<_> = vectors.iter().zip(&told.signals).map(|(vector, to)| event_of(vector, *to)).collect();
         owner.signal(irq, 0, &events)
+    }
+
+    /// Has the pin unmasked from now on, if that takes a thread.
+    fn unmask(&self, owner: &Arc<dyn Owner>, told: &mut Told) {
+        let Some(pin) = self.pin.as_ref().filter(|_| told.irq == Some(Irq::Intx) && told.asks) else { return };
+        if told.unmasker.is_none() {
+            told.unmasker = Unmasker::start(owner.clone(), pin.clone())
+                .inspect_err(|error| tracing::error!(device = owner.name(), %error, "unmasking its pin"))
+                .ok();
+        }
     }
 
     /// Tells the owner of vectors that signal elsewhere now, in runs.
@@ -164,7 +170,47 @@ impl Interrupts {
         self.told().irq == Some(Irq::Intx)
     }
 
-    /// Detaches all eventfds: what is signalled from now on waits. The device is at rest.
+    /// Nobody asks the owner to unmask a pin, until [`resume`](Self::resume).
+    pub(crate) fn leave_masked(&self) {
+        self.told().unmasker = None;
+    }
+
+    /// What the owner was told.
+    pub(crate) fn save(&self) -> SavedTold {
+        let told = self.told();
+        SavedTold {
+            irq: told.irq.map_or(0, |irq| irq as u32 + 1),
+            delivered: told.signals.iter().map(|signal| *signal == Signal::KvmInterrupt).collect(),
+            asks: told.asks,
+        }
+    }
+
+    /// Takes what the owner was told by the process before. After the vectors.
+    pub(crate) fn restore(&self, saved: &SavedTold) -> Result<(), String> {
+        let irq = match saved.irq {
+            0 => None,
+            1 => Some(Irq::Intx),
+            2 => Some(Irq::Msi),
+            3 => Some(Irq::Msix),
+            other => return Err(format!("interrupts of kind {other}")),
+        };
+        let there = irq.map_or(0, |irq| self.vectors(irq, usize::MAX).len());
+        if saved.delivered.len() > there {
+            return Err(format!("{} vectors, and there are {there}", saved.delivered.len()));
+        }
+        let mut told = self.told();
+        let signal = |delivered: &bool| if *delivered { Signal::KvmInterrupt } else { Signal::Interrupt };
+        told.signals = saved.delivered.iter().map(signal).collect();
+        (told.irq, told.asks) = (irq, saved.asks);
+        match (irq, &self.pin) {
+            // At rest, so that nothing is attached yet.
+            (Some(Irq::Intx), Some(pin)) => pin.enable(true).map_err(|error| error.to_string()),
+            (Some(Irq::Intx), None) => Err("a pin".into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Detaches all eventfds: what is signalled from now on waits. The device is at rest, or its owner is.
     pub(crate) fn rest(&self) -> Result<(), InterruptError> {
         let msix = self.msix.as_ref().map_or(Ok(()), |msix| msix.vectors().rest());
         let msi = self.msi.as_ref().map_or(Ok(()), |msi| msi.vectors().rest());
@@ -172,7 +218,8 @@ impl Interrupts {
     }
 
     /// Attaches them again, and delivers what waits. Local APICs and the I/O APIC have been restored.
-    pub(crate) fn resume(&self) -> Result<(), InterruptError> {
+    pub(crate) fn resume(&self, owner: &Arc<dyn Owner>) -> Result<(), InterruptError> {
+        self.unmask(owner, &mut self.told());
         let msix = self.msix.as_ref().map_or(Ok(()), |msix| msix.vectors().resume());
         let msi = self.msi.as_ref().map_or(Ok(()), |msi| msi.vectors().resume());
         msix.and(msi).and(self.pin.as_ref().map_or(Ok(()), |pin| pin.resume()))
@@ -187,19 +234,16 @@ fn report(owner: &Arc<dyn Owner>, result: Result<(), InterruptError>) {
 
 /// The thread `pin-unmask`: unmasks a pin whose owner has to be asked each time.
 struct Unmasker {
-    quit: EventFd,
+    quit: Arc<Event>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Unmasker {
     fn start(owner: Arc<dyn Owner>, pin: Arc<ForeignIntx>) -> std::io::Result<Self> {
-        let quit = EventFd::new(EFD_NONBLOCK)?;
-        let quitting = quit.try_clone()?;
+        let quit = Arc::new(Event::new()?);
+        let quitting = quit.clone();
         let run = move || loop {
-            let mut events = [
-                PollFd::from_borrowed_fd(borrow(pin.unmask_event()), PollFlags::IN),
-                PollFd::from_borrowed_fd(borrow(&quitting), PollFlags::IN),
-            ];
+            let mut events = [PollFd::new(pin.unmask_event(), PollFlags::IN), PollFd::new(&*quitting, PollFlags::IN)];
             match poll(&mut events, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return tracing::error!(device = owner.name(), %error, "waiting to unmask its pin"),

@@ -2,8 +2,10 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::FileOffset;
+use wherry_handover::Registry;
 use wherry_vfio_user::payload::Area;
 use wherry_vfio_user::{State, VfioUserError};
 
@@ -58,8 +60,8 @@ pub struct MigrationFacts {
 pub struct Facts {
     /// Its regions: BARs 0 to 5.
     pub bars: [RegionFacts; 6],
-    /// Bytes of its configuration space.
-    pub config_size: u64,
+    /// Its configuration space (256 bytes at most), as it was when it was claimed.
+    pub config: Vec<u8>,
     /// It has a pin.
     pub intx: bool,
     /// Vectors of MSI.
@@ -102,6 +104,22 @@ pub trait Owner: Send + Sync {
 
     /// What the function is.
     fn facts(&self) -> &Facts;
+
+    /// Enters all that another process needs to go on with it, under names that begin with `name`.
+    fn keep(&self, registry: &Registry, name: &str) -> Result<(), OwnerError>;
+
+    /// The process before this one has claimed it, and what it was told holds: of memory and of interrupts.
+    fn is_inherited(&self) -> bool;
+
+    /// Comes to rest between two requests, until [`go_on`](Self::go_on), whatever the function does meanwhile. What the process has to
+    /// know that goes on with it: [`take`](Self::take).
+    fn rest(&self, deadline: Instant) -> Result<Vec<u8>, OwnerError>;
+
+    /// Takes what the process before knew.
+    fn take(&self, saved: &[u8]) -> Result<(), OwnerError>;
+
+    /// Goes on.
+    fn go_on(&self);
 
     /// Reads a BAR.
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) -> Result<(), OwnerError>;

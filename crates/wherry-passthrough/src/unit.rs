@@ -1,13 +1,13 @@
 //! The state units: one for each function, and one where the loading of all of them is waited for.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use wherry_state::{Saved, SavedState, Section, StateError, StateUnit, UnitError, UnitId};
 
 use crate::UNIT;
 use crate::function::Function;
-use crate::saved::{SavedGathering, SavedPassthrough};
+use crate::saved::{SavedGathering, SavedKept, SavedPassthrough};
 use crate::worker::{Crew, Late, Step};
 
 /// How long a device may take to load its state, and to run.
@@ -58,18 +58,33 @@ impl StateUnit for Function {
 
     /// vCPUs are at rest. When the device is, too, eventfds can be detached, before local APICs are saved.
     fn finish_stop(&self, deadline: Instant) -> Result<(), UnitError> {
+        if self.registry.is_leaving() {
+            // It runs on: the next process of the machine shows it the same memory, and its interrupts wait.
+            self.interrupts.leave_masked();
+            let left = self.owner().rest(deadline).map_err(|error| {
+                self.report("leaving it to another process", &error);
+                UnitError::failed(error)
+            })?;
+            *self.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(left);
+            return self.interrupts.rest().map_err(UnitError::failed);
+        }
         self.crew.hand(&self.member, Step::Rest(deadline), deadline);
         let stopped = self.member.wait(deadline).map_err(|late| self.late("stop", late));
         stopped.and(self.interrupts.rest().map_err(UnitError::failed))
     }
 
     fn save(&self) -> Result<Saved, UnitError> {
-        let streamed = {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let kept = left.map(|owner| SavedKept { told: Some(self.interrupts.save()), owner });
+        let streamed = if kept.is_some() {
+            0
+        } else {
             let place = self.place();
             place.whole.then_some(place.offset).ok_or_else(|| UnitError::failed("its state has not all been read"))?
         };
         // What it writes now is in no log that anybody reads again.
-        match self.log().late().map_err(UnitError::failed)? {
+        let late = if kept.is_some() { 0 } else { self.log().late().map_err(UnitError::failed)? };
+        match late {
             0 => {}
             pages => {
                 let name = self.owner().name();
@@ -84,6 +99,7 @@ impl StateUnit for Function {
             msi: self.interrupts.msi.as_ref().map(|msi| msi.vectors().save()).unwrap_or_default(),
             device: Vec::new(),
             streamed,
+            kept,
         };
         Ok(Saved::Section(saved.to_section(&self.id())))
     }
@@ -91,7 +107,8 @@ impl StateUnit for Function {
     /// Loading goes on when this returns, beside that of other functions: see [`Gathering`].
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
         self.once.restoring()?;
-        let SavedPassthrough { mut config, msix, msi, device, streamed } = SavedPassthrough::from_section(section)?;
+        let SavedPassthrough { mut config, msix, msi, device, streamed, kept } =
+            SavedPassthrough::from_section(section)?;
         if config.len() > 4096 {
             return Err(self.bad(format!("configuration space of {} bytes", config.len())));
         }
@@ -116,6 +133,14 @@ impl StateUnit for Function {
         self.interrupts.rest().map_err(UnitError::failed)?;
         registers.bars.follow(&registers.config);
         drop(guard);
+        if let Some(SavedKept { told, owner }) = kept {
+            if !self.owner().is_inherited() {
+                return Err(self.bad("a connection that this process does not have"));
+            }
+            let told = told.ok_or_else(|| self.bad("nothing of what its owner was told"))?;
+            self.interrupts.restore(&told).map_err(|reason| self.bad(reason))?;
+            return self.owner().take(&owner).map_err(|error| self.bad(error.to_string()));
+        }
         let mut place = self.place();
         if !place.loading {
             self.begin_to_load(&mut place)?;
@@ -140,7 +165,9 @@ impl StateUnit for Function {
     fn start(&self) -> Result<(), UnitError> {
         self.once.started();
         self.forget_stream();
-        self.interrupts.resume().map_err(UnitError::failed)?;
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.interrupts.resume(self.owner()).map_err(UnitError::failed)?;
+        self.owner().go_on();
         let deadline = Instant::now() + RUN_LIMIT;
         self.crew.hand(&self.member, Step::Run, deadline);
         if let Err(late) = self.member.wait(deadline) {

@@ -3,19 +3,31 @@
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
+use prost::Message;
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use vm_memory::FileOffset;
+use wherry_handover::{KeptId, Registry};
 use wherry_vfio_user::client::{NoMemory, RegionReply};
 use wherry_vfio_user::payload::{Area, IoFd, IrqSet, device_flags, feature, pci_irq, pci_region, region_flags};
 use wherry_vfio_user::{Client, Options, State, VfioUserError};
 
+use crate::config::SIZE;
 use crate::owner::{Bell, Facts, Irq, MigrationFacts, Owner, OwnerError, RegionFacts};
+use crate::saved::SavedOwner;
 
 /// Pages of a log, if the device lets us choose.
 const LOG_PAGE: u64 = 4096;
+
+/// Names of what is kept, after that of the function.
+const CONNECTION: &str = "connection";
+const TWIN: &str = "twin";
+const FACTS: &str = "facts";
+const REGION: &str = "region";
+const BELL: &str = "bell";
 
 /// A connection to a device process, and what it said of its function.
 pub struct VfioUser {
@@ -23,6 +35,9 @@ pub struct VfioUser {
     name: String,
     socket: PathBuf,
     facts: Facts,
+    inherited: bool,
+    /// Holds the entry of what it is.
+    note: Mutex<Option<Arc<OwnedFd>>>,
 }
 
 impl std::fmt::Debug for VfioUser {
@@ -35,15 +50,34 @@ impl VfioUser {
     /// Connects, and asks what the function is. Nothing of it is changed.
     pub fn connect(socket: &Path) -> Result<Self, OwnerError> {
         let client = Client::connect(socket, Options::default(), Arc::new(NoMemory))?;
-        let name = format!("vfio-user:{}", socket.display());
+        let name = name(socket);
         let facts = facts(&client, &name)?;
-        Ok(Self { client, name, socket: socket.into(), facts })
+        Ok(Self { client, name, socket: socket.into(), facts, inherited: false, note: Mutex::default() })
+    }
+
+    /// Takes what another process has [kept](Owner::keep) under this name, and still uses. It is at rest until it is told to go on.
+    pub fn inherit(socket: &Path, registry: &Registry, kept: &str) -> Result<Self, OwnerError> {
+        let name = name(socket);
+        let failed = |reason: String| VfioUserError::Inherited { peer: name.clone(), reason };
+        let id = |what: &str, index: usize| KeptId::new(format!("{kept}/{what}"), index as u32);
+        let inherit = |what, index| registry.inherit(&id(what, index)).map_err(|error| failed(error.to_string()));
+        let note = registry.inherit_note(&id(FACTS, 0)).map_err(|error| failed(error.to_string()))?;
+        let saved = SavedOwner::decode(note.as_slice()).map_err(|error| failed(error.to_string()))?;
+        let facts = saved.facts(|bar| inherit(REGION, bar), |bell| inherit(BELL, bell))?;
+        let sockets = (inherit(CONNECTION, 0)?, registry.claim(&id(TWIN, 0)));
+        let peer = socket.display().to_string();
+        let client = Client::inherit(sockets, &saved.connection, &peer, Options::default(), Arc::new(NoMemory))?;
+        Ok(Self { client, name, socket: socket.into(), facts, inherited: true, note: Mutex::default() })
     }
 
     /// Where it was found.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
+}
+
+fn name(socket: &Path) -> String {
+    format!("vfio-user:{}", socket.display())
 }
 
 fn lacks(peer: &str, reason: impl Into<String>) -> VfioUserError {
@@ -62,10 +96,12 @@ fn facts(client: &Client, name: &str) -> Result<Facts, VfioUserError> {
             *bar = region(client, name, index, reply)?;
         }
     }
-    facts.config_size = regions(pci_region::CONFIG)?.map_or(0, |reply| reply.info.size);
-    if facts.config_size < 64 {
-        return Err(lacks(name, format!("configuration space of {} bytes", facts.config_size)));
+    let config = regions(pci_region::CONFIG)?.map_or(0, |reply| reply.info.size);
+    if config < 64 {
+        return Err(lacks(name, format!("configuration space of {config} bytes")));
     }
+    facts.config = vec![0; config.min(SIZE as u64) as usize];
+    client.read(pci_region::CONFIG, 0, &mut facts.config)?;
     let irqs = |index: u32| if index < info.fourth { client.irq_info(index).map(|irq| irq.fourth) } else { Ok(0) };
     facts.intx = irqs(pci_irq::INTX)? > 0;
     (facts.msi, facts.msix) = (irqs(pci_irq::MSI)?, irqs(pci_irq::MSIX)?);
@@ -154,6 +190,45 @@ impl Owner for VfioUser {
 
     fn facts(&self) -> &Facts {
         &self.facts
+    }
+
+    fn keep(&self, registry: &Registry, name: &str) -> Result<(), OwnerError> {
+        let failed = |reason: String| VfioUserError::Inherited { peer: self.name.clone(), reason };
+        let id = |what: &str, index: usize| KeptId::new(format!("{name}/{what}"), index as u32);
+        let (connection, twin) = self.client.descriptors();
+        let sockets = [Some((CONNECTION, connection)), twin.map(|twin| (TWIN, twin))].into_iter().flatten();
+        let keep = || {
+            for (what, socket) in sockets {
+                registry.keep(id(what, 0), socket)?;
+            }
+            for (bar, file) in self.facts.bars.iter().enumerate().filter_map(|(n, bar)| Some((n, bar.file.as_ref()?))) {
+                registry.keep(id(REGION, bar), file.arc().clone())?;
+            }
+            for (n, bell) in self.facts.bars.iter().flat_map(|bar| &bar.bells).enumerate() {
+                registry.keep(id(BELL, n), bell.event.clone())?;
+            }
+            let note = SavedOwner::of(&self.facts, self.client.note()).encode_to_vec();
+            registry.add_note(id(FACTS, 0), &note)
+        };
+        let note = keep().map_err(|error| failed(error.to_string()))?;
+        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = Some(note);
+        Ok(())
+    }
+
+    fn is_inherited(&self) -> bool {
+        self.inherited
+    }
+
+    fn rest(&self, deadline: Instant) -> Result<Vec<u8>, OwnerError> {
+        Ok(self.client.rest(deadline)?)
+    }
+
+    fn take(&self, saved: &[u8]) -> Result<(), OwnerError> {
+        Ok(self.client.take(saved)?)
+    }
+
+    fn go_on(&self) {
+        self.client.go_on();
     }
 
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) -> Result<(), OwnerError> {

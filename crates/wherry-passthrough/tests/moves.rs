@@ -177,8 +177,8 @@ fn state_of_another_function_or_of_nothing_is_refused() {
         pieces.iter().for_each(|piece| rig.function.write(piece.clone()).unwrap());
         rig.function.restore(&section).unwrap_err().to_string()
     };
-    let other = FakeOwner::new("vfio-user:other");
-    other.script.lock().unwrap().config[2] = 0x77;
+    let mut other = FakeOwner::new("vfio-user:other");
+    other.facts.config[2] = 0x77;
     assert!(refused(&|_| (), other).contains("0x2"), "another device ID");
     let mut no_msix = FakeOwner::new("vfio-user:less");
     no_msix.facts.msix = 0;

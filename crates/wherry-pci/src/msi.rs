@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use wherry_interrupt::{InterruptError, Message, Router, Setting, Vector, Vectors};
+use wherry_interrupt::{Events, InterruptError, Message, Router, Setting, Vector, Vectors};
 
 use crate::config::{ConfigError, ConfigSpace};
 
@@ -77,7 +77,13 @@ pub enum MsiError {
 
 impl Msi {
     /// Adds the capability, or puts it in the place of the one that the function has already; switched off.
-    pub fn new(router: Arc<dyn Router>, count: u16, form: MsiForm, config: &mut ConfigSpace) -> Result<Self, MsiError> {
+    pub fn new(
+        router: Arc<dyn Router>,
+        events: &Events,
+        count: u16,
+        form: MsiForm,
+        config: &mut ConfigSpace,
+    ) -> Result<Self, MsiError> {
         if !count.is_power_of_two() || count > 32 {
             return Err(MsiError::Impossible(count));
         }
@@ -97,7 +103,7 @@ impl Msi {
             put(&mut writable, form.mask(), &(((1u64 << count) - 1) as u32).to_le_bytes());
         }
         let at = config.replace_capability(CAPABILITY, &bytes[2..], &writable[2..])?;
-        Ok(Self { vectors: Vectors::new(router, count)?, form, at })
+        Ok(Self { vectors: Vectors::new(router, events, count)?, form, at })
     }
 
     /// Where it is in configuration space: its first byte, and its length.

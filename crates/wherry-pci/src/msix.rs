@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use wherry_interrupt::saved::SavedVector;
-use wherry_interrupt::{InterruptError, Message, Router, Setting, Vector, Vectors};
+use wherry_interrupt::{Events, InterruptError, Message, Router, Setting, Vector, Vectors};
 
 use crate::config::{ConfigError, ConfigSpace};
 use crate::saved::SavedMsix;
@@ -54,6 +54,7 @@ impl Msix {
     /// is switched off.
     pub fn new(
         router: Arc<dyn Router>,
+        events: &Events,
         count: u16,
         place: MsixPlace,
         config: &mut ConfigSpace,
@@ -73,7 +74,7 @@ impl Msix {
         let mut writable = [0; 10];
         writable[0..2].copy_from_slice(&(ENABLE | FUNCTION_MASK).to_le_bytes());
         let at = config.replace_capability(CAPABILITY, &body, &writable)?;
-        let vectors = Vectors::new(router, count)?;
+        let vectors = Vectors::new(router, events, count)?;
         let state = State { table: reset_table(count.into()), control: 0 };
         Ok(Self { vectors, place, at, state: Mutex::new(state) })
     }

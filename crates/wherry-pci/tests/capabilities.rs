@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use wherry_interrupt::Message;
 use wherry_interrupt::fake::FakeRouter;
+use wherry_interrupt::{Events, Message};
 use wherry_pci::{ConfigSpace, Identity, Msi, MsiForm, Msix, MsixPlace};
 
 struct Rig {
@@ -19,7 +19,7 @@ impl Rig {
         let router = Arc::new(FakeRouter::default());
         let mut config = ConfigSpace::new(&Identity::default());
         let place = MsixPlace { bar: 2, table: 0x1000, pending_bar: 2, pending: 0x1800 };
-        let msix = Msix::new(router.clone(), count, place, &mut config).unwrap();
+        let msix = Msix::new(router.clone(), &Events::own(), count, place, &mut config).unwrap();
         Self { router, config, msix, control: 0x42 }
     }
 
@@ -121,7 +121,7 @@ fn impossible_tables_are_refused() {
     for (count, bar, table) in [(0, 0, 0), (2049, 0, 0), (1, 6, 0), (1, 0, 4)] {
         let mut config = ConfigSpace::new(&Identity::default());
         let place = MsixPlace { bar, table, pending_bar: bar, pending: 0x800 };
-        assert!(Msix::new(Arc::new(FakeRouter::default()), count, place, &mut config).is_err());
+        assert!(Msix::new(Arc::new(FakeRouter::default()), &Events::own(), count, place, &mut config).is_err());
     }
 }
 
@@ -129,7 +129,7 @@ fn impossible_tables_are_refused() {
 fn msi_vectors_share_a_message_and_have_their_own_masks_and_pending_bits() {
     let router = Arc::new(FakeRouter::default());
     let mut config = ConfigSpace::new(&Identity::default());
-    let msi = Msi::new(router.clone(), 4, MsiForm::WHOLE, &mut config).unwrap();
+    let msi = Msi::new(router.clone(), &Events::own(), 4, MsiForm::WHOLE, &mut config).unwrap();
     let delivered = |index| router.delivered(msi.vectors().get(index).unwrap().input());
     config.write(0x44, &0xfee0_2000u32.to_le_bytes());
     config.write(0x4c, &0x71u16.to_le_bytes());
@@ -152,7 +152,7 @@ fn msi_vectors_share_a_message_and_have_their_own_masks_and_pending_bits() {
     msi.follow(&config);
     msi.vector(3, &config).unwrap().raise();
     assert_eq!([0, 3].map(delivered), [Some(1), None]);
-    assert!(Msi::new(router.clone(), 3, MsiForm::WHOLE, &mut config).is_err());
+    assert!(Msi::new(router.clone(), &Events::own(), 3, MsiForm::WHOLE, &mut config).is_err());
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn msi_of_every_form_takes_the_place_of_the_device_s_own() {
         let (count, form) = MsiForm::of_control(control);
         assert_eq!((count, form.bytes()), (2, len));
         let router = Arc::new(FakeRouter::default());
-        let msi = Msi::new(router.clone(), count, form, &mut config).unwrap();
+        let msi = Msi::new(router.clone(), &Events::own(), count, form, &mut config).unwrap();
         assert_eq!(msi.place(), (0x50, len));
         assert_eq!(config.capabilities(), [(5, 0x50), (9, 0x70)]);
         assert_eq!(config.dword(0x50 + len) as u8, 0xee, "what follows is not the capability's");

@@ -64,6 +64,14 @@ pub enum VfioUserError {
         /// Its reason. `EIO` if it gave none.
         source: Errno,
     },
+    /// What another process has left of a connection cannot be used.
+    #[error("vfio-user, {peer}, as another process left it: {reason}")]
+    Inherited {
+        /// The other side.
+        peer: String,
+        /// What is wrong.
+        reason: String,
+    },
     /// What was asked for is not possible with this peer; it was not sent.
     #[error("vfio-user, {peer}: {reason}")]
     Lacks {

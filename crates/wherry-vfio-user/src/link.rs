@@ -5,6 +5,10 @@
 //! reply, and any thread may ask. A message that is half received when its reader's deadline passes stays in the inbox, and the
 //! next reader goes on with it.
 //!
+//! **A link comes to rest** between two requests ([`Link::rest`]), so that another process can go on with it: nothing of ours is on its
+//! way then, every command that has come is answered, and what has come of a message that is not whole is [`SavedLink`]. A link that
+//! rests belongs to whoever goes on with it, so it is not shut down.
+//!
 //! Each message goes out in **one** call, since libvfio-user takes header and body with one `recv` each. Reads never go beyond the end
 //! of a message, so descriptors belong to the message whose bytes they came with.
 
@@ -15,7 +19,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, sockopt};
 use wherry_socket::descriptors;
@@ -82,6 +86,10 @@ struct Partial {
 #[derive(Default)]
 struct Inbox {
     reading: bool,
+    /// A command was taken, and not the next one yet.
+    serving: bool,
+    /// Nothing new is begun.
+    rests: bool,
     partial: Partial,
     requests: HashMap<u16, Request>,
     abandoned: usize,
@@ -90,8 +98,43 @@ struct Inbox {
     next: u16,
 }
 
+/// What the next process of a link has to know of it. Descriptors that came with a message that is not whole, or not wanted, are not
+/// carried: no command to a client has any, and the reply to a request that was given up is thrown away.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub(crate) struct SavedLink {
+    /// Number of the next request.
+    #[prost(uint32, tag = "1")]
+    next: u32,
+    /// Numbers of requests that were given up, whose replies may still come.
+    #[prost(uint32, repeated, tag = "2")]
+    abandoned: Vec<u32>,
+    /// What has come of the header of the next message.
+    #[prost(bytes = "vec", tag = "3")]
+    header: Vec<u8>,
+    /// Bytes of its body that have come.
+    #[prost(uint64, tag = "4")]
+    bodied: u64,
+    /// They; none if the message is too long to be taken.
+    #[prost(bytes = "vec", tag = "5")]
+    body: Vec<u8>,
+    /// It came with too many descriptors.
+    #[prost(bool, tag = "6")]
+    too_many: bool,
+}
+
+/// What a wait on the socket ended with.
+#[derive(PartialEq, Eq)]
+enum Waited {
+    Ready,
+    Late,
+    /// Whoever reads is to look why.
+    Called,
+}
+
 pub(crate) struct Link {
     stream: UnixStream,
+    /// Calls whoever waits for the socket.
+    call: OwnedFd,
     peer: String,
     /// How long the rest of a message may take when its first byte has come, and a message to be sent.
     limit: Duration,
@@ -110,8 +153,54 @@ impl Link {
         if sockopt::set_socket_send_buffer_size_force(&stream, SEND_BUFFER).is_err() {
             sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER)?;
         }
+        let call = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (outgoing, inbox, changed) = Default::default();
-        Ok(Self { stream, peer: peer.into(), limit, strict, outgoing, inbox, changed })
+        Ok(Self { stream, call, peer: peer.into(), limit, strict, outgoing, inbox, changed })
+    }
+
+    /// Over the connection of another process, at rest until [`go_on`](Self::go_on).
+    pub(crate) fn inherited(stream: UnixStream, peer: &str, limit: Duration) -> std::io::Result<Self> {
+        let this = Self::new(stream, peer, limit, true)?;
+        this.inbox().rests = true;
+        Ok(this)
+    }
+
+    /// Waits until nothing is on its way but what the peer has not sent whole, and begins nothing more.
+    pub(crate) fn rest(&self, deadline: Instant) -> Result<SavedLink, VfioUserError> {
+        let begun = Instant::now();
+        let mut inbox = self.inbox();
+        inbox.rests = true;
+        loop {
+            if inbox.over.is_some() {
+                inbox.rests = false;
+                return Err(self.closed("coming to rest"));
+            }
+            let asked = inbox.requests.values().any(|request| matches!(request, Request::Asked));
+            if !(inbox.reading || asked || inbox.serving) && inbox.commands.is_empty() {
+                return Ok(inbox.save());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                inbox.rests = false;
+                self.changed.notify_all();
+                let what = "come to rest between two messages".into();
+                return Err(VfioUserError::Deadline { peer: self.peer.clone(), what, limit: begun.elapsed() });
+            }
+            // It is full only if nobody has read it, who then will.
+            let _ = rustix::io::write(&self.call, &1u64.to_ne_bytes());
+            inbox = self.changed.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Takes what the process before has left. At rest.
+    pub(crate) fn take(&self, saved: &SavedLink) -> Result<(), String> {
+        self.inbox().load(saved)
+    }
+
+    /// Goes on after [`rest`](Self::rest).
+    pub(crate) fn go_on(&self) {
+        self.inbox().rests = false;
+        self.changed.notify_all();
     }
 
     /// Most bytes that go into the socket in one piece. The kernel counts its own overhead, too.
@@ -125,8 +214,11 @@ impl Link {
 
     /// Ends the connection: whoever waits on it is told.
     pub(crate) fn close(&self) {
-        let _ = rustix::net::shutdown(&self.stream, Shutdown::Both);
-        self.inbox().over.get_or_insert(Over::Closed);
+        let mut inbox = self.inbox();
+        if !inbox.rests {
+            let _ = rustix::net::shutdown(&self.stream, Shutdown::Both);
+        }
+        inbox.over.get_or_insert(Over::Closed);
         self.changed.notify_all();
     }
 
@@ -143,7 +235,7 @@ impl Link {
                 Ok(_) if Instant::now() >= deadline => break,
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => match self.wait(PollFlags::IN, Some(deadline)) {
-                    Ok(true) => {}
+                    Ok(Waited::Ready) => {}
                     _ => break,
                 },
                 Err(_) => break,
@@ -162,10 +254,10 @@ impl Link {
     ) -> Result<Message, VfioUserError> {
         let what = format!("{command:?}");
         let deadline = Instant::now() + limit;
-        let id = self.reserve(&what)?;
+        let id = self.reserve(&what, deadline, limit)?;
         let header = Header { id, command: command as u16, size: 0, flags: flags::COMMAND, error: 0 };
         let answer = self.send_by(header, payload, fds, deadline, limit).and_then(|()| {
-            self.wait_for(&what, Some((deadline, limit)), |inbox| match inbox.requests.get(&id) {
+            self.wait_for(&what, Some((deadline, limit)), false, |inbox| match inbox.requests.get(&id) {
                 Some(Request::Answered(_)) => match inbox.requests.remove(&id) {
                     Some(Request::Answered(message)) => Some(message),
                     _ => None,
@@ -200,7 +292,14 @@ impl Link {
     /// The next command of the peer; `None` when nothing has come by the deadline.
     pub(crate) fn command(&self, deadline: Option<Instant>) -> Result<Option<Incoming>, VfioUserError> {
         let deadline = deadline.map(|at| (at, Duration::ZERO));
-        match self.wait_for("the next command", deadline, |inbox| inbox.commands.pop_front()) {
+        self.inbox().serving = false;
+        self.changed.notify_all();
+        let next = |inbox: &mut Inbox| {
+            let next = inbox.commands.pop_front();
+            inbox.serving = next.is_some();
+            next
+        };
+        match self.wait_for("the next command", deadline, true, next) {
             Ok(incoming) => Ok(Some(incoming)),
             Err(VfioUserError::Deadline { .. }) => Ok(None),
             Err(error) => Err(error),
@@ -245,8 +344,8 @@ impl Link {
                 Ok(count) => sent += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => match self.wait(PollFlags::OUT, Some(deadline)) {
-                    Ok(true) => {}
-                    Ok(false) => {
+                    Ok(Waited::Ready | Waited::Called) => {}
+                    Ok(Waited::Late) => {
                         // Half of a message is out: nothing can follow it.
                         if sent > 0 {
                             self.close();
@@ -279,8 +378,15 @@ impl Link {
     }
 
     /// A number for a request that no other one has.
-    fn reserve(&self, what: &str) -> Result<u16, VfioUserError> {
+    fn reserve(&self, what: &str, deadline: Instant, limit: Duration) -> Result<u16, VfioUserError> {
         let mut inbox = self.inbox();
+        while inbox.rests && inbox.over.is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(VfioUserError::Deadline { peer: self.peer.clone(), what: what.into(), limit });
+            }
+            inbox = self.changed.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
         if inbox.abandoned > MOST_ABANDONED || inbox.requests.len() > 2 * MOST_ABANDONED {
             return Err(self.wrong(what, format!("{} earlier requests have no reply", inbox.requests.len())));
         }
@@ -293,11 +399,12 @@ impl Link {
         Ok(id)
     }
 
-    /// Reads, or has others read, until what is waited for is in the inbox.
+    /// Reads, or has others read, until what is waited for is in the inbox. Who `pauses` does not read while the link is to rest.
     fn wait_for<T>(
         &self,
         what: &str,
         deadline: Option<(Instant, Duration)>,
+        pauses: bool,
         mut take: impl FnMut(&mut Inbox) -> Option<T>,
     ) -> Result<T, VfioUserError> {
         let mut inbox = self.inbox();
@@ -317,7 +424,7 @@ impl Link {
             {
                 return Err(VfioUserError::Deadline { peer: self.peer.clone(), what: what.into(), limit });
             }
-            if inbox.reading {
+            if inbox.reading || pauses && inbox.rests {
                 let wait = deadline.map_or(Duration::from_secs(60), |(at, _)| at - now);
                 inbox = self.changed.wait_timeout(inbox, wait).unwrap_or_else(PoisonError::into_inner).0;
                 continue;
@@ -449,8 +556,10 @@ impl Link {
                         (Some(a), Some(b)) => Some(a.min(b)),
                         (a, b) => a.or(b),
                     };
-                    if self.wait(PollFlags::IN, until).map_err(Over::Socket)? {
-                        continue;
+                    match self.wait(PollFlags::IN, until).map_err(Over::Socket)? {
+                        Waited::Ready => continue,
+                        Waited::Called => return Ok(None),
+                        Waited::Late => {}
                     }
                     if cut.is_some_and(|cut| Instant::now() >= cut) {
                         let reason = format!("the rest of a message did not come within {:?}", self.limit);
@@ -464,18 +573,70 @@ impl Link {
         }
     }
 
-    /// Whether it came before the deadline.
-    fn wait(&self, event: PollFlags, deadline: Option<Instant>) -> Result<bool, Errno> {
+    /// Waits for the socket, until the deadline.
+    fn wait(&self, event: PollFlags, deadline: Option<Instant>) -> Result<Waited, Errno> {
         let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         if left.is_some_and(|left| left.is_zero()) {
-            return Ok(false);
+            return Ok(Waited::Late);
         }
         let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
-        match poll(&mut [PollFd::new(&self.stream, event)], left.as_ref()) {
-            // The caller looks again, and comes back if it was for nothing.
-            Ok(_) | Err(Errno::INTR) => Ok(true),
-            Err(error) => Err(error),
+        // Who sends cannot be called: half of a message may be out.
+        let calls = if event == PollFlags::IN { PollFlags::IN } else { PollFlags::empty() };
+        let mut both = [PollFd::new(&self.stream, event), PollFd::new(&self.call, calls)];
+        match poll(&mut both, left.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error),
         }
+        if both[1].revents().contains(PollFlags::IN) && rustix::io::read(&self.call, &mut [0; 8]).is_ok() {
+            return Ok(Waited::Called);
+        }
+        // The caller looks again, and comes back if it was for nothing.
+        Ok(Waited::Ready)
+    }
+}
+
+impl Inbox {
+    fn save(&self) -> SavedLink {
+        let given_up =
+            |(id, request): (&u16, &Request)| matches!(request, Request::Abandoned).then_some(u32::from(*id));
+        let Partial { header, headed, body, bodied, too_many, .. } = &self.partial;
+        SavedLink {
+            next: self.next.into(),
+            abandoned: self.requests.iter().filter_map(given_up).collect(),
+            header: header[..*headed].to_vec(),
+            bodied: *bodied as u64,
+            body: body[..(*bodied).min(body.len())].to_vec(),
+            too_many: *too_many,
+        }
+    }
+
+    fn load(&mut self, saved: &SavedLink) -> Result<(), String> {
+        let SavedLink { next, abandoned, header, bodied, body, too_many } = saved;
+        let number = |id: &u32| u16::try_from(*id).map_err(|_| format!("message {id}"));
+        if abandoned.len() > MOST_ABANDONED + 1 {
+            return Err(format!("{} requests that were given up", abandoned.len()));
+        }
+        let requests =
+            abandoned.iter().map(|id| Ok((number(id)?, Request::Abandoned))).collect::<Result<_, String>>()?;
+        let mut partial = Partial { headed: header.len(), too_many: *too_many, ..Partial::default() };
+        partial.header.get_mut(..header.len()).ok_or("a header that is too long")?.copy_from_slice(header);
+        if header.len() == HEADER {
+            // As `read` leaves it.
+            let length = (Header::decode(&partial.header).size as usize).saturating_sub(HEADER);
+            let taken = length <= MOST_PAYLOAD;
+            if *bodied > length as u64 || body.len() as u64 != if taken { *bodied } else { 0 } {
+                return Err(format!("{bodied} bytes of a body of {length}, and {} of them are there", body.len()));
+            }
+            partial.bodied = *bodied as usize;
+            partial.body.clone_from(body);
+        } else if *bodied > 0 || !body.is_empty() {
+            return Err("a body before its header".into());
+        }
+        partial.since = (!header.is_empty()).then(Instant::now);
+        let next = number(next)?;
+        let abandoned = abandoned.len();
+        (self.requests, self.abandoned, self.partial, self.next) = (requests, abandoned, partial, next);
+        Ok(())
     }
 }
 

@@ -76,7 +76,11 @@ impl VmBuilder {
             Origin::Elsewhere(_) => Registry::new(),
             Origin::Predecessor(registry) => registry.clone(),
         };
-        let backing = match Backing::open(self.local.devices.clone(), registry) {
+        let backing = Backing::open(self.local.devices.clone(), registry).and_then(|backing| match origin {
+            Origin::Elsewhere(_) => backing.connect_owners(),
+            Origin::Predecessor(_) => backing.inherit_owners(&vmm.devices),
+        });
+        let backing = match backing {
             Ok(backing) => {
                 reasons.extend(backing.lacking(&vmm.devices));
                 backing

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
 use wherry_interrupt::saved::SavedVector;
-use wherry_passthrough::saved::{SavedGathering, SavedPassthrough};
+use wherry_passthrough::saved::{SavedGathering, SavedKept, SavedPassthrough, SavedTold};
 use wherry_pci::saved::SavedMsix;
 use wherry_state::{SavedState, Section};
 use wherry_virtio::saved::{
@@ -23,6 +23,9 @@ use crate::units::pit::saved::{PitChannel, PitState};
 use crate::units::vcpu::saved::{
     DebugRegisters, Events, Registers, Segment, SpecialRegisters, Table, Tsc, VcpuState, Xcr,
 };
+
+/// State of units in another form: of a device that is kept over a live update.
+const KEPT: [&str; 1] = ["vfio-user-kept-2.bin"];
 
 /// Units with a golden file, and their newest schema.
 const UNITS: &[(&str, u32)] = &[
@@ -64,8 +67,8 @@ pub(crate) fn check<T: SavedState + PartialEq + Debug>(unit: &str, schema: u32, 
 
 #[test]
 fn every_schema_of_every_unit_has_its_golden_file_and_no_file_is_left_over() {
-    let wanted: BTreeSet<String> =
-        UNITS.iter().flat_map(|(unit, schema)| (1..=*schema).map(move |s| format!("{unit}-{s}.bin"))).collect();
+    let wanted = UNITS.iter().flat_map(|(unit, schema)| (1..=*schema).map(move |s| format!("{unit}-{s}.bin")));
+    let wanted: BTreeSet<String> = wanted.chain(KEPT.map(String::from)).collect();
     let found: BTreeSet<String> =
         std::fs::read_dir(directory()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     assert_eq!(found, wanted);
@@ -360,9 +363,14 @@ fn vfio_user() {
         msi: vec![vector(2)],
         device: (50..150).collect(),
         streamed: 0,
+        kept: None,
     };
     check("vfio-user", 1, &state);
-    check("vfio-user", 2, &SavedPassthrough { device: vec![], streamed: 3 << 20, ..state });
+    let state = SavedPassthrough { device: vec![], streamed: 3 << 20, ..state };
+    check("vfio-user", 2, &state);
+    let told = SavedTold { irq: 3, delivered: vec![true, false], asks: true };
+    let kept = SavedKept { told: Some(told), owner: (20..40).collect() };
+    check("vfio-user-kept", 2, &SavedPassthrough { streamed: 0, kept: Some(kept), ..state });
 }
 
 #[test]

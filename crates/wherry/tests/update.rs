@@ -6,87 +6,23 @@ mod support;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Output, Stdio};
+use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use serde_json::Value;
 use support::disk::Memory;
-use support::{Place, Vm, assert_alive, heartbeat, kvm, ram, stderr, wait_for};
+use support::update::{Holder, count, guest_held_at, held, own_memory, points, repetitions, updated};
+use support::{Place, assert_alive, heartbeat, kvm, ram, stderr, wait_for};
 use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
 use wherry_migration::testpoint::Point;
-
-/// A process that is not our child, and that is ended with the test.
-struct Process {
-    pid: u32,
-    pidfd: OwnedFd,
-}
-
-impl Process {
-    fn of(pid: u32) -> Self {
-        let raw = Pid::from_raw(pid as i32).unwrap();
-        Self { pid, pidfd: pidfd_open(raw, PidfdFlags::empty()).unwrap() }
-    }
-
-    /// The one that holds the VM behind an API socket.
-    fn behind(place: &Place, api: &str) -> Self {
-        let pid = wait_for("the process to answer", || place.ask(api, "/vm")?["pid"].as_u64());
-        Self::of(pid as u32)
-    }
-
-    fn has_ended(&self) -> bool {
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&now)).unwrap() > 0
-    }
-
-    fn await_end(&self, what: &str) {
-        wait_for(&format!("the end of process {}, {what}", self.pid), || self.has_ended().then_some(()));
-    }
-
-    fn kill(&self) {
-        // An error: it has ended.
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
 
 fn image(place: &Place, bytes: u64) -> PathBuf {
     let path = place.path("disk");
     File::create(&path).unwrap().set_len(bytes).unwrap();
     path
-}
-
-/// Entries of a directory of a process: descriptors, threads.
-fn count(pid: u32, what: &str) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count()
-}
-
-/// Memory of the process itself, in KiB: not that of the guest.
-fn own_memory(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
-fn updated(output: &Output, what: &str) -> Value {
-    assert_eq!(output.status.code(), Some(0), "{what}: {}", stderr(output));
-    serde_json::from_slice(&output.stdout).unwrap()
-}
-
-/// A number of repetitions that the environment may raise.
-fn repetitions(default: u64) -> u64 {
-    std::env::var("WHERRY_UPDATES").map_or(default, |text| text.parse().unwrap())
 }
 
 #[test]
@@ -103,7 +39,7 @@ fn a_guest_with_a_busy_disk_is_updated_again_and_again_and_nothing_is_lost_or_le
     let mut first = place.run_guest("0", &arguments, &[]);
     let memory = Memory::of(&place, "0");
     memory.wait_for_requests("before the first update");
-    let mut holder = Process::of(first.pid());
+    let mut holder = Holder::of(first.pid());
     let mut figures = Vec::new();
     for n in 0..repetitions(12) {
         let job = updated(&place.control("0", &["update", "--json"]), &format!("update {n}"));
@@ -111,7 +47,7 @@ fn a_guest_with_a_busy_disk_is_updated_again_and_again_and_nothing_is_lost_or_le
             "update {n}: blackout {}, devices waited {} us before it",
             job["job"]["blackout"], job["job"]["io_stall_us"]
         );
-        let next = Process::behind(&place, "0");
+        let next = Holder::behind(&place, "0");
         assert_eq!(job["pid"], next.pid);
         assert_ne!(next.pid, holder.pid);
         holder.await_end("which was replaced");
@@ -144,27 +80,6 @@ fn a_guest_with_a_busy_disk_is_updated_again_and_again_and_nothing_is_lost_or_le
     println!("descriptors, threads, KiB: {figures:?}");
 }
 
-/// An update with a process held at a point: the command that waits for it, and the process that is there.
-fn held(place: &Place, point: Point) -> (Child, Process) {
-    let mut command = place.command(&["update", "--json", "--api", place.path("0").to_str().unwrap()]);
-    let update = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let file = place.path(point.name());
-    let pid = wait_for(&format!("a process to come to {point}"), || {
-        std::fs::read_to_string(&file).ok().and_then(|text| text.parse().ok())
-    });
-    (update, Process::of(pid))
-}
-
-fn guest_held_at(place: &Place, point: Point) -> Vm {
-    let dir = place.path("");
-    let environment = [("WHERRY_TEST_PAUSE_AT", point.name()), ("WHERRY_TEST_PAUSE_DIR", dir.to_str().unwrap())];
-    place.run_with("0", &[], &environment)
-}
-
-fn points(side: &str) -> impl Iterator<Item = Point> {
-    Point::ALL.iter().copied().filter(move |point| point.name().starts_with(side))
-}
-
 #[test]
 fn a_new_process_that_is_killed_before_it_runs_the_vm_leaves_it_with_the_old_one() {
     if !kvm("a_new_process_that_is_killed_before_it_runs_the_vm_leaves_it_with_the_old_one") {
@@ -187,7 +102,7 @@ fn a_new_process_that_is_killed_before_it_runs_the_vm_leaves_it_with_the_old_one
         // The next one is not held any more: each process is held once, and the file says that this one was.
         std::fs::write(place.path(&format!("{point}.go")), "").unwrap();
         updated(&place.control("0", &["update", "--json"]), &format!("after {point}"));
-        let _new = Process::behind(&place, "0");
+        let _new = Holder::behind(&place, "0");
         assert_alive(&place, "0");
     }
 }
@@ -229,13 +144,13 @@ fn an_old_process_that_is_killed_takes_the_vm_along_unless_all_of_it_had_been_pa
         old.kill();
         old.await_end("which was killed");
         if passed {
-            let new = Process::behind(&place, "0");
+            let new = Holder::behind(&place, "0");
             wait_for("the guest to go on in the new process", || (heartbeat(&ram) > beats).then_some(()));
             assert_ne!(new.pid, old.pid);
             // It is not held in its turn.
             std::fs::write(place.path(&format!("{point}.go")), "").unwrap();
             updated(&place.control("0", &["update", "--json"]), "in its turn");
-            let _last = Process::behind(&place, "0");
+            let _last = Holder::behind(&place, "0");
             assert_alive(&place, "0");
         } else {
             let beats = heartbeat(&ram);
@@ -277,13 +192,13 @@ fn the_program_that_took_over_is_the_one_that_goes_on_and_has_the_standard_input
         command.extend(binary.iter().flat_map(|path| ["--binary", path.to_str().unwrap()]));
         place.wait_until_filled("0");
         updated(&place.control("0", &command), &format!("{binary:?}"));
-        let new = Process::behind(&place, "0");
+        let new = Holder::behind(&place, "0");
         assert_eq!(what(new.pid, "exe"), other, "{binary:?}");
         // A guest that resets is booted again with it.
         assert_eq!(what(new.pid, "fd/0"), pipe, "{binary:?}");
         std::mem::forget(new);
     }
-    let last = Process::behind(&place, "0");
+    let last = Holder::behind(&place, "0");
     assert_eq!(place.control("0", &["stop"]).status.code(), Some(0));
     last.await_end("which was stopped");
 }
@@ -325,7 +240,7 @@ fn a_program_that_does_not_take_over_is_named_with_what_it_did_and_the_vm_runs_o
     let reason = place.ask("0", "/vm").unwrap()["reason"].to_string();
     assert!(reason.contains("the last update did not happen"), "{reason}");
     updated(&place.control("0", &["update", "--json"]), "after all of them");
-    let _new = Process::behind(&place, "0");
+    let _new = Holder::behind(&place, "0");
     assert_alive(&place, "0");
 }
 
@@ -335,14 +250,17 @@ fn what_cannot_be_kept_and_what_cannot_be_now_is_refused_by_name_before_anything
         return;
     }
     let place = Place::new();
-    let process = support::testdma::Process::start(&place, "d0", &[]);
-    let device = format!("vfio-user={}", process.socket.display());
-    let vm = place.run_with("0", &["--device", &device], &[]);
+    let (socket, image) = (place.path("d0"), image(&place, 1 << 20));
+    let mut command = place.command(&["device", "blk", "--socket", socket.to_str().unwrap(), "--image"]);
+    let mut process = command.arg(&image).spawn().unwrap();
+    wait_for("the device's socket", || support::listens(&socket).then_some(()));
+    let vm = place.run_with("0", &["--device", &format!("vhost-user-blk={}", socket.display())], &[]);
     let output = place.control("0", &["update"]);
     assert_eq!(output.status.code(), Some(1));
-    let socket = process.socket.display().to_string();
-    assert!(stderr(&output).contains(&socket) && stderr(&output).contains("cannot be kept"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("d0") && stderr(&output).contains("cannot be kept"), "{}", stderr(&output));
     assert_eq!(place.wait_for_state("0", "running")["pid"], vm.pid());
+    process.kill().unwrap();
+    process.wait().unwrap();
     let (_there, _) = place.receive("1", &[]);
     let output = place.control("1", &["update"]);
     assert_eq!(output.status.code(), Some(1));
@@ -359,7 +277,7 @@ fn a_paused_vm_stays_paused_and_one_that_has_moved_or_was_updated_moves_and_is_u
     let ram0 = ram(&place.wait_for_state("0", "running"));
     assert_eq!(place.control("0", &["pause"]).status.code(), Some(0));
     updated(&place.control("0", &["update", "--json"]), "paused");
-    let second = Process::behind(&place, "0");
+    let second = Holder::behind(&place, "0");
     assert_ne!(second.pid, first.pid());
     assert_eq!(place.wait_for_state("0", "paused")["pid"], second.pid);
     let beats = heartbeat(&ram0);
@@ -374,10 +292,10 @@ fn a_paused_vm_stays_paused_and_one_that_has_moved_or_was_updated_moves_and_is_u
         wait_for("all of the memory to be there", || (place.ask(&to, "/migration")?["phase"] == "done").then_some(()));
         updated(&place.control(&to, &["update", "--json"]), mode);
         // What the receiver held is its successor's; that lives on when the receiver is dropped.
-        std::mem::forget(Process::behind(&place, &to));
+        std::mem::forget(Holder::behind(&place, &to));
         assert_alive(&place, &to);
     }
-    let last = Process::behind(&place, "2");
+    let last = Holder::behind(&place, "2");
     let ram2 = ram(&place.wait_for_state("2", "running"));
     let before = support::snapshot(&ram2).unwrap();
     assert_eq!(before.verify_errors(), 0);
@@ -425,7 +343,7 @@ fn a_serial_port_and_a_console_keep_their_clients_and_their_sockets() {
     });
     for n in 0..3 {
         updated(&place.control("0", &["update", "--json"]), &format!("update {n}"));
-        std::mem::forget(Process::behind(&place, "0"));
+        std::mem::forget(Holder::behind(&place, "0"));
         for (client, socket) in clients.iter_mut().zip(&sockets) {
             let read = client.read(&mut [0]);
             let open = match &read {
@@ -435,7 +353,7 @@ fn a_serial_port_and_a_console_keep_their_clients_and_their_sockets() {
             assert!(open, "update {n}: the client of {} was dropped: {read:?}", socket.display());
         }
     }
-    let last = Process::behind(&place, "0");
+    let last = Holder::behind(&place, "0");
     assert_alive(&place, "0");
     // Others still find the sockets.
     sockets.iter().for_each(|socket| drop(UnixStream::connect(socket).unwrap()));

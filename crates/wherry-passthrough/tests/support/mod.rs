@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use vm_memory::{FileOffset, MmapRegion};
+use wherry_handover::{KeptId, Registry};
 use wherry_interrupt::Input;
 use wherry_interrupt::fake::FakeRouter;
 use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
@@ -33,6 +34,7 @@ pub struct Script {
     /// Who it signals, by vector.
     pub signals: Vec<OwnedFd>,
     pub irq: Option<Irq>,
+    pub note: Option<Arc<OwnedFd>>,
     pub config: Vec<u8>,
     pub bar: Vec<u8>,
     pub state: Option<State>,
@@ -60,6 +62,8 @@ pub struct FakeOwner {
     pub unmasks_by: AtomicBool,
     pub unmasked: AtomicBool,
     pub closed: AtomicBool,
+    /// Another process has claimed it.
+    pub inherited: bool,
     /// How many owners have to be asked to stop before any of them does.
     pub meeting: Option<Arc<Meeting>>,
 }
@@ -102,7 +106,7 @@ pub fn config() -> Vec<u8> {
 
 impl FakeOwner {
     pub fn new(name: &str) -> Self {
-        let mut facts = Facts { config_size: 256, intx: true, msi: 2, msix: 4, resettable: true, ..Facts::default() };
+        let mut facts = Facts { config: config(), intx: true, msi: 2, msix: 4, resettable: true, ..Facts::default() };
         facts.migration = Some(MigrationFacts { pre_copy: false, p2p: false });
         facts.logging = true;
         facts.bars[0].size = 0x100;
@@ -116,6 +120,7 @@ impl FakeOwner {
             unmasks_by: AtomicBool::new(true),
             unmasked: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            inherited: false,
             meeting: None,
         }
     }
@@ -174,6 +179,34 @@ impl Owner for FakeOwner {
 
     fn facts(&self) -> &Facts {
         &self.facts
+    }
+
+    fn keep(&self, registry: &Registry, name: &str) -> Result<(), OwnerError> {
+        let id = KeptId::new(format!("{name}/facts"), 0);
+        if self.inherited {
+            assert_eq!(registry.inherit_note(&id).unwrap(), b"facts");
+        }
+        let note = registry.add_note(id, b"facts").unwrap();
+        self.script().note = Some(note);
+        Ok(())
+    }
+
+    fn is_inherited(&self) -> bool {
+        self.inherited
+    }
+
+    fn rest(&self, _: Instant) -> Result<Vec<u8>, OwnerError> {
+        drop(self.asked("rest".into())?);
+        Ok(b"left".to_vec())
+    }
+
+    fn take(&self, saved: &[u8]) -> Result<(), OwnerError> {
+        self.asked(format!("take {}", String::from_utf8_lossy(saved))).map(drop)
+    }
+
+    fn go_on(&self) {
+        // One that has gone does not.
+        drop(self.asked("go on".into()));
     }
 
     fn read_bar(&self, bar: usize, offset: u64, data: &mut [u8]) -> Result<(), OwnerError> {
@@ -366,6 +399,7 @@ pub struct Rig {
     pub guest: Arc<FakeGuest>,
     pub ram: Arc<Ram>,
     pub crew: Arc<Crew>,
+    pub registry: Arc<Registry>,
 }
 
 impl Rig {
@@ -374,6 +408,10 @@ impl Rig {
     }
 
     pub fn in_crew(owner: FakeOwner, instance: u32, crew: Arc<Crew>) -> Self {
+        Self::with(owner, instance, crew, Registry::new())
+    }
+
+    pub fn with(owner: FakeOwner, instance: u32, crew: Arc<Crew>, registry: Arc<Registry>) -> Self {
         let (owner, router) = (Arc::new(owner), Arc::new(FakeRouter::default()));
         let (bus, guest) = (Arc::new(Bus::new()), Arc::new(FakeGuest::default()));
         let spec = BlockSpec { id: BlockId(0), guest_base: 0, size: RAM, page_size: PageSize::Base };
@@ -388,6 +426,7 @@ impl Rig {
             ram: ram.clone(),
             faults: None,
             crew: crew.clone(),
+            registry: registry.clone(),
         };
         let place = |config: &mut ConfigSpace| -> Result<(), PassthroughError> {
             config.set_bar(0, BAR0).unwrap();
@@ -395,7 +434,7 @@ impl Rig {
             Ok(())
         };
         let function = Function::new(owner.clone(), instance, &parts, place).unwrap();
-        Self { owner, function, router, bus, guest, ram, crew }
+        Self { owner, function, router, bus, guest, ram, crew, registry }
     }
 
     pub fn write(&self, offset: u16, data: &[u8]) {

@@ -2,11 +2,13 @@
 //!
 //! - this file: connecting, and what the device asks for by itself;
 //! - `requests`: one function for each request;
+//! - `kept`: a connection that outlives the process;
 //! - `migration`: features, states, data and logs.
 //!
 //! A client has a thread that serves what the device asks for (`vfio-user`), and one more for the twin socket, if there is one
 //! (`vfio-user-twin`). They end with the client, or with the connection. Requests may come from any thread.
 
+mod kept;
 mod migration;
 mod requests;
 
@@ -144,14 +146,20 @@ impl Client {
             threads: Vec::new(),
         };
         this.greet()?;
-        let links = [(Some(this.link.clone()), "vfio-user"), (this.twin.clone(), "vfio-user-twin")];
+        this.attend(&memory).map_err(failed)?;
+        Ok(this)
+    }
+
+    /// Starts the threads.
+    fn attend(&mut self, memory: &Arc<dyn DmaHandler>) -> std::io::Result<()> {
+        let links = [(Some(self.link.clone()), "vfio-user"), (self.twin.clone(), "vfio-user-twin")];
         for (link, name) in links {
             let Some(link) = link else { continue };
-            let attendant = Attendant { link, maps: this.maps.clone(), memory: memory.clone() };
+            let attendant = Attendant { link, maps: self.maps.clone(), memory: memory.clone() };
             let thread = std::thread::Builder::new().name(name.into()).spawn(move || attendant.run());
-            this.threads.push(thread.map_err(failed)?);
+            self.threads.push(thread?);
         }
-        Ok(this)
+        Ok(())
     }
 
     /// The first message. The server's answer holds for all others.

@@ -18,7 +18,13 @@ use wherry_vfio_user::server::Host;
 use wherry_vfio_user::{Client, DmaHandler, Options, Server, State, Stop, VfioUserError};
 
 /// Memory of a VM, reached by messages.
-struct Memory(Mutex<Vec<u8>>);
+pub struct Memory(Mutex<Vec<u8>>);
+
+impl Memory {
+    pub fn new() -> Self {
+        Self(Mutex::new((0..0x4_0000_u32).map(|at| (at >> 3) as u8).collect()))
+    }
+}
 
 impl DmaHandler for Memory {
     fn read(&self, address: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -33,14 +39,14 @@ impl DmaHandler for Memory {
 }
 
 /// Our server, with a device that copies.
-struct Served {
+pub struct Served {
     directory: tempfile::TempDir,
     stop: Stop,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Served {
-    fn new(twin: bool) -> Self {
+    pub fn new(twin: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let server = Server::bind(&directory.path().join("s")).unwrap();
         let mut device = Copier::new().unwrap();
@@ -51,7 +57,7 @@ impl Served {
         Self { directory, stop, thread: Some(thread) }
     }
 
-    fn client(&self, memory: Arc<dyn DmaHandler>) -> Client {
+    pub fn client(&self, memory: Arc<dyn DmaHandler>) -> Client {
         Client::connect(&self.directory.path().join("s"), Options::default(), memory).unwrap()
     }
 }
@@ -63,7 +69,7 @@ impl Drop for Served {
     }
 }
 
-fn copy(client: &Client, source: u64, destination: u64, length: u64) -> Result<(), VfioUserError> {
+pub fn copy(client: &Client, source: u64, destination: u64, length: u64) -> Result<(), VfioUserError> {
     client.write(pci_region::CONFIG, 4, &[6, 0])?;
     let (a, b, c) = (source.to_le_bytes(), destination.to_le_bytes(), length.to_le_bytes());
     client.write_multi(&[(0, 0, &a), (0, 8, &b), (0, 16, &c), (0, 0x20, &[1])])
@@ -139,7 +145,7 @@ fn a_log_longer_than_a_message_is_read_in_several() {
 fn memory_is_served_by_message_on_either_socket_from_many_threads() {
     for twin in [false, true] {
         let served = Served::new(twin);
-        let memory = Arc::new(Memory(Mutex::new((0..0x4_0000_u32).map(|at| (at >> 3) as u8).collect())));
+        let memory = Arc::new(Memory::new());
         let client = served.client(memory.clone());
         assert_eq!(client.has_twin_socket(), twin);
         client.dma_map(0, 0x2_0000, None, true, false).unwrap();

@@ -7,6 +7,7 @@ mod client;
 mod copier;
 mod devices;
 mod interrupts;
+mod kept;
 mod memory;
 mod migration;
 mod raw;

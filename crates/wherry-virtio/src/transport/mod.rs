@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use wherry_interrupt::{Input, InterruptError, Intx, Router};
+use wherry_interrupt::{Events, Input, InterruptError, Intx, Router};
 use wherry_memory::GuestMemory;
 use wherry_pci::bus::{Bus, BusDevice, BusError};
 use wherry_pci::{BarMap, BarTarget, ConfigError, ConfigSpace, Doorbell, Doorbells, Identity, Msix, PciFunction};
@@ -118,7 +118,7 @@ impl VirtioPci {
         let window = layout::add(&mut config).map_err(TransportError::Config)?;
         // One for each ring, and one for the configuration.
         let vectors = sizes.len() as u16 + 1;
-        let msix = Msix::new(parts.router.clone(), vectors, layout::MSIX, &mut config)
+        let msix = Msix::new(parts.router.clone(), &Events::own(), vectors, layout::MSIX, &mut config)
             .map_err(|e| TransportError::Msix(e.to_string()))?;
         config.set_interrupt(1, 0);
         let intx = Intx::new(parts.router.clone(), parts.pin_input).map_err(TransportError::Interrupt)?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_interrupt::fake::FakeRouter;
-use wherry_interrupt::{Intx, Vector, Vectors};
+use wherry_interrupt::{Events, Intx, Vector, Vectors};
 use wherry_memory::DirtySource;
 
 use super::front::LOG_ALL;
@@ -152,7 +152,7 @@ fn the_back_end_follows_when_the_driver_gives_a_ring_another_vector() {
     until("an interrupt to be passed on", || driver.rung.load(Ordering::SeqCst) > before);
 
     // With one the back end signals it itself. What it signalled last is made good.
-    let vectors = Vectors::new(Arc::new(FakeRouter::default()), 2).unwrap();
+    let vectors = Vectors::new(Arc::new(FakeRouter::default()), &Events::own(), 2).unwrap();
     for n in 0..2 {
         let vector = vectors.get(n).unwrap();
         let before = driver.rung.load(Ordering::SeqCst);

@@ -126,6 +126,7 @@ impl Devices {
             ram: ram.clone(),
             faults: shown.faults.clone(),
             crew: Crew::new(),
+            registry: backing.registry().clone(),
         };
         let made = PciDevices::make(&description.devices, &backing, &pci, shown, parts, &passed);
         let (pci_devices, occupants) = made?;

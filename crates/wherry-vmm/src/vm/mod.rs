@@ -126,7 +126,8 @@ impl Vm {
             )]));
         }
         let connections = DeviceConfig { serial: config.serial.clone(), pci: config.pci.clone() };
-        let backing = Backing::open(connections, Registry::new()).map_err(|e| VmError::Device(e.into()))?;
+        let backing = Backing::open(connections, Registry::new()).and_then(Backing::connect_owners);
+        let backing = backing.map_err(|e| VmError::Device(e.into()))?;
         backing.lock().map_err(|e| VmError::Device(e.into()))?;
         let cpuid = cpu_model::table(&host, config.cpu, host.tsc_khz)?;
         let address_bits = cpu_model::address_bits(&cpuid);

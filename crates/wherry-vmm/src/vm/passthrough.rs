@@ -1,9 +1,10 @@
 //! Functions that other processes own: found at their sockets, described, compared, and made for the bus.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use prost::Message;
+use wherry_handover::Registry;
 use wherry_passthrough::{Function, FunctionIdentity, Owner, OwnerError, PassthroughError, PassthroughParts, VfioUser};
 
 use crate::description::DeviceDescription;
@@ -19,12 +20,18 @@ pub(super) struct Owners(Vec<(Arc<VfioUser>, FunctionIdentity)>);
 impl Owners {
     /// Connects to them. Nothing of a function is changed.
     pub(super) fn connect(sockets: &[PathBuf]) -> Result<Self, OwnerError> {
-        let connect = |socket: &PathBuf| {
-            let owner = VfioUser::connect(socket)?;
-            let identity = FunctionIdentity::of(&owner)?;
-            Ok((Arc::new(owner), identity))
-        };
+        let connect = |socket: &PathBuf| VfioUser::connect(socket).map(known);
         sockets.iter().map(connect).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Takes those of a described machine that the process before has claimed. Nothing is asked of them.
+    pub(super) fn inherit(described: &[DeviceDescription], registry: &Registry) -> Result<Self, OwnerError> {
+        let wanted = described.iter().filter(|device| device.kind == VFIO_USER).enumerate();
+        let inherit = |(n, device): (usize, &DeviceDescription)| {
+            let instance = device.place.map_or(n as u32, |place| place.instance);
+            VfioUser::inherit(Path::new(&device.label), registry, &Function::kept_name(instance)).map(known)
+        };
+        wanted.map(inherit).collect::<Result<_, _>>().map(Self)
     }
 
     pub(super) fn describe(&self) -> impl Iterator<Item = DeviceDescription> + '_ {
@@ -76,6 +83,11 @@ impl Owners {
         let (owner, _) = self.0.first()?;
         Some(format!("the process behind {} maps it, and may have pinned what it maps", owner.socket().display()))
     }
+}
+
+fn known(owner: VfioUser) -> (Arc<VfioUser>, FunctionIdentity) {
+    let identity = FunctionIdentity::of(owner.facts());
+    (Arc::new(owner), identity)
 }
 
 /// A function that another process owns, on the bus of a machine.

@@ -74,7 +74,8 @@ pub(crate) struct Backing {
 }
 
 impl Backing {
-    /// Opens what the configuration names, or takes what the predecessor of this process has opened.
+    /// Opens what the configuration names, or takes what the predecessor of this process has opened; but for functions of other
+    /// processes.
     pub(crate) fn open(connections: DeviceConfig, registry: Arc<Registry>) -> Result<Self, BackingError> {
         let config = &connections.pci;
         let disk = |(n, disk): (usize, &DiskConfig)| {
@@ -92,8 +93,21 @@ impl Backing {
         let console =
             config.console.as_ref().map(|target| Outside::open(target, &registry).map(Arc::new)).transpose()?;
         let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
-        let owners = Owners::connect(&config.vfio_user)?;
+        let owners = Owners::default();
         Ok(Self { connections, disks, taps, console, backends, owners, registry })
+    }
+
+    /// Connects to the device processes that the configuration names.
+    pub(crate) fn connect_owners(mut self) -> Result<Self, BackingError> {
+        self.owners = Owners::connect(&self.connections.pci.vfio_user)?;
+        Ok(self)
+    }
+
+    /// Takes the connections that the predecessor of this process has to the device processes of that machine: those that were plugged
+    /// since it was started are among them, and those that were unplugged are not.
+    pub(crate) fn inherit_owners(mut self, described: &[DeviceDescription]) -> Result<Self, BackingError> {
+        self.owners = Owners::inherit(described, &self.registry)?;
+        Ok(self)
     }
 
     /// Without any device on the PCI bus.

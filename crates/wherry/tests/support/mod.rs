@@ -5,6 +5,7 @@
 
 pub mod disk;
 pub mod testdma;
+pub mod update;
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use wherry_interrupt::Input;
 use wherry_memory::DirtySource;
-use wherry_passthrough::{Function, FunctionIdentity, Gathering, PassthroughParts, VfioUser};
+use wherry_passthrough::{Function, FunctionIdentity, Gathering, Owner as _, PassthroughParts, VfioUser};
 use wherry_state::{StateStream, StateUnit, Units, UnitsError};
 
 pub use self::error::{PlugError, UnplugError};
@@ -139,19 +139,14 @@ impl Board {
     /// Why the machine cannot be moved, if so.
     pub(super) fn blockers(&self) -> Vec<String> {
         let table = self.slots.signal.lock();
-        let leaving = table.entries.iter().filter(|entry| entry.state == DeviceState::Unplugging).map(|entry| {
-            format!("{} is being unplugged: wait until it is gone, or the time for it is over", entry.name())
-        });
-        leaving.chain(table.functions().filter_map(|function| function.blocker())).collect()
+        table.leaving_devices().chain(table.functions().filter_map(|function| function.blocker())).collect()
     }
 
     /// What of it cannot be kept over an update.
     pub(super) fn cannot_keep(&self) -> Vec<String> {
         let table = self.slots.signal.lock();
-        let owned = |function: &Function| {
-            format!("{} (a connection to a vfio-user device cannot be kept yet: unplug it)", function.owner().name())
-        };
-        table.functions().map(|function| owned(function)).collect()
+        let functions = table.functions().filter_map(|function| function.cannot_keep());
+        table.leaving_devices().chain(functions).collect()
     }
 
     fn changing(&self) -> MutexGuard<'_, ()> {
@@ -209,7 +204,7 @@ impl Board {
         }
         let address = pci.free_device()?;
         let owner = VfioUser::connect(socket)?;
-        let identity = FunctionIdentity::of(&owner)?;
+        let identity = FunctionIdentity::of(owner.facts());
         let slot = u32::from(address.device());
         let description = DeviceDescription { place: Some(Place { slot, instance }), ..describe(&owner, &identity) };
         let pin_input = Input(PciRoot::interrupt_input(address.device(), 1));

@@ -95,7 +95,11 @@ impl Signal {
         let (signal, pci) = (self.clone(), pci.clone());
         Arc::new(move |slots| {
             for slot in (1..32u8).filter(|slot| slots & 1 << slot != 0) {
-                if let Some(function) = pci.hide(slot) {
+                let Some(function) = pci.hide(slot) else { continue };
+                let mut command = [0; 2];
+                function.read_config(COMMAND, &mut command);
+                // In a machine that arrives with it, it was switched off before.
+                if command != [0; 2] {
                     function.write_config(COMMAND, &[0; 2]);
                 }
             }
@@ -116,6 +120,13 @@ impl Table {
         let entry = Entry { number, occupant, state: DeviceState::Present, removable };
         self.entries.push(entry);
         &self.entries[self.entries.len() - 1]
+    }
+
+    /// Those whose guest was asked to let them go: neither the machine nor its process can be moved now.
+    pub(super) fn leaving_devices(&self) -> impl Iterator<Item = String> + '_ {
+        self.entries.iter().filter(|entry| entry.state == DeviceState::Unplugging).map(|entry| {
+            format!("{} is being unplugged: wait until it is gone, or the time for it is over", entry.name())
+        })
     }
 
     pub(super) fn functions(&self) -> impl Iterator<Item = &Arc<Function>> {

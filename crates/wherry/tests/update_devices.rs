@@ -1,0 +1,232 @@
+//! Live update of VMs whose devices are other processes: they run on, stay connected, and no interrupt and no buffer is lost.
+//!
+//! `WHERRY_UPDATES` is how often each guest is updated; a small number if nothing is said.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod support;
+
+use support::disk::Memory;
+use support::testdma::Process;
+use support::update::{Holder, count, held, points, repetitions, run_held_at, updated};
+use support::{Place, kvm, stderr, wait_for};
+use wherry_guest::report::Phase;
+use wherry_guest::snapshot::TestdmaSnapshot;
+use wherry_migration::testpoint::Point;
+
+/// Buffers and letters that show that the device works.
+const BUFFERS: u64 = 500;
+const LETTERS: u64 = 50;
+
+/// What the guest says of its device; nothing was wrong so far.
+fn load(memory: &Memory) -> TestdmaSnapshot {
+    let snapshot = memory.snapshot();
+    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+    let load = snapshot.testdma.unwrap();
+    assert_eq!((load.errors, load.lost), (0, 0), "{load:?}");
+    load
+}
+
+fn wait_for_more(memory: &Memory, more: u64, what: &str) -> TestdmaSnapshot {
+    let before = load(memory);
+    wait_for(&format!("{more} buffers or letters {what}"), || {
+        let now = load(memory);
+        (now.received >= before.received + more).then_some(now)
+    })
+}
+
+#[test]
+fn a_device_runs_on_under_updates_and_no_buffer_and_no_interrupt_is_lost() {
+    if !kvm("a_device_runs_on_under_updates_and_no_buffer_and_no_interrupt_is_lost") {
+        return;
+    }
+    for (guest, enough) in [
+        ("testdma=ring testdma_interrupt=msix testdma_vectors=4 testdma_mask=on", BUFFERS),
+        ("testdma=ring testdma_interrupt=msi testdma_vectors=2", BUFFERS),
+        ("testdma=ring testdma_interrupt=intx", BUFFERS),
+        ("testdma=wait testdma_interrupt=msix testdma_vectors=3", LETTERS),
+        ("testdma=wait testdma_interrupt=msix testdma_mask=on", LETTERS / 4),
+        ("testdma=wait testdma_interrupt=msi testdma_mask=on", LETTERS / 4),
+        ("testdma=wait testdma_interrupt=intx", LETTERS),
+        ("testdma=wait testdma_interrupt=intx testdma_mask=on", LETTERS / 4),
+    ] {
+        let place = Place::new();
+        let process = Process::start(&place, "d", &["--pattern", "lines"]);
+        let device = format!("vfio-user={}", process.socket.display());
+        let cmdline = format!("data=4M rate=1M {guest}");
+        let mut first = place.run_guest("0", &["--memory", "64M", "--cmdline", &cmdline, "--device", &device], &[]);
+        let memory = Memory::of(&place, "0");
+        wait_for_more(&memory, enough, "before the first update");
+        let mut holder = Holder::of(first.pid());
+        let mut figures = Vec::new();
+        for n in 0..repetitions(6) {
+            let job = updated(&place.control("0", &["update", "--json"]), &format!("{guest}: update {n}"));
+            let next = Holder::behind(&place, "0");
+            assert_eq!(job["pid"], next.pid);
+            holder.await_end("which was replaced");
+            holder = next;
+            let now = wait_for_more(&memory, enough, &format!("after update {n}"));
+            println!("{guest}: blackout {}, longest wait {} us", job["job"]["blackout"], now.longest_ns / 1000);
+            figures.push((count(holder.pid, "fd"), count(holder.pid, "task")));
+        }
+        assert_eq!(first.end().code(), Some(0), "{}", first.log());
+        let (descriptors, threads) = figures[0];
+        assert!(figures.iter().all(|now| now.0 <= descriptors + 3 && now.1 <= threads + 8), "{figures:?}");
+        memory.finish();
+        holder.await_end("whose guest has switched itself off");
+        assert_eq!(memory.snapshot().phase(), Phase::Finished);
+        let guest = load(&memory);
+        assert_eq!(guest.verified, guest.received, "{guest:?}");
+        let device = process.summary();
+        assert_eq!(device["faults"], 0, "{device}");
+        // It was not asked for its state, nor reset.
+        assert_eq!(device["loads"], 0, "{device}");
+        println!("guest: {guest:?}\ndevice: {device}");
+    }
+}
+
+/// A device, and the option that gives it to a VM.
+fn device(place: &Place, name: &str) -> (Process, String) {
+    let process = Process::start(place, name, &[]);
+    let option = format!("vfio-user={}", process.socket.display());
+    (process, option)
+}
+
+/// A guest whose device interrupts once for every letter: one that is lost stops it.
+const WAITS: &[&str] = &["--memory", "64M", "--cmdline", "data=4M rate=1M testdma=wait testdma_vectors=2"];
+
+/// Has the guest verify everything once more and end.
+fn finish(memory: &Memory, holder: &Holder, process: Process) {
+    memory.finish();
+    holder.await_end("whose guest has switched itself off");
+    assert_eq!(memory.snapshot().phase(), Phase::Finished, "{:?}", memory.snapshot().failure);
+    let guest = load(memory);
+    assert_eq!(guest.verified, guest.received, "{guest:?}");
+    assert_eq!(process.summary()["faults"], 0);
+}
+
+#[test]
+fn a_new_process_that_dies_or_gives_up_leaves_the_device_to_the_old_one() {
+    if !kvm("a_new_process_that_dies_or_gives_up_leaves_the_device_to_the_old_one") {
+        return;
+    }
+    let before = |point: &Point| !matches!(point, Point::NewRuns | Point::NewStarted);
+    for (point, dies) in points("new-").filter(before).map(|point| (point, true)).chain([(Point::NewBuilt, false)]) {
+        let place = Place::new();
+        let (process, option) = device(&place, "d");
+        let vm = run_held_at(&place, point, &[WAITS, &["--device", &option]].concat());
+        let memory = Memory::of(&place, "0");
+        wait_for_more(&memory, LETTERS, "before the update");
+        let (update, new) = held(&place, point);
+        if dies {
+            new.kill();
+        } else {
+            assert_eq!(place.control("0", &["cancel"]).status.code(), Some(0));
+        }
+        std::fs::write(place.path(&format!("{point}.go")), "").unwrap();
+        new.await_end("which does not take over");
+        assert_eq!(update.wait_with_output().unwrap().status.code(), Some(1), "{point}");
+        assert_eq!(place.wait_for_state("0", "running")["pid"], vm.pid(), "{point}");
+        wait_for_more(&memory, LETTERS, &format!("after an update that ended at {point}"));
+        updated(&place.control("0", &["update", "--json"]), &format!("after {point}"));
+        let holder = Holder::behind(&place, "0");
+        wait_for_more(&memory, LETTERS, "after the next one");
+        finish(&memory, &holder, process);
+    }
+}
+
+#[test]
+fn an_old_process_that_dies_when_all_was_passed_takes_no_device_along() {
+    if !kvm("an_old_process_that_dies_when_all_was_passed_takes_no_device_along") {
+        return;
+    }
+    for point in [Point::OldOffered, Point::OldReplaced] {
+        let place = Place::new();
+        let (process, option) = device(&place, "d");
+        let _vm = run_held_at(&place, point, &[WAITS, &["--device", &option]].concat());
+        let memory = Memory::of(&place, "0");
+        wait_for_more(&memory, LETTERS, "before the update");
+        let (mut update, old) = held(&place, point);
+        old.kill();
+        old.await_end("which was killed");
+        update.wait().unwrap();
+        let holder = Holder::behind(&place, "0");
+        wait_for_more(&memory, LETTERS, "in the new process");
+        finish(&memory, &holder, process);
+    }
+}
+
+#[test]
+fn devices_come_and_go_and_move_between_updates() {
+    if !kvm("devices_come_and_go_and_move_between_updates") {
+        return;
+    }
+    let place = Place::new();
+    let cmdline = "data=1M rate=0 testdma=ring testdma_plug=on";
+    let _first = place.run_guest("0", &["--memory", "64M", "--cmdline", cmdline], &[]);
+    let memory = Memory::of(&place, "0");
+    let update = |api: &str, what: &str| {
+        updated(&place.control(api, &["update", "--json"]), what);
+        Holder::behind(&place, api)
+    };
+    let command = |api: &str, arguments: &[&str]| {
+        let output = place.control(api, arguments);
+        assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", stderr(&output));
+    };
+    let (one, option) = device(&place, "one");
+    std::mem::forget(update("0", "without a device"));
+    command("0", &["device-add", &option]);
+    wait_for("the guest to have its device", || load(&memory).plugged.then_some(()));
+    std::mem::forget(update("0", "with one that was plugged"));
+    wait_for_more(&memory, BUFFERS, "of a device that was plugged before the update");
+    std::mem::forget(update("0", "again"));
+    command("0", &["device-remove", "vfio-user0"]);
+    assert!(!load(&memory).plugged);
+    std::mem::forget(update("0", "when it has gone"));
+    command("0", &["device-add", &option]);
+    wait_for_more(&memory, BUFFERS, "of the same process, plugged by another one");
+
+    let (two, option) = device(&place, "two");
+    let (there, address) = place.receive("1", &["--device", &option]);
+    command("0", &["migrate", "--to", &address, "--mode", "postcopy"]);
+    wait_for("all of the memory to be there", || (place.ask("1", "/migration")?["phase"] == "done").then_some(()));
+    let memory = Memory::of(&place, "1");
+    let holder = update("1", "after a move");
+    wait_for_more(&memory, BUFFERS, "of the device that it moved to");
+    drop(there);
+    let (three, option) = device(&place, "three");
+    let (_there, address) = place.receive("2", &["--device", &option]);
+    command("1", &["migrate", "--to", &address, "--mode", "precopy"]);
+    holder.await_end("whose VM has moved");
+    let memory = Memory::of(&place, "2");
+    wait_for_more(&memory, BUFFERS, "after a move of a VM that was updated");
+    finish(&memory, &update("2", "in the end"), three);
+    for process in [one, two] {
+        assert_eq!(process.summary()["faults"], 0);
+    }
+}
+
+#[test]
+fn a_device_that_has_gone_is_named_before_anything_happens_and_one_that_goes_at_the_switch_stops_no_vm() {
+    if !kvm("a_device_that_has_gone_is_named_before_anything_happens_and_one_that_goes_at_the_switch_stops_no_vm") {
+        return;
+    }
+    let place = Place::new();
+    let (process, option) = device(&place, "d");
+    let point = Point::OldDrained;
+    let vm = run_held_at(&place, point, &[WAITS, &["--device", &option]].concat());
+    let (update, old) = held(&place, point);
+    assert_eq!(old.pid, vm.pid());
+    drop(process);
+    std::fs::write(place.path(&format!("{point}.go")), "").unwrap();
+    let output = update.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("d.sock"), "{}", stderr(&output));
+    assert_eq!(place.wait_for_state("0", "running")["pid"], vm.pid());
+    support::assert_alive(&place, "0");
+    let output = place.control("0", &["update"]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(said.contains("d.sock") && said.contains("it has gone") && said.contains("unplug it"), "{said}");
+    std::mem::forget(old);
+}
