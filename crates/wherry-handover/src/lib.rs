@@ -1,7 +1,7 @@
 //! What one process hands over to the one that takes its place on the same host.
 //!
 //! - [`Registry`]: the descriptors that go over, by name and index. A process that takes over *claims* each of them, or refuses to
-//!   start.
+//!   start. A [`Shelf`] is what of it belongs to one part of the process.
 //! - [`Channel`]: the local socket on which descriptors and state go, in parcels.
 //! - [`RunWord`]: the word in shared memory that decides which of the two runs.
 //! - [`Launcher`]: a small process that starts the successor, so that one in a sandbox need not.
@@ -29,9 +29,11 @@
 mod channel;
 mod launcher;
 mod registry;
+mod shelf;
 mod word;
 
 pub use channel::{Channel, ChannelError, MOST_BODY, MOST_DESCRIPTORS, Parcel};
 pub use launcher::{Ended, LaunchError, Launched, Launcher, serve};
 pub use registry::{Entry, KeptId, Registry, RegistryError};
+pub use shelf::Shelf;
 pub use word::{RunWord, Who, WordError};

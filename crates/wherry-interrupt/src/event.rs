@@ -7,15 +7,20 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use wherry_handover::{KeptId, Registry};
+use wherry_handover::Shelf;
 
 /// An eventfd that never blocks.
-pub struct Event(EventFd);
+pub struct Event(Arc<EventFd>);
 
 impl Event {
     /// A new one.
     pub fn new() -> io::Result<Self> {
-        EventFd::new(EFD_NONBLOCK).map(Self)
+        EventFd::new(EFD_NONBLOCK).map(Arc::new).map(Self)
+    }
+
+    /// The eventfd, for whoever goes on using it without an entry of its own.
+    pub fn shared(&self) -> &Arc<EventFd> {
+        &self.0
     }
 }
 
@@ -23,7 +28,7 @@ impl From<OwnedFd> for Event {
     /// One that has come; it does not block, since that belongs to what is behind the descriptor.
     fn from(descriptor: OwnedFd) -> Self {
         // SAFETY: the descriptor is ours, and is given away here.
-        Self(unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) })
+        Self(Arc::new(unsafe { EventFd::from_raw_fd(descriptor.into_raw_fd()) }))
     }
 }
 
@@ -44,7 +49,7 @@ impl AsFd for Event {
 
 /// Where eventfds come from: they are made, and those that other processes hold are kept over a live update.
 #[derive(Clone, Debug, Default)]
-pub struct Events(Option<(Arc<Registry>, String)>);
+pub struct Events(Option<Shelf>);
 
 impl Events {
     /// Nobody else holds them.
@@ -52,25 +57,22 @@ impl Events {
         Self::default()
     }
 
-    /// Others hold them. Each has an entry in the registry for as long as it lives, under a name that begins with `name`; a process
-    /// that takes over gets what its predecessor had there.
-    pub fn kept(registry: Arc<Registry>, name: impl Into<String>) -> Self {
-        Self(Some((registry, name.into())))
+    /// Others hold them. Each stands on the shelf for as long as it lives; a process that takes over gets what its predecessor had
+    /// there.
+    pub fn kept(shelf: Shelf) -> Self {
+        Self(Some(shelf))
     }
 
     /// Of a part of whatever has these.
     pub fn of(&self, part: &str) -> Self {
-        Self(self.0.as_ref().map(|(registry, name)| (registry.clone(), format!("{name}/{part}"))))
+        Self(self.0.as_ref().map(|shelf| shelf.of(part)))
     }
 
     /// One of them.
     pub fn get(&self, what: &str, index: u32) -> io::Result<Arc<Event>> {
         match &self.0 {
             None => Event::new().map(Arc::new),
-            Some((registry, name)) => {
-                let id = KeptId::new(format!("{name}/{what}"), index);
-                registry.obtain(id, |descriptor| Ok(descriptor.into()), Event::new)
-            }
+            Some(shelf) => shelf.obtain(what, index, |descriptor| Ok(descriptor.into()), Event::new),
         }
     }
 }

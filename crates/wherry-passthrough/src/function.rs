@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
-use wherry_handover::Registry;
+use wherry_handover::{Registry, Shelf};
 use wherry_interrupt::{Events, ForeignIntx, Input, InterruptError, Router};
 use wherry_memory::Ram;
 use wherry_pci::bus::Bus;
@@ -146,8 +146,8 @@ impl Function {
     where
         E: From<PassthroughError>,
     {
-        let name = Self::kept_name(instance);
-        let events = Events::kept(parts.registry.clone(), &name);
+        let shelf = Self::shelf(&parts.registry, instance);
+        let events = Events::kept(shelf.clone());
         let (mut config, split, interrupts) = make(&owner, parts, &events)?;
         let express = config.capabilities().into_iter().find(|(id, _)| *id == EXPRESS).map(|(_, at)| at);
         place(&mut config)?;
@@ -157,7 +157,7 @@ impl Function {
                 owner.map_dma(spec.guest_base, spec.size, block.fd(), 0).map_err(PassthroughError::Owner)?;
             }
         }
-        owner.keep(&parts.registry, &name).map_err(PassthroughError::Owner)?;
+        owner.keep(&shelf).map_err(PassthroughError::Owner)?;
         let this = Arc::new_cyclic(|this: &Weak<Self>| {
             let mut bars = BarMap::default();
             for (index, kind, _) in config.bars() {
@@ -187,9 +187,9 @@ impl Function {
         Ok(this)
     }
 
-    /// What the names of its descriptors begin with that are kept over a live update.
-    pub fn kept_name(instance: u32) -> String {
-        format!("{}{instance}", crate::UNIT)
+    /// Where its descriptors are that are kept over a live update.
+    pub fn shelf(registry: &Arc<Registry>, instance: u32) -> Shelf {
+        Shelf::new(registry.clone(), format!("{}{instance}", crate::UNIT))
     }
 
     /// Why another process cannot go on with it, if so.

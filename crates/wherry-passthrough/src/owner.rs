@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use vm_memory::FileOffset;
-use wherry_handover::Registry;
+use wherry_handover::Shelf;
 use wherry_vfio_user::payload::Area;
 use wherry_vfio_user::{State, VfioUserError};
 
@@ -105,8 +105,8 @@ pub trait Owner: Send + Sync {
     /// What the function is.
     fn facts(&self) -> &Facts;
 
-    /// Enters all that another process needs to go on with it, under names that begin with `name`.
-    fn keep(&self, registry: &Registry, name: &str) -> Result<(), OwnerError>;
+    /// Puts all that another process needs to go on with it on this shelf.
+    fn keep(&self, shelf: &Shelf) -> Result<(), OwnerError>;
 
     /// The process before this one has claimed it, and what it was told holds: of memory and of interrupts.
     fn is_inherited(&self) -> bool;

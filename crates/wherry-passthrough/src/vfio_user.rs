@@ -10,7 +10,7 @@ use prost::Message;
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use vm_memory::FileOffset;
-use wherry_handover::{KeptId, Registry};
+use wherry_handover::Shelf;
 use wherry_vfio_user::client::{NoMemory, RegionReply};
 use wherry_vfio_user::payload::{Area, IoFd, IrqSet, device_flags, feature, pci_irq, pci_region, region_flags};
 use wherry_vfio_user::{Client, Options, State, VfioUserError};
@@ -55,16 +55,15 @@ impl VfioUser {
         Ok(Self { client, name, socket: socket.into(), facts, inherited: false, note: Mutex::default() })
     }
 
-    /// Takes what another process has [kept](Owner::keep) under this name, and still uses. It is at rest until it is told to go on.
-    pub fn inherit(socket: &Path, registry: &Registry, kept: &str) -> Result<Self, OwnerError> {
+    /// Takes what another process has [kept](Owner::keep) there, and still uses. It is at rest until it is told to go on.
+    pub fn inherit(socket: &Path, shelf: &Shelf) -> Result<Self, OwnerError> {
         let name = name(socket);
         let failed = |reason: String| VfioUserError::Inherited { peer: name.clone(), reason };
-        let id = |what: &str, index: usize| KeptId::new(format!("{kept}/{what}"), index as u32);
-        let inherit = |what, index| registry.inherit(&id(what, index)).map_err(|error| failed(error.to_string()));
-        let note = registry.inherit_note(&id(FACTS, 0)).map_err(|error| failed(error.to_string()))?;
+        let inherit = |what, index| shelf.inherit(what, index as u32).map_err(|error| failed(error.to_string()));
+        let note = shelf.inherit_note(FACTS).map_err(|error| failed(error.to_string()))?;
         let saved = SavedOwner::decode(note.as_slice()).map_err(|error| failed(error.to_string()))?;
         let facts = saved.facts(|bar| inherit(REGION, bar), |bell| inherit(BELL, bell))?;
-        let sockets = (inherit(CONNECTION, 0)?, registry.claim(&id(TWIN, 0)));
+        let sockets = (inherit(CONNECTION, 0)?, shelf.claim(TWIN, 0));
         let peer = socket.display().to_string();
         let client = Client::inherit(sockets, &saved.connection, &peer, Options::default(), Arc::new(NoMemory))?;
         Ok(Self { client, name, socket: socket.into(), facts, inherited: true, note: Mutex::default() })
@@ -192,23 +191,22 @@ impl Owner for VfioUser {
         &self.facts
     }
 
-    fn keep(&self, registry: &Registry, name: &str) -> Result<(), OwnerError> {
+    fn keep(&self, shelf: &Shelf) -> Result<(), OwnerError> {
         let failed = |reason: String| VfioUserError::Inherited { peer: self.name.clone(), reason };
-        let id = |what: &str, index: usize| KeptId::new(format!("{name}/{what}"), index as u32);
         let (connection, twin) = self.client.descriptors();
         let sockets = [Some((CONNECTION, connection)), twin.map(|twin| (TWIN, twin))].into_iter().flatten();
         let keep = || {
             for (what, socket) in sockets {
-                registry.keep(id(what, 0), socket)?;
+                shelf.keep(what, 0, socket)?;
             }
             for (bar, file) in self.facts.bars.iter().enumerate().filter_map(|(n, bar)| Some((n, bar.file.as_ref()?))) {
-                registry.keep(id(REGION, bar), file.arc().clone())?;
+                shelf.keep(REGION, bar as u32, file.arc().clone())?;
             }
             for (n, bell) in self.facts.bars.iter().flat_map(|bar| &bar.bells).enumerate() {
-                registry.keep(id(BELL, n), bell.event.clone())?;
+                shelf.keep(BELL, n as u32, bell.event.clone())?;
             }
             let note = SavedOwner::of(&self.facts, self.client.note()).encode_to_vec();
-            registry.add_note(id(FACTS, 0), &note)
+            shelf.add_note(FACTS, &note)
         };
         let note = keep().map_err(|error| failed(error.to_string()))?;
         *self.note.lock().unwrap_or_else(PoisonError::into_inner) = Some(note);

@@ -4,6 +4,8 @@ use wherry_interrupt::saved::SavedVector;
 use wherry_pci::saved::SavedMsix;
 use wherry_state::SavedState;
 
+use crate::vhost::saved::SavedBackend;
+
 /// The transport: what the driver has set, and how far its rings have been served.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct SavedTransport {
@@ -211,6 +213,10 @@ pub struct SavedVhostUser {
     /// What that process has given to be taken to its like; empty if it keeps nothing, or gives nothing. From schema 2 on.
     #[prost(bytes = "vec", tag = "4")]
     pub back_end: Vec<u8>,
+    /// In a live update: how the next process goes on with that process, whose rings are served on. A program that does not know of
+    /// this has no use for the connection either, and refuses it before the machine stops.
+    #[prost(message, optional, tag = "5")]
+    pub kept: Option<SavedBackend>,
 }
 
 impl SavedState for SavedVhostUser {

@@ -77,8 +77,8 @@ impl VmBuilder {
             Origin::Predecessor(registry) => registry.clone(),
         };
         let backing = Backing::open(self.local.devices.clone(), registry).and_then(|backing| match origin {
-            Origin::Elsewhere(_) => backing.connect_owners(),
-            Origin::Predecessor(_) => backing.inherit_owners(&vmm.devices),
+            Origin::Elsewhere(_) => backing.connect(),
+            Origin::Predecessor(_) => backing.inherit(&vmm.devices),
         });
         let backing = match backing {
             Ok(backing) => {

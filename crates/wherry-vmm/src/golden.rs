@@ -15,6 +15,7 @@ use wherry_state::{SavedState, Section};
 use wherry_virtio::saved::{
     self, SavedBalloon, SavedBlk, SavedConsole, SavedNet, SavedPages, SavedRng, SavedVhostUser,
 };
+use wherry_virtio::vhost;
 
 use crate::pci::{SavedFunction, SavedPciHost};
 use crate::units::clock::saved::ClockState;
@@ -24,8 +25,8 @@ use crate::units::vcpu::saved::{
     DebugRegisters, Events, Registers, Segment, SpecialRegisters, Table, Tsc, VcpuState, Xcr,
 };
 
-/// State of units in another form: of a device that is kept over a live update.
-const KEPT: [&str; 1] = ["vfio-user-kept-2.bin"];
+/// State of units in another form: of devices that are kept over a live update.
+const KEPT: [&str; 2] = ["vfio-user-kept-2.bin", "vhost-user-kept-2.bin"];
 
 /// Units with a golden file, and their newest schema.
 const UNITS: &[(&str, u32)] = &[
@@ -347,11 +348,13 @@ fn virtio_rng() {
 
 #[test]
 fn vhost_user() {
-    let mut state =
-        SavedVhostUser { transport: Some(saved::example()), id: 2, config: (1..=60).collect(), back_end: Vec::new() };
+    let (transport, config) = (Some(saved::example()), (1..=60).collect());
+    let mut state = SavedVhostUser { transport, id: 2, config, back_end: Vec::new(), kept: None };
     check("vhost-user", 1, &state);
     state.back_end = (100..200).collect();
     check("vhost-user", 2, &state);
+    (state.back_end, state.kept) = (Vec::new(), Some(vhost::saved::example()));
+    check("vhost-user-kept", 2, &state);
 }
 
 #[test]

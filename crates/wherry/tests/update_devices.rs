@@ -6,10 +6,15 @@
 
 mod support;
 
+use std::fs::File;
+use std::path::PathBuf;
+
 use support::disk::Memory;
 use support::testdma::Process;
 use support::update::{Holder, count, held, points, repetitions, run_held_at, updated};
+use support::vhost::{Daemon, Program, able};
 use support::{Place, kvm, stderr, wait_for};
+use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
 use wherry_guest::snapshot::TestdmaSnapshot;
 use wherry_migration::testpoint::Point;
@@ -229,4 +234,145 @@ fn a_device_that_has_gone_is_named_before_anything_happens_and_one_that_goes_at_
     let said = stderr(&output);
     assert!(said.contains("d.sock") && said.contains("it has gone") && said.contains("unplug it"), "{said}");
     std::mem::forget(old);
+}
+
+const IMAGE: u64 = 32 << 20;
+
+fn image(place: &Place) -> PathBuf {
+    let path = place.path("disk");
+    File::create(&path).unwrap().set_len(IMAGE).unwrap();
+    path
+}
+
+/// A guest with a busy disk that another process serves.
+fn busy(device: &str, wait: &str) -> Vec<String> {
+    let cmdline = format!("data=4M rate=1M disk=32M disk_depth=80 disk_wait={wait}");
+    ["--memory", "64M", "--cpus", "2", "--cmdline", &cmdline, "--device", device].map(String::from).to_vec()
+}
+
+/// Has the guest read every block once more, and compares the image with what it says that it wrote.
+fn finish_disk(memory: &Memory, holder: &Holder, image: PathBuf) {
+    memory.finish();
+    holder.await_end("whose guest has switched itself off");
+    let snapshot = memory.snapshot();
+    assert_eq!((snapshot.phase(), snapshot.verify_errors()), (Phase::Finished, 0), "{:?}", snapshot.failure);
+    let compared = memory.compare(&File::open(image).unwrap(), 1);
+    assert!(compared > IMAGE / BLOCK_BYTES / 4, "only {compared} blocks were ever written");
+}
+
+#[test]
+fn a_back_end_serves_on_under_updates_and_every_request_ends_once() {
+    for (program, wait) in [(Program::Wherry, "interrupt"), (Program::Wherry, "poll"), (Program::Qemu, "interrupt")] {
+        if !able("a_back_end_serves_on_under_updates_and_every_request_ends_once", program) {
+            return;
+        }
+        let place = Place::new();
+        let image = image(&place);
+        let daemon = Daemon::serve(&place, "d", &image, program);
+        let arguments = busy(&daemon.device(), wait);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let mut first = place.run_guest("0", &arguments, &[]);
+        let memory = Memory::of(&place, "0");
+        memory.wait_for_requests("before the first update");
+        let mut holder = Holder::of(first.pid());
+        let mut figures = Vec::new();
+        for n in 0..repetitions(6) {
+            let job = updated(&place.control("0", &["update", "--json"]), &format!("{wait}: update {n}"));
+            let job = &job["job"];
+            println!("{wait}: blackout {}, I/O stall {} us", job["blackout"], job["io_stall_us"]);
+            let next = Holder::behind(&place, "0");
+            holder.await_end("which was replaced");
+            holder = next;
+            memory.wait_for_requests(&format!("after update {n}"));
+            figures.push((count(holder.pid, "fd"), count(holder.pid, "task")));
+        }
+        assert_eq!(first.end().code(), Some(0), "{}", first.log());
+        let (descriptors, threads) = figures[0];
+        assert!(figures.iter().all(|now| now.0 <= descriptors + 3 && now.1 <= threads + 8), "{figures:?}");
+        finish_disk(&memory, &holder, image);
+        drop(daemon);
+    }
+}
+
+#[test]
+fn a_back_end_that_is_replaced_and_a_process_that_is_lose_nothing_in_any_order() {
+    if !able("a_back_end_that_is_replaced_and_a_process_that_is_lose_nothing_in_any_order", Program::Wherry) {
+        return;
+    }
+    let place = Place::new();
+    let image = image(&place);
+    let serve = || Daemon::serve(&place, "d", &image, Program::Wherry);
+    let mut daemon = serve();
+    let arguments = busy(&daemon.device(), "interrupt");
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let _first = place.run_guest("0", &arguments, &[]);
+    let memory = Memory::of(&place, "0");
+    let update = |what: &str| {
+        updated(&place.control("0", &["update", "--json"]), what);
+        Holder::behind(&place, "0")
+    };
+    memory.wait_for_requests("before anything");
+    // Requests are under way: the next back end goes on with them, by what the one before noted.
+    daemon.kill();
+    daemon = serve();
+    memory.wait_for_requests("of the second back end");
+    std::mem::forget(update("with the second"));
+    memory.wait_for_requests("in the second process");
+    daemon.kill();
+    daemon = serve();
+    memory.wait_for_requests("of a back end that was found by the second process");
+    // There is none when the third process takes over.
+    daemon.kill();
+    std::mem::forget(update("without a back end"));
+    daemon = serve();
+    memory.wait_for_requests("of a back end that was found by the third process");
+    let holder = update("in the end");
+    memory.wait_for_requests("in the last process");
+    finish_disk(&memory, &holder, image);
+    drop(daemon);
+}
+
+#[test]
+fn a_new_process_that_dies_leaves_the_back_end_to_the_old_one_and_a_vm_moves_after_an_update() {
+    if !able(
+        "a_new_process_that_dies_leaves_the_back_end_to_the_old_one_and_a_vm_moves_after_an_update",
+        Program::Wherry,
+    ) {
+        return;
+    }
+    for point in [Point::NewBuilt, Point::NewAsked, Point::NewLoaded] {
+        let place = Place::new();
+        let image = image(&place);
+        let daemon = Daemon::serve(&place, "d", &image, Program::Wherry);
+        let arguments = busy(&daemon.device(), "interrupt");
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let vm = run_held_at(&place, point, &arguments);
+        let memory = Memory::of(&place, "0");
+        memory.wait_for_requests("before the update");
+        let (update, new) = held(&place, point);
+        new.kill();
+        std::fs::write(place.path(&format!("{point}.go")), "").unwrap();
+        new.await_end("which was killed");
+        assert_eq!(update.wait_with_output().unwrap().status.code(), Some(1), "{point}");
+        assert_eq!(place.wait_for_state("0", "running")["pid"], vm.pid(), "{point}");
+        memory.wait_for_requests(&format!("after an update that ended at {point}"));
+        updated(&place.control("0", &["update", "--json"]), &format!("after {point}"));
+        let holder = Holder::behind(&place, "0");
+        memory.wait_for_requests("in the new process");
+        if point != Point::NewLoaded {
+            finish_disk(&memory, &holder, image);
+            continue;
+        }
+        let there = Daemon::serve(&place, "there", &image, Program::Wherry);
+        let (_there, address) = place.receive("1", &["--device", &there.device()]);
+        let output = place.control("0", &["migrate", "--to", &address, "--mode", "postcopy"]);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        holder.await_end("whose VM has moved");
+        let memory = Memory::of(&place, "1");
+        memory.wait_for_requests("after the move");
+        wait_for("all of the memory to be there", || (place.ask("1", "/migration")?["phase"] == "done").then_some(()));
+        updated(&place.control("1", &["update", "--json"]), "after the move");
+        memory.wait_for_requests("in the last process");
+        finish_disk(&memory, &Holder::behind(&place, "1"), image);
+    }
 }

@@ -8,81 +8,17 @@ mod support;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::{Child, Output, Stdio};
 
 use serde_json::Value;
 use support::disk::Memory;
-use support::{Place, Vm, assert_alive, kvm, listens, stderr, wait_for};
+use support::vhost::{Daemon, Program, able};
+use support::{Place, Vm, assert_alive, stderr, wait_for};
 use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
 
 const IMAGE: u64 = 32 << 20;
-
-/// Who serves a disk.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Program {
-    Qemu,
-    Wherry,
-}
-
-/// A process that serves a disk; it ends with the value.
-struct Daemon {
-    process: Child,
-    socket: PathBuf,
-}
-
-impl Daemon {
-    /// Serves an image. Others may have it open, too: only one of them has a guest at any time.
-    fn serve(place: &Place, name: &str, image: &Path, program: Program) -> Self {
-        let socket = place.path(name);
-        let mut command = match program {
-            Program::Qemu => {
-                let node = format!("driver=file,node-name=f,filename={},locking=off", image.display());
-                let socket = socket.display();
-                let export =
-                    format!("type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={socket}");
-                let mut command = Command::new("qemu-storage-daemon");
-                command.args(["--blockdev", &node, "--export", &export]).stderr(Stdio::null());
-                command
-            }
-            Program::Wherry => {
-                let mut command = place.command(&["device", "blk", "--socket"]);
-                command.arg(&socket).arg("--image").arg(image).stderr(Stdio::inherit());
-                command
-            }
-        };
-        let process = command.stdout(Stdio::null()).spawn().unwrap();
-        wait_for("the socket of a back end", || listens(&socket).then_some(()));
-        Self { process, socket }
-    }
-
-    fn device(&self) -> String {
-        format!("vhost-user-blk={}", self.socket.display())
-    }
-
-    fn kill(&mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-/// Whether it and KVM are there; says what is skipped if not.
-fn able(test: &str, program: Program) -> bool {
-    let there = program == Program::Wherry
-        || Command::new("qemu-storage-daemon").arg("--version").stdout(Stdio::null()).status().is_ok();
-    if !there {
-        println!("SKIPPED {test}: qemu-storage-daemon is not installed (Debian package qemu-utils)");
-    }
-    there && kvm(test)
-}
 
 fn image(place: &Place) -> PathBuf {
     let path = place.path("disk");

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use vm_memory::{FileOffset, MmapRegion};
-use wherry_handover::{KeptId, Registry};
+use wherry_handover::{Registry, Shelf};
 use wherry_interrupt::Input;
 use wherry_interrupt::fake::FakeRouter;
 use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
@@ -181,13 +181,11 @@ impl Owner for FakeOwner {
         &self.facts
     }
 
-    fn keep(&self, registry: &Registry, name: &str) -> Result<(), OwnerError> {
-        let id = KeptId::new(format!("{name}/facts"), 0);
+    fn keep(&self, shelf: &Shelf) -> Result<(), OwnerError> {
         if self.inherited {
-            assert_eq!(registry.inherit_note(&id).unwrap(), b"facts");
+            assert_eq!(shelf.inherit_note("facts").unwrap(), b"facts");
         }
-        let note = registry.add_note(id, b"facts").unwrap();
-        self.script().note = Some(note);
+        self.script().note = Some(shelf.add_note("facts", b"facts").unwrap());
         Ok(())
     }
 

@@ -17,8 +17,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-use wherry_interrupt::{Events, Input, InterruptError, Intx, Router};
+use vmm_sys_util::eventfd::EventFd;
+use wherry_interrupt::{Event, Events, Input, InterruptError, Intx, Router};
 use wherry_memory::GuestMemory;
 use wherry_pci::bus::{Bus, BusDevice, BusError};
 use wherry_pci::{BarMap, BarTarget, ConfigError, ConfigSpace, Doorbell, Doorbells, Identity, Msix, PciFunction};
@@ -46,6 +46,8 @@ pub struct PciParts {
     pub pin_input: Input,
     /// Guest memory.
     pub memory: GuestMemory,
+    /// Where the eventfds of rings and vectors come from.
+    pub events: Events,
 }
 
 /// A transport cannot be made.
@@ -81,7 +83,7 @@ pub struct VirtioPci {
     registers: Mutex<Registers>,
     /// Held while the device is activated or reset.
     acting: Mutex<()>,
-    kicks: Vec<Arc<EventFd>>,
+    kicks: Vec<Arc<Event>>,
     /// The device has been activated and not been reset since.
     active: AtomicBool,
     memory: GuestMemory,
@@ -118,12 +120,12 @@ impl VirtioPci {
         let window = layout::add(&mut config).map_err(TransportError::Config)?;
         // One for each ring, and one for the configuration.
         let vectors = sizes.len() as u16 + 1;
-        let msix = Msix::new(parts.router.clone(), &Events::own(), vectors, layout::MSIX, &mut config)
+        let msix = Msix::new(parts.router.clone(), &parts.events.of("msix"), vectors, layout::MSIX, &mut config)
             .map_err(|e| TransportError::Msix(e.to_string()))?;
         config.set_interrupt(1, 0);
         let intx = Intx::new(parts.router.clone(), parts.pin_input).map_err(TransportError::Interrupt)?;
         place(&mut config)?;
-        let kicks = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<Result<Vec<_>, _>>();
+        let kicks = (0..sizes.len() as u32).map(|ring| parts.events.get("kick", ring)).collect::<Result<Vec<_>, _>>();
         let kicks = kicks.map_err(TransportError::Event)?;
         let shared = Arc::new(Shared {
             msix,
@@ -285,7 +287,7 @@ impl VirtioPci {
                     .map(|(index, ring)| RingGiven {
                         index,
                         setup: ring.setup,
-                        kick: self.kicks[usize::from(index)].clone(),
+                        kick: self.kicks[usize::from(index)].shared().clone(),
                         resumes: false,
                         in_flight: None,
                     })
@@ -400,13 +402,15 @@ struct Bar {
     /// Not the bus itself: it owns the bridge to configuration space, which owns the function, which owns this.
     bus: Weak<Bus>,
     doorbells: Arc<dyn Doorbells>,
-    kicks: Vec<Arc<EventFd>>,
+    kicks: Vec<Arc<Event>>,
     window: Arc<Window>,
 }
 
 impl Bar {
     fn bells(&self, address: u64) -> impl Iterator<Item = (u64, &EventFd)> {
-        (0..).zip(&self.kicks).map(move |(i, kick)| (address + layout::NOTIFY.start + i * layout::NOTIFY_STEP, &**kick))
+        (0..)
+            .zip(&self.kicks)
+            .map(move |(i, kick)| (address + layout::NOTIFY.start + i * layout::NOTIFY_STEP, &***kick))
     }
 }
 

@@ -5,6 +5,7 @@ mod memory;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,6 +14,8 @@ use rustix::pipe::PipeFlags;
 use wherry_memory::Ram;
 
 use self::memory::Region;
+pub(super) use self::memory::ours;
+use super::saved::SavedFront;
 use super::wire::{Answer, Connection, Posted, Request, VhostError};
 
 /// The protocol has features of its own.
@@ -71,8 +74,8 @@ const MOST_STATE: usize = 4 << 20;
 
 /// Memory in which back ends note what is under way. It outlives them.
 pub(super) struct InFlight {
-    fd: OwnedFd,
-    described: Vec<u8>,
+    pub(super) fd: Arc<OwnedFd>,
+    pub(super) described: Vec<u8>,
 }
 
 /// What a ring needs to be served.
@@ -135,6 +138,40 @@ impl Front {
             this.channel = Some(channel);
         }
         Ok(this)
+    }
+
+    /// Goes on with the connection of another process, as it left it.
+    pub(super) fn inherit(
+        saved: &SavedFront,
+        (connection, channel): (OwnedFd, Option<OwnedFd>),
+        path: &Path,
+        ram: &Ram,
+    ) -> Result<Self, VhostError> {
+        let over = |socket: OwnedFd| {
+            let failed = |source| VhostError::Socket { path: path.into(), what: "taking it over".into(), source };
+            Connection::over(socket.into(), path, LIMIT).map_err(failed)
+        };
+        Ok(Self {
+            connection: over(connection)?,
+            features: saved.features,
+            protocol: saved.protocol & protocol::WANTED,
+            queues: saved.queues,
+            room: saved.room,
+            shown: if saved.shown { memory::regions(ram) } else { Vec::new() },
+            channel: channel.map(over).transpose()?,
+        })
+    }
+
+    /// What another process has to know to go on with the connection.
+    pub(super) fn save(&self) -> SavedFront {
+        SavedFront {
+            features: self.features,
+            protocol: self.protocol,
+            queues: self.queues,
+            room: self.room,
+            shown: !self.shown.is_empty(),
+            channel: self.channel.is_some(),
+        }
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -259,7 +296,7 @@ impl Front {
         let mut answer = self.connection.ask(what, &wanted, &[])?;
         // Some describe it with padding behind.
         match (answer.payload.get(..IN_FLIGHT), answer.descriptors.pop(), answer.descriptors.len()) {
-            (Some(described), Some(fd), 0) => Ok(InFlight { fd, described: described.to_vec() }),
+            (Some(described), Some(fd), 0) => Ok(InFlight { fd: Arc::new(fd), described: described.to_vec() }),
             (described, _, more) => {
                 let got = described.map_or(answer.payload.len(), <[u8]>::len);
                 let reason = format!("an answer of {got} bytes, and {more} descriptors beside one that is due");
@@ -274,7 +311,7 @@ impl Front {
     }
 
     /// The state of the device, which is at rest.
-    pub(super) fn save(&self) -> Result<Vec<u8>, VhostError> {
+    pub(super) fn device_state(&self) -> Result<Vec<u8>, VhostError> {
         let (reader, writer) = self.pipe()?;
         self.state(SAVE, writer.as_fd())?;
         drop(writer);
@@ -435,8 +472,8 @@ pub(super) fn ask_everything(connection: Connection, ram: &Ram, log: BorrowedFd<
     front.give_up_slots()?;
     front.set_memory(ram)?;
     front.set_log(log, 4096)?;
-    let ours = ram.blocks().first().map_or(0, |block| block.guest_map() as u64);
-    let at = RingAddresses { descriptors: ours, used: ours, available: ours, used_guest: 0 };
+    let start = ours(ram.blocks().first().map_or(0, |block| block.spec().guest_base));
+    let at = RingAddresses { descriptors: start, used: start, available: start, used_guest: 0 };
     front.start(&[RingStart { index: 0, size: 64, next: 7, at, call: Some(log), kick: log }], true)?;
     front.set_addresses(0, &at, true)?;
     front.set_kick(0, log)?;

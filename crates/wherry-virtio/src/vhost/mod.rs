@@ -4,6 +4,7 @@
 //!   one. Making it shows the process no memory.
 //! - [`VhostUser`] is the device behind a transport. Its thread speaks with the back end: features, memory, rings.
 //! - [`VhostLog`] is what the back end writes, as a dirty source.
+//! - [`saved`] is how the next process of the machine goes on with a back end, which serves on meanwhile.
 //! - `wire` are messages with their deadlines, `front` one function for each, `worker` the thread, `orders` how it is reached, `postcopy` how a back end
 //!   takes part while memory follows.
 //!
@@ -18,6 +19,7 @@ mod front;
 mod log;
 mod orders;
 mod postcopy;
+pub mod saved;
 #[cfg(test)]
 mod served_tests;
 #[cfg(test)]
@@ -34,6 +36,8 @@ use std::time::Duration;
 
 use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_F_MQ;
 use wherry_fault::FaultService;
+use wherry_handover::{Registry, Shelf};
+use wherry_interrupt::Events;
 use wherry_memory::Ram;
 use wherry_state::{SavedState, Section, UnitError, UnitId};
 
@@ -41,7 +45,7 @@ use self::front::{Front, protocol};
 pub use self::log::VhostLog;
 use self::wire::Connection;
 pub use self::wire::VhostError;
-use self::worker::Worker;
+use self::worker::{Came, Given, Worker};
 use crate::device::{Activation, Device, Kind, Serving, read_config};
 use crate::saved::{SavedTransport, SavedVhostUser};
 
@@ -87,6 +91,10 @@ pub struct Backend {
     can_fault: bool,
     /// Taken by the device that is made of it.
     front: Mutex<Option<Front>>,
+    /// What of it is kept over a live update.
+    shelf: Shelf,
+    /// What another process has left of it, for the device that is made of it.
+    came: Mutex<Option<Came>>,
 }
 
 impl std::fmt::Debug for Backend {
@@ -122,7 +130,28 @@ impl Backend {
         }
         let can_fault = front.has(protocol::PAGEFAULT);
         let config = Arc::new(Mutex::new(config));
-        Ok(Self { spec: spec.clone(), features, config, can_fault, front: Mutex::new(Some(front)) })
+        let front = Mutex::new(Some(front));
+        let shelf = Shelf::new(Registry::new(), "vhost-user");
+        Ok(Self { spec: spec.clone(), features, config, can_fault, front, shelf, came: Mutex::default() })
+    }
+
+    /// What is to be kept of it over a live update is there.
+    #[must_use]
+    pub fn kept_on(self, shelf: Shelf) -> Self {
+        Self { shelf, ..self }
+    }
+
+    /// A back end that another process uses: the features and the configuration that it shows to the guest are known. Nothing is
+    /// asked of it.
+    pub fn inherit(spec: &VhostSpec, features: u64, config: &[u8], shelf: Shelf) -> Self {
+        let came = Mutex::new(Some(Came::claim(&shelf, spec.queues)));
+        let config = Arc::new(Mutex::new(config.to_vec()));
+        Self { spec: spec.clone(), features, config, can_fault: false, front: Mutex::default(), shelf, came }
+    }
+
+    /// Where the eventfds of its rings and vectors come from.
+    pub fn events(&self) -> Events {
+        Events::kept(self.shelf.clone())
     }
 
     /// What it was asked to be.
@@ -203,21 +232,25 @@ impl VhostUser {
     ) -> Result<Self, VhostError> {
         let spec = &backend.spec;
         let front = backend.front.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let came = backend.came.lock().unwrap_or_else(PoisonError::into_inner).take();
         let front = match front {
-            Some(front) => front,
+            Some(front) => Some(front),
+            None if came.is_some() => None,
             // The device that had it is gone: a back end serves one front end after the other.
-            None => Front::open(&spec.socket)?,
+            None => Some(Front::open(&spec.socket)?),
         };
         let socket = spec.socket.clone();
-        let limit = front.limit();
-        let name = format!("vhost-{}-{instance}", spec.id);
-        let worker = Worker::spawn(name, spec.clone(), backend.config.clone(), front, ram.clone(), faults).map_err(
-            |source| VhostError::Socket {
-                path: socket.clone(),
-                what: format!("starting the thread that speaks with it (each answer has {limit:?})"),
-                source,
-            },
-        )?;
+        let given = Given {
+            name: format!("vhost-{}-{instance}", spec.id),
+            spec: spec.clone(),
+            config: backend.config.clone(),
+            front,
+            ram: ram.clone(),
+            faults,
+            shelf: backend.shelf.clone(),
+            came,
+        };
+        let worker = Worker::spawn(given)?;
         let log = VhostLog::new(format!("vhost-user {}", socket.display()), ram.clone(), worker.orders.clone());
         Ok(Self {
             worker,
@@ -314,6 +347,7 @@ impl Device for VhostUser {
             id: self.id.into(),
             config: self.config().clone(),
             back_end: self.worker.orders.state(),
+            kept: self.worker.orders.take_left(),
         };
         saved.to_section(&UnitId::new(self.kind().name, self.instance))
     }
@@ -331,6 +365,10 @@ impl Device for VhostUser {
         }
         if saved.config.len() == self.config().len() {
             self.config().clone_from(&saved.config);
+        }
+        if let Some(kept) = saved.kept {
+            self.worker.orders.adopt(kept).map_err(UnitError::failed)?;
+            return saved.transport.ok_or_else(|| UnitError::failed("there is no state of its transport"));
         }
         if !saved.back_end.is_empty() {
             self.worker.orders.load(saved.back_end).map_err(UnitError::failed)?;

@@ -5,9 +5,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_handover::Registry;
 use wherry_state::UnitError;
 
 use super::log::Log;
+use super::saved::SavedBackend;
 use crate::device::{Activation, Position, Serving};
 
 /// How long a device may take to come to rest when its driver resets it.
@@ -27,6 +29,8 @@ pub(super) enum Order {
     Vector(u16),
     Announce([u8; 6]),
     Load(Vec<u8>, Done<String>),
+    Leave(Done<UnitError>),
+    Adopt(SavedBackend, Done<String>),
     Quit,
 }
 
@@ -39,17 +43,24 @@ pub(super) struct Orders {
     pub(super) positions: Mutex<Vec<(u16, Position)>>,
     /// What the back end keeps itself, since it came to rest.
     pub(super) state: Mutex<Vec<u8>>,
+    /// How another process goes on with the back end, since it was left to one.
+    pub(super) left: Mutex<Option<SavedBackend>>,
     /// The device's configuration, as the guest sees it. No other lock is taken under it.
     pub(super) config: Arc<Mutex<Vec<u8>>>,
+    /// Knows whether another process is about to go on.
+    registry: Arc<Registry>,
 }
 
 impl Orders {
     /// With the other end of its orders, for the thread.
-    pub(super) fn new(config: Arc<Mutex<Vec<u8>>>) -> std::io::Result<(Self, Receiver<Order>)> {
+    pub(super) fn new(
+        config: Arc<Mutex<Vec<u8>>>,
+        registry: Arc<Registry>,
+    ) -> std::io::Result<(Self, Receiver<Order>)> {
         let (sender, orders) = channel();
         let (sender, wake) = (Mutex::new(sender), EventFd::new(EFD_NONBLOCK)?);
-        let (positions, state) = (Mutex::default(), Mutex::default());
-        Ok((Self { sender, wake, positions, state, config }, orders))
+        let (positions, state, left) = Default::default();
+        Ok((Self { sender, wake, positions, state, left, config, registry }, orders))
     }
 
     pub(super) fn send(&self, order: Order) {
@@ -111,17 +122,37 @@ impl Orders {
     }
 }
 
+impl Orders {
+    /// How another process goes on with the back end, once.
+    pub(super) fn take_left(&self) -> Option<SavedBackend> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Goes on with what another process has left.
+    pub(super) fn adopt(&self, saved: SavedBackend) -> Result<(), String> {
+        let late = || "the thread that speaks with the back end has ended".into();
+        self.wait(|done| Order::Adopt(saved, done), Instant::now() + RESET_LIMIT, late)
+    }
+}
+
 impl Serving for Orders {
     /// The driver rings the back end itself: it goes on as long as the vCPUs do, or until a drain.
     fn quiesce(&self) {}
 
     fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
+        if self.registry.is_leaving() {
+            // It serves on.
+            return Ok(());
+        }
         let late = || UnitError::Deadline("the back end did not answer".into());
         self.wait(|done| Order::Drain(deadline, done), deadline, late)
     }
 
     fn stop(&self, deadline: Instant) -> Result<(), UnitError> {
         let late = || UnitError::Deadline("the back end did not answer".into());
+        if self.registry.is_leaving() {
+            return self.wait(Order::Leave, deadline, late);
+        }
         self.wait(|done| Order::Rest(deadline, done), deadline, late)
     }
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use wherry_fault::{FaultService, Mapping, SourceId, Userfault, Way};
 use wherry_memory::{Block, Ram};
 
-use super::front::Front;
+use super::front::{Front, ours};
 use super::wire::VhostError;
 
 /// Shows a back end memory that is not all there.
@@ -26,7 +26,7 @@ pub(super) fn share(front: &mut Front, ram: &Ram, faults: &FaultService) -> Resu
     let said = front.set_missing_memory(ram)?;
     let mut mappings = Vec::with_capacity(said.len());
     for (block, said) in ram.blocks().iter().zip(said) {
-        let base = match said == block.guest_map() as u64 {
+        let base = match said == ours(block.spec().guest_base) {
             // Some answer with what they were sent.
             true => find(front, block)?,
             false => said,

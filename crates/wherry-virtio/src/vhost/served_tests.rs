@@ -1,7 +1,7 @@
 //! A whole device, its driver's side and its back end's side played here.
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
@@ -10,15 +10,18 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use wherry_handover::{Registry, Shelf};
 use wherry_interrupt::fake::FakeRouter;
 use wherry_interrupt::{Events, Intx, Vector, Vectors};
 use wherry_memory::DirtySource;
+use wherry_state::SavedState;
 
 use super::front::LOG_ALL;
+use super::saved::{SavedBackend, SavedServed};
 use super::tests::{honest, message, ram, reply, with_descriptor, with_descriptors};
 use super::{BLK, Backend, NET, VhostSpec, VhostUser};
 use crate::device::{Activation, Device, Driver, Interrupts, Position, RingGiven, RingSetup};
-use crate::saved::SavedTransport;
+use crate::saved::{SavedTransport, SavedVhostUser};
 
 /// The protocol's features, the dirty log, virtio 1.
 const OFFERED: u64 = 1 << 30 | LOG_ALL | 1 << 32;
@@ -252,6 +255,117 @@ fn a_configuration_that_changes_is_read_again_and_the_driver_told_but_not_while_
     // What it may not ask for ends it: the device goes without it.
     say(5);
     until("the back end to be given up", || back_end.thread.is_finished());
+    drop(device);
+    back_end.thread.join().unwrap();
+}
+
+/// The next process of a device's machine: what came to it, and its device.
+fn heir(old: &Shelf, backend: &Backend, ram: &Arc<wherry_memory::Ram>) -> (Shelf, VhostUser) {
+    let registry = Registry::of_successor();
+    let copy = |entry: wherry_handover::Entry| (entry.id.clone(), entry.as_fd().try_clone_to_owned().unwrap());
+    registry.arrived(old.registry().list().into_iter().map(copy)).unwrap();
+    let shelf = Shelf::new(registry, "d");
+    let next = Backend::inherit(backend.spec(), backend.features(), &backend.config(), shelf.clone());
+    let device = VhostUser::new(&next, 0, ram, None).unwrap();
+    assert_eq!(shelf.registry().unclaimed(), []);
+    (shelf, device)
+}
+
+#[test]
+fn another_process_goes_on_with_a_back_end_that_hears_nothing_of_it() {
+    let back_end = Honest::start(0);
+    let ram = Arc::new(ram());
+    let spec = VhostSpec { socket: back_end.path.clone(), id: BLK, queues: 1 };
+    let shelf = Shelf::new(Registry::new(), "d");
+    let backend = Backend::connect(&spec).unwrap().kept_on(shelf.clone());
+    let device = VhostUser::new(&backend, 0, &ram, None).unwrap();
+    let position = Position { available: 5, used: 5 };
+    let setup = RingSetup { size: 16, descriptors: 0x1000, available: 0x2000, used: 0x3000, position };
+    let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let activation = |driver: &Arc<Told>| {
+        let ring = RingGiven { index: 0, setup, kick: kick.clone(), resumes: false, in_flight: None };
+        let interrupts = Interrupts::new(driver.clone());
+        Activation { memory: ram.memory().clone(), features: 0, rings: vec![ring], interrupts }
+    };
+    let (here, there) = (Arc::<Told>::default(), Arc::<Told>::default());
+    device.activate(activation(&here)).unwrap();
+    until("the ring to be started", || back_end.asked(18) == 1);
+    let leave = || {
+        shelf.registry().set_leaving(true);
+        device.serving().drain(Instant::now() + LIMIT).unwrap();
+        device.serving().stop(Instant::now() + LIMIT).unwrap();
+        device.save(SavedTransport::default())
+    };
+    let asked = || back_end.requests.lock().unwrap().len();
+
+    // Given up: the old one goes on, with what was signalled meanwhile.
+    let (_, given_up) = heir(&shelf, &backend, &ram);
+    let (section, before) = (leave(), asked());
+    let rung = here.rung.load(Ordering::SeqCst);
+    back_end.signal(0);
+    given_up.restore(&section).unwrap();
+    drop(given_up);
+    assert_eq!(here.rung.load(Ordering::SeqCst), rung, "it is nobody's now");
+    shelf.registry().set_leaving(false);
+    device.start();
+    until("an interrupt to be passed on", || here.rung.load(Ordering::SeqCst) > rung);
+    assert_eq!(asked(), before);
+
+    let (its, next) = heir(&shelf, &backend, &ram);
+    let section = leave();
+    next.restore(&section).unwrap();
+    back_end.signal(0);
+    its.registry().settle();
+    next.activate(activation(&there)).unwrap();
+    next.start();
+    until("an interrupt of the new process", || there.rung.load(Ordering::SeqCst) > 0);
+    let rung = here.rung.load(Ordering::SeqCst);
+    drop(device);
+    // A vector instead, which the back end is told by the new one; then its driver lets it go, and takes it again.
+    let vectors = Vectors::new(Arc::new(FakeRouter::default()), &Events::own(), 1).unwrap();
+    *there.vector.lock().unwrap() = Some(vectors.get(0).unwrap().clone());
+    assert_eq!(asked(), before);
+    next.vector_changed(0);
+    until("the back end to be told", || back_end.calls.lock().unwrap().len() == 2);
+    back_end.signal(1);
+    assert!(vectors.get(0).unwrap().pending());
+    next.reset();
+    assert_eq!(back_end.asked(11), 1, "the ring was stopped");
+    next.activate(activation(&there)).unwrap();
+    until("the ring to be started again", || back_end.asked(18) == 2);
+    assert_eq!(here.rung.load(Ordering::SeqCst), rung);
+    drop(next);
+    back_end.thread.join().unwrap();
+}
+
+#[test]
+fn what_another_process_left_of_a_back_end_is_checked() {
+    let back_end = Honest::start(0);
+    let ram = Arc::new(ram());
+    let spec = VhostSpec { socket: back_end.path.clone(), id: BLK, queues: 1 };
+    let shelf = Shelf::new(Registry::new(), "d");
+    let backend = Backend::connect(&spec).unwrap().kept_on(shelf.clone());
+    let device = VhostUser::new(&backend, 0, &ram, None).unwrap();
+    shelf.registry().set_leaving(true);
+    device.serving().stop(Instant::now() + LIMIT).unwrap();
+    let section = device.save(SavedTransport::default());
+    let good = SavedVhostUser::from_section(&section).unwrap();
+    let refused = |change: &dyn Fn(&mut SavedBackend), hint: &str| {
+        let (_, next) = heir(&shelf, &backend, &ram);
+        let mut saved = good.clone();
+        change(saved.kept.as_mut().unwrap());
+        let said = next.restore(&saved.to_section(&wherry_state::UnitId::new("vhost-user-blk", 0))).unwrap_err();
+        assert!(said.to_string().contains(hint), "{said}");
+    };
+    let ring = |index| SavedServed { index, started: true, relayed: false };
+    refused(&|kept| kept.rings.push(ring(1)), "ring 1 of 1");
+    refused(&|kept| kept.rings.push(ring(1 << 16)), "ring 65536 of 1");
+    refused(&|kept| kept.rings.push(SavedServed { relayed: true, ..ring(0) }), "relay[0] has not come");
+    refused(&|kept| kept.in_flight = vec![1; 20], "in-flight[0] has not come");
+    // A second one of the same device.
+    let nothing = Backend::inherit(&spec, 0, &backend.config(), Shelf::new(Registry::of_successor(), "d"));
+    let said = VhostUser::new(&nothing, 0, &ram, None).unwrap().restore(&section).unwrap_err();
+    assert!(said.to_string().contains("connection[0] has not come"), "{said}");
     drop(device);
     back_end.thread.join().unwrap();
 }

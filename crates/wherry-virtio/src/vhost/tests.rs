@@ -13,7 +13,7 @@ use rustix::net::{
 };
 use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
 
-use super::front::{Front, LOG_ALL, ask_everything, protocol};
+use super::front::{Front, LOG_ALL, ask_everything, ours, protocol};
 use super::wire::Connection;
 
 /// Shorter than that of a real front end: some of these never answer.
@@ -238,7 +238,7 @@ fn a_table_that_comes_back_with_other_regions_is_refused() {
 
 #[test]
 fn blocks_are_shown_one_by_one_and_taken_away_when_they_are_no_more() {
-    let (ours, its) = UnixStream::pair().unwrap();
+    let (here, its) = UnixStream::pair().unwrap();
     let asked = Arc::<Mutex<Vec<(u32, Vec<u8>, bool)>>>::default();
     let noted = asked.clone();
     let thread = std::thread::spawn(move || {
@@ -251,7 +251,7 @@ fn blocks_are_shown_one_by_one_and_taken_away_when_they_are_no_more() {
             { &its }.write_all(&answer).unwrap();
         }
     });
-    let mut front = Front::over(Connection::over(ours, Path::new("a pair"), LIMIT).unwrap()).unwrap();
+    let mut front = Front::over(Connection::over(here, Path::new("a pair"), LIMIT).unwrap()).unwrap();
     let block = |id, guest_base| BlockSpec { id: BlockId(id), guest_base, size: 1 << 20, page_size: PageSize::Base };
     let few = Ram::create(&[block(0, 0), block(1, 1 << 32)]).unwrap();
     // The same is not shown twice.
@@ -259,7 +259,7 @@ fn blocks_are_shown_one_by_one_and_taken_away_when_they_are_no_more() {
     front.set_memory(&few).unwrap();
     let slot = |ram: &Ram, at: usize| {
         let block = &ram.blocks()[at];
-        let words = [0, block.spec().guest_base, block.spec().size, block.guest_map() as u64, 0];
+        let words = [0, block.spec().guest_base, block.spec().size, ours(block.spec().guest_base), 0];
         words.into_iter().flat_map(u64::to_ne_bytes).collect::<Vec<u8>>()
     };
     let added = |ram: &Ram, at| (37, slot(ram, at), true);
@@ -271,7 +271,7 @@ fn blocks_are_shown_one_by_one_and_taken_away_when_they_are_no_more() {
     let error = front.set_memory(&Ram::create(&many).unwrap()).unwrap_err().to_string();
     assert!(error.contains("9 RAM blocks; it has room for 8"), "{error}");
     assert!(take().is_empty(), "it is left with what it had");
-    let other = Ram::create(&[block(0, 0)]).unwrap();
+    let other = Ram::create(&[block(0, 1 << 33)]).unwrap();
     front.set_memory(&other).unwrap();
     assert_eq!(take(), [removed(&few, 0), removed(&few, 1), added(&other, 0)]);
     front.hide_memory().unwrap();
@@ -413,7 +413,7 @@ fn a_state_that_does_not_end_is_given_up() {
         });
         let connection = Connection::over(ours, std::path::Path::new("a pair"), LIMIT).unwrap();
         let front = Front::over(connection).unwrap();
-        let error = front.save().unwrap_err().to_string();
+        let error = front.device_state().unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
         drop(front);
         thread.join().unwrap();

@@ -9,6 +9,7 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -156,7 +157,7 @@ pub(super) struct Posted<'a> {
 
 /// A connection to a back end.
 pub(super) struct Connection {
-    stream: UnixStream,
+    stream: Arc<UnixStream>,
     path: PathBuf,
     /// How long each message and each answer may take.
     limit: Duration,
@@ -172,7 +173,7 @@ impl Connection {
         // A back end serves one front end at a time; while others wait, there is no room for one more.
         loop {
             match rustix::net::connect(&socket, &address) {
-                Ok(()) => return Ok(Self { stream: socket.into(), path: path.into(), limit }),
+                Ok(()) => return Ok(Self { stream: Arc::new(socket.into()), path: path.into(), limit }),
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) if Instant::now() < deadline => std::thread::sleep(RETRY),
                 Err(error) => return Err(failed(error)),
@@ -183,7 +184,12 @@ impl Connection {
     /// Over a socket that is connected.
     pub(super) fn over(stream: UnixStream, path: &Path, limit: Duration) -> std::io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, path: path.into(), limit })
+        Ok(Self { stream: Arc::new(stream), path: path.into(), limit })
+    }
+
+    /// The socket.
+    pub(super) fn socket_fd(&self) -> &Arc<UnixStream> {
+        &self.stream
     }
 
     pub(super) fn path(&self) -> &Path {

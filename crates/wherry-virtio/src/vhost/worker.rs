@@ -2,13 +2,15 @@
 //!
 //! [`Orders`] is how others reach it. The thread also relays interrupts of a guest
 //! without MSI-X, ends postcopy when all memory is there, and notices that the back end has gone: `lost` is what then. `rest` brings
-//! it to rest, beside the driver or after it.
+//! it to rest, beside the driver or after it. `kept` leaves it to the next
+//! process as it is.
 #![expect(unsafe_code, reason = "lends descriptors of eventfds, which are open while they are lent")]
 
+mod kept;
 mod lost;
 mod rest;
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,13 +19,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 use wherry_fault::{FaultService, SourceId};
+use wherry_handover::Shelf;
+use wherry_interrupt::Event;
 use wherry_memory::{GuestMemory, Ram};
 use wherry_state::UnitError;
 
+pub(super) use self::kept::Came;
+use self::kept::{Adopted, IN_FLIGHT, keep, relay};
 use self::lost::{FIRST_PAUSE, Missing};
-use super::front::{Front, InFlight, RingAddresses, RingStart, protocol};
+use super::front::{Front, InFlight, RingAddresses, RingStart, ours, protocol};
 use super::log::Log;
 use super::orders::{Order, Orders, RESET_LIMIT};
 use super::postcopy;
@@ -40,38 +46,57 @@ pub(super) struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What the thread of a back end is made of.
+pub(super) struct Given {
+    pub(super) name: String,
+    pub(super) spec: VhostSpec,
+    pub(super) config: Arc<Mutex<Vec<u8>>>,
+    /// None: it is another process's still.
+    pub(super) front: Option<Front>,
+    pub(super) ram: Arc<Ram>,
+    pub(super) faults: Option<Arc<FaultService>>,
+    /// What is kept over a live update.
+    pub(super) shelf: Shelf,
+    /// What came from the process before.
+    pub(super) came: Option<Came>,
+}
+
 impl Worker {
-    pub(super) fn spawn(
-        name: String,
-        spec: VhostSpec,
-        config: Arc<Mutex<Vec<u8>>>,
-        front: Front,
-        ram: Arc<Ram>,
-        faults: Option<Arc<FaultService>>,
-    ) -> std::io::Result<Self> {
-        let (shared, orders) = Orders::new(config)?;
+    pub(super) fn spawn(given: Given) -> Result<Self, VhostError> {
+        let Given { name, spec, config, front, ram, faults, shelf, came } = given;
+        let path = spec.socket.clone();
+        let failed = |source| VhostError::Socket {
+            path: path.clone(),
+            what: "starting the thread that speaks with it".into(),
+            source,
+        };
+        let (shared, orders) = Orders::new(config, shelf.registry().clone()).map_err(failed)?;
         let shared = Arc::new(shared);
-        let its = shared.clone();
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
-            let mut thread = Thread {
-                path: front.path().into(),
-                spec,
-                in_flight: None,
-                missing: None,
-                shared: its,
-                orders,
-                front: Some(front),
-                ram,
-                faults,
-                sharer: None,
-                served: None,
-                held: false,
-                starved: false,
-                saved: None,
-                log: None,
-            };
-            thread.run();
-        })?;
+        let mut thread = Thread {
+            path: path.clone(),
+            spec,
+            in_flight: None,
+            missing: None,
+            shared: shared.clone(),
+            orders,
+            front: None,
+            ram,
+            faults,
+            sharer: None,
+            served: None,
+            held: false,
+            waits: false,
+            starved: false,
+            saved: None,
+            log: None,
+            shelf,
+            came: came.unwrap_or_default(),
+            adopted: None,
+        };
+        if let Some(front) = front {
+            thread.take_up(front)?;
+        }
+        let thread = std::thread::Builder::new().name(name).spawn(move || thread.run()).map_err(failed)?;
         Ok(Self { orders: shared, thread: Some(thread) })
     }
 }
@@ -92,7 +117,7 @@ struct Served {
     given: RingGiven,
     position: Position,
     /// Signalled by the back end where the guest has no vector for the ring.
-    relay: Option<EventFd>,
+    relay: Option<Arc<Event>>,
     /// The back end has it.
     started: bool,
 }
@@ -144,11 +169,18 @@ struct Thread {
     served: Option<Active>,
     /// Nothing is to be served until the next start.
     held: bool,
+    /// The back end serves on, and nothing is done about it until the next start: it is being left to another process, or comes from one.
+    waits: bool,
     /// The back end hears of nothing new.
     starved: bool,
     /// What it keeps itself, since its rings were stopped beside the driver.
     saved: Option<Vec<u8>>,
     log: Option<Arc<Log>>,
+    shelf: Shelf,
+    /// What came from the process before.
+    came: Came,
+    /// Rings of the process before, for the driver's activation, which comes after it.
+    adopted: Option<Adopted>,
 }
 
 impl Thread {
@@ -182,7 +214,8 @@ impl Thread {
                 let _ = done.send(self.rest(deadline));
             }
             Order::Start => {
-                self.held = false;
+                (self.held, self.waits) = (false, false);
+                self.shared.take_left();
                 let result = self.feed().and_then(|()| self.start_rings());
                 self.judge("starting its rings", result);
             }
@@ -216,6 +249,13 @@ impl Thread {
                 self.judge("giving it the state of another one", result);
                 let _ = done.send(told);
             }
+            Order::Leave(done) => {
+                self.leave();
+                let _ = done.send(Ok(()));
+            }
+            Order::Adopt(saved, done) => {
+                let _ = done.send(self.adopt(saved));
+            }
             Order::Quit => {}
         }
     }
@@ -225,18 +265,19 @@ impl Thread {
         loop {
             let mut events = vec![PollFd::from_borrowed_fd(lend(&self.shared.wake), PollFlags::IN)];
             let mut relays = Vec::new();
-            if let Some(front) = &self.front {
+            if let Some(front) = self.front.as_ref().filter(|_| !self.waits) {
                 events.push(PollFd::new(front, PollFlags::IN));
             }
             // At rest nothing is told to the driver.
-            let channel = self.front.as_ref().and_then(|front| front.channel.as_ref()).filter(|_| !self.held);
+            let channel =
+                self.front.as_ref().and_then(|front| front.channel.as_ref()).filter(|_| !(self.held || self.waits));
             let with_front = events.len();
             events.extend(channel.map(|channel| PollFd::new(channel, PollFlags::IN)));
             let first = events.len();
-            if let Some(active) = &self.served {
+            if let Some(active) = self.served.as_ref().filter(|_| !self.waits) {
                 for ring in &active.rings {
                     if let Some(relay) = &ring.relay {
-                        events.push(PollFd::from_borrowed_fd(lend(relay), PollFlags::IN));
+                        events.push(PollFd::new(relay, PollFlags::IN));
                         relays.push((ring.given.index, relay));
                     }
                 }
@@ -248,7 +289,8 @@ impl Thread {
                     events.push(PollFd::from_borrowed_fd(pin, PollFlags::IN));
                 }
             }
-            let limit = match &self.missing {
+            let missing = self.missing.as_ref().filter(|_| !self.waits);
+            let limit = match missing {
                 Some(missing) => Some(missing.next.saturating_duration_since(Instant::now())),
                 None => self.sharer.is_some().then_some(LOOK),
             };
@@ -283,7 +325,7 @@ impl Thread {
                 self.judge("hearing a request of its own", result);
             }
             self.end_postcopy();
-            if self.missing.as_ref().is_some_and(|missing| Instant::now() >= missing.next) {
+            if !self.waits && self.missing.as_ref().is_some_and(|missing| Instant::now() >= missing.next) {
                 self.find();
             }
             if ordered {
@@ -322,11 +364,16 @@ impl Thread {
 
     fn activate(&mut self, activation: Activation) -> Result<(), VhostError> {
         let Activation { memory, features, rings, interrupts } = activation;
+        if let Some(adopted) = self.adopted.take() {
+            let served = rings.into_iter().map(|given| adopted.ring(given)).collect();
+            self.served = Some(Active { memory, features, rings: served, interrupts });
+            return Ok(());
+        }
         let mut served = Vec::new();
         for given in rings {
             let relay = match interrupts.ring_vector(given.index) {
                 Some(_) => None,
-                None => EventFd::new(EFD_NONBLOCK).ok(),
+                None => relay(&self.shelf, given.index),
             };
             let position = given.setup.position;
             served.push(Served { given, position, relay, started: false });
@@ -334,7 +381,7 @@ impl Thread {
         self.served = Some(Active { memory, features, rings: served, interrupts });
         if self.front.is_none() {
             // It was lost, and the driver has reset its device: perhaps there is another one.
-            self.front = Some(Front::open(&self.path)?);
+            self.take_up(Front::open(&self.path)?)?;
         }
         self.show()
     }
@@ -357,7 +404,11 @@ impl Thread {
             let rings = active.rings.iter().map(|ring| ring.given.index + 1).max().unwrap_or(0);
             let kept = match self.in_flight.take() {
                 Some(kept) => kept,
-                None => front.make_in_flight(rings, most)?,
+                None => {
+                    let made = front.make_in_flight(rings, most)?;
+                    keep(&self.shelf, &self.path, IN_FLIGHT, made.fd.clone())?;
+                    made
+                }
             };
             front.set_in_flight(&kept)?;
             self.in_flight = Some(kept);
@@ -369,8 +420,8 @@ impl Thread {
     }
 
     fn addresses(&self, ring: &Served) -> Result<RingAddresses, VhostError> {
-        let ours = |guest: u64| match self.ram.find(guest) {
-            Some((block, offset)) => Ok(block.guest_map() as u64 + offset),
+        let in_ram = |guest: u64| match self.ram.find(guest) {
+            Some(_) => Ok(ours(guest)),
             None => {
                 let reason = format!("its driver has a ring at {guest:#x}, which is no RAM");
                 Err(VhostError::Lacks { path: self.path.clone(), reason })
@@ -378,9 +429,9 @@ impl Thread {
         };
         let setup = &ring.given.setup;
         Ok(RingAddresses {
-            descriptors: ours(setup.descriptors)?,
-            used: ours(setup.used)?,
-            available: ours(setup.available)?,
+            descriptors: in_ram(setup.descriptors)?,
+            used: in_ram(setup.used)?,
+            available: in_ram(setup.available)?,
             used_guest: setup.used,
         })
     }
@@ -405,8 +456,8 @@ impl Thread {
                 at: *at,
                 call: match (vector, &ring.relay) {
                     // While it is masked nothing is attached to it; what it counts is then pending.
-                    (Some(vector), None) => Some(lend(vector.kvm_interrupt_event())),
-                    (_, relay) => relay.as_ref().map(lend),
+                    (Some(vector), None) => Some(vector.kvm_interrupt_event().as_fd()),
+                    (_, relay) => relay.as_ref().map(|relay| relay.as_fd()),
                 },
                 kick: lend(&ring.given.kick),
             })
@@ -428,13 +479,13 @@ impl Thread {
         let vector = active.interrupts.ring_vector(index);
         match (&vector, &ring.relay) {
             (Some(_), _) => ring.relay = None,
-            (None, None) => ring.relay = EventFd::new(EFD_NONBLOCK).ok(),
+            (None, None) => ring.relay = relay(&self.shelf, index),
             (None, Some(_)) => return Ok(()),
         }
         if let (Some(front), true) = (&self.front, ring.started) {
             match (&vector, &ring.relay) {
-                (Some(vector), _) => front.set_call(index, lend(vector.kvm_interrupt_event()))?,
-                (None, Some(relay)) => front.set_call(index, lend(relay))?,
+                (Some(vector), _) => front.set_call(index, vector.kvm_interrupt_event().as_fd())?,
+                (None, Some(relay)) => front.set_call(index, relay.as_fd())?,
                 (None, None) => {}
             }
         }

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress};
-use wherry_interrupt::Input;
 use wherry_interrupt::fake::FakeRouter;
+use wherry_interrupt::{Events, Input};
 use wherry_memory::{BlockId, BlockSpec, GuestMemory, PageSize, Ram};
 use wherry_pci::bus::Bus;
 use wherry_pci::{Doorbell, Doorbells, PciFunction};
@@ -79,6 +79,7 @@ impl Driver {
             router: router.clone(),
             pin_input: PIN,
             memory: ram.memory().clone(),
+            events: Events::own(),
         };
         let function = VirtioPci::new::<TransportError>(device, 0, &parts, |config| Ok(config.set_bar(0, BAR)?));
         Self { function: function.unwrap(), router, bus, ram, available: 0, seen: 0, others: [(0, 0); 4] }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use wherry_guest::report;
-use wherry_interrupt::Input;
+use wherry_interrupt::{Events, Input};
 use wherry_memory::{DirtySource, GuestMemory};
 use wherry_passthrough::{Crew, PassthroughParts};
 use wherry_state::StateUnit;
@@ -114,6 +114,7 @@ impl Devices {
             router: router.clone(),
             pin_input,
             memory: ram.memory().clone(),
+            events: Events::own(),
         };
         let passed = PassthroughParts {
             memory_bus: mmio.clone(),

@@ -126,7 +126,7 @@ impl Vm {
             )]));
         }
         let connections = DeviceConfig { serial: config.serial.clone(), pci: config.pci.clone() };
-        let backing = Backing::open(connections, Registry::new()).and_then(Backing::connect_owners);
+        let backing = Backing::open(connections, Registry::new()).and_then(Backing::connect);
         let backing = backing.map_err(|e| VmError::Device(e.into()))?;
         backing.lock().map_err(|e| VmError::Device(e.into()))?;
         let cpuid = cpu_model::table(&host, config.cpu, host.tsc_khz)?;

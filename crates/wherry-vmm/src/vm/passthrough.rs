@@ -25,11 +25,11 @@ impl Owners {
     }
 
     /// Takes those of a described machine that the process before has claimed. Nothing is asked of them.
-    pub(super) fn inherit(described: &[DeviceDescription], registry: &Registry) -> Result<Self, OwnerError> {
+    pub(super) fn inherit(described: &[DeviceDescription], registry: &Arc<Registry>) -> Result<Self, OwnerError> {
         let wanted = described.iter().filter(|device| device.kind == VFIO_USER).enumerate();
         let inherit = |(n, device): (usize, &DeviceDescription)| {
             let instance = device.place.map_or(n as u32, |place| place.instance);
-            VfioUser::inherit(Path::new(&device.label), registry, &Function::kept_name(instance)).map(known)
+            VfioUser::inherit(Path::new(&device.label), &Function::shelf(registry, instance)).map(known)
         };
         wanted.map(inherit).collect::<Result<_, _>>().map(Self)
     }

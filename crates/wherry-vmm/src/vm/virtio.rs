@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use wherry_fault::FaultService;
-use wherry_handover::{KeptId, Registry, RegistryError};
-use wherry_interrupt::Input;
+use wherry_handover::{KeptId, Registry, RegistryError, Shelf};
+use wherry_interrupt::{Events, Input};
 use wherry_memory::{DirtySource, PageSize, Ram};
 use wherry_passthrough::{OwnerError, PassthroughParts};
 use wherry_pci::FunctionAddress;
@@ -92,20 +92,27 @@ impl Backing {
         let taps = config.nets.iter().enumerate().map(tap).collect::<Result<_, _>>()?;
         let console =
             config.console.as_ref().map(|target| Outside::open(target, &registry).map(Arc::new)).transpose()?;
-        let backends = config.vhost_user.iter().map(Backend::connect).collect::<Result<_, _>>()?;
-        let owners = Owners::default();
+        let (backends, owners) = Default::default();
         Ok(Self { connections, disks, taps, console, backends, owners, registry })
     }
 
     /// Connects to the device processes that the configuration names.
-    pub(crate) fn connect_owners(mut self) -> Result<Self, BackingError> {
+    pub(crate) fn connect(mut self) -> Result<Self, BackingError> {
+        let connect = |(n, spec): (usize, &VhostSpec)| Ok(Backend::connect(spec)?.kept_on(shelf(&self.registry, n)));
+        let backends = self.connections.pci.vhost_user.iter().enumerate().map(connect);
+        self.backends = backends.collect::<Result<_, BackingError>>()?;
         self.owners = Owners::connect(&self.connections.pci.vfio_user)?;
         Ok(self)
     }
 
     /// Takes the connections that the predecessor of this process has to the device processes of that machine: those that were plugged
     /// since it was started are among them, and those that were unplugged are not.
-    pub(crate) fn inherit_owners(mut self, described: &[DeviceDescription]) -> Result<Self, BackingError> {
+    pub(crate) fn inherit(mut self, described: &[DeviceDescription]) -> Result<Self, BackingError> {
+        let ours = described.iter().filter(|device| device.kind == VHOST_USER);
+        let inherit = |(n, (spec, device)): (usize, (&VhostSpec, &DeviceDescription))| {
+            Backend::inherit(spec, device.features, &device.config, shelf(&self.registry, n))
+        };
+        self.backends = self.connections.pci.vhost_user.iter().zip(ours).enumerate().map(inherit).collect();
         self.owners = Owners::inherit(described, &self.registry)?;
         Ok(self)
     }
@@ -277,14 +284,10 @@ impl Backing {
 
     /// What of it cannot go over, each with what would lift that.
     pub(super) fn cannot_keep(&self) -> Vec<String> {
-        let backends = self.backends.iter().map(|backend| {
-            let socket = backend.spec().socket.display();
-            format!("the vhost-user device of {socket} (its connection cannot be kept yet)")
-        });
         let terminal = crate::serial::has_terminal().then(|| {
             "the terminal of its serial port (terminals cannot be kept yet: start the VM with another --serial)".into()
         });
-        backends.chain(terminal).collect()
+        terminal.into_iter().collect()
     }
 
     /// Why memory cannot follow a machine with these devices, if so.
@@ -322,6 +325,11 @@ impl Backing {
     pub(crate) fn unlock(&self) -> Result<(), ImageError> {
         self.disks.iter().try_for_each(|image| image.unlock())
     }
+}
+
+/// Where what is kept of a vhost-user device is.
+fn shelf(registry: &Arc<Registry>, number: usize) -> Shelf {
+    Shelf::new(registry.clone(), format!("{VHOST_USER}{number}"))
 }
 
 /// What of a described device a back end here is not.
@@ -410,6 +418,7 @@ impl PciDevices {
                 occupants.push(Occupant { description: occupant, address, plugged: Some(plugged) });
                 continue;
             }
+            let mut events = Events::own();
             let (device, instance): (Arc<dyn Device>, u32) = match described.kind.as_str() {
                 DISK => {
                     let image = images.next().ok_or_else(|| VmError::Lacks(vec![format!("disk {disks}")]))?;
@@ -443,12 +452,14 @@ impl PciDevices {
                     let device = device.map_err(|e| VmError::Device(e.into()))?;
                     *number += 1;
                     logs.push(device.log());
+                    events = backend.events();
                     (Arc::new(device), *number - 1)
                 }
                 other => return Err(VmError::Lacks(vec![format!("a device {other:?}")])),
             };
             let input = Input(PciRoot::interrupt_input(address.device(), 1));
-            let made = VirtioPci::new(device, instance, &parts(input), |config| {
+            let parts = PciParts { events, ..parts(input) };
+            let made = VirtioPci::new(device, instance, &parts, |config| {
                 pci.assign_bars(config).map(drop).map_err(MakeError::Pci)
             });
             let function = made.map_err(|e| VmError::Device(e.into()))?;

@@ -6,6 +6,7 @@
 pub mod disk;
 pub mod testdma;
 pub mod update;
+pub mod vhost;
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};

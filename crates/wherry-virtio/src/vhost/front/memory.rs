@@ -15,6 +15,15 @@ const MOST_REGIONS: usize = 8;
 /// A block as it is shown, in the order of the document: guest address, bytes, our address, where it begins in its file.
 pub(super) type Region = [u64; 4];
 
+/// What is called our address of guest address 0. Back ends find by our addresses what they were shown, and nothing else, so they
+/// need not be those of our own maps: these hold for every process that serves the guest.
+const OURS: u64 = 1 << 46;
+
+/// Our address of a guest address.
+pub(in super::super) fn ours(guest: u64) -> u64 {
+    OURS + guest
+}
+
 impl Front {
     /// Shows it all of guest memory, under our addresses: one region after the other if it knows that, else in a table.
     pub(in super::super) fn set_memory(&mut self, ram: &Ram) -> Result<(), VhostError> {
@@ -34,7 +43,7 @@ impl Front {
         }
     }
 
-    /// Takes away what is no more, and shows what is new.
+    /// Takes away what is no more, and shows what is new. Blocks at the same place are the same: a device has one RAM.
     fn set_slots(&mut self, ram: &Ram) -> Result<(), VhostError> {
         let blocks = ram.blocks();
         if blocks.len() as u64 > self.room {
@@ -119,8 +128,8 @@ impl Front {
     }
 }
 
-fn regions(ram: &Ram) -> Vec<Region> {
-    let of = |block: &Arc<Block>| [block.spec().guest_base, block.spec().size, block.guest_map() as u64, 0];
+pub(super) fn regions(ram: &Ram) -> Vec<Region> {
+    let of = |block: &Arc<Block>| [block.spec().guest_base, block.spec().size, ours(block.spec().guest_base), 0];
     ram.blocks().iter().map(of).collect()
 }
 

@@ -65,7 +65,7 @@ impl Thread {
             let used = ring.used(&active.memory).unwrap_or(ring.position.used);
             ring.position = Position { available: used, used };
         }
-        self.front = Some(front);
+        self.take_up(front)?;
         self.show()?;
         if let Some(active) = &self.served {
             // The one before may have given requests back and ended before it said so.

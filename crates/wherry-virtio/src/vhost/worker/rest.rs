@@ -72,7 +72,7 @@ impl Thread {
     /// What the back end keeps itself, if it does.
     fn save(&self) -> Result<Option<Vec<u8>>, VhostError> {
         match &self.front {
-            Some(front) if self.served.is_some() && front.has(protocol::DEVICE_STATE) => front.save().map(Some),
+            Some(front) if self.served.is_some() && front.has(protocol::DEVICE_STATE) => front.device_state().map(Some),
             _ => Ok(None),
         }
     }
