@@ -355,7 +355,7 @@ impl Params {
             "testdma_vectors" => {
                 self.testdma_vectors = number(value)
                     .filter(|n| (1..=u64::from(MAX_VECTORS)).contains(n))
-                    .ok_or("a number of vectors from 1 to 16")? as u32;
+                    .ok_or("a number of vectors from 1 to 64")? as u32;
             }
             "testdma_entries" => {
                 self.testdma_entries = number(value)

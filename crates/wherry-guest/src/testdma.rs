@@ -27,8 +27,10 @@ pub const MSIX_BYTES: u64 = 0x1000;
 /// Offset in it of the pending bits; the table is at 0.
 pub const MSIX_PENDING: u64 = 0x800;
 
-/// Most vectors of MSI and MSI-X.
-pub const MAX_VECTORS: u32 = 16;
+/// Most vectors of MSI-X.
+pub const MAX_VECTORS: u32 = 64;
+/// Most vectors of MSI.
+pub const MAX_MSI_VECTORS: u32 = 32;
 /// Most entries of a ring. Fewest: 2. They are a power of two.
 pub const MAX_ENTRIES: u32 = 1024;
 /// Most bytes of a buffer. Fewest: 16. They are a multiple of 8.

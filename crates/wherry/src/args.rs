@@ -528,6 +528,9 @@ pub struct Bench {
     /// Measure what a disk adds to the blackout instead: one of the VM's process, and one of another
     #[arg(long, conflicts_with_all = ["vs", "link", "accel"])]
     pub disk: bool,
+    /// Measure live updates instead, by memory, vCPUs and vectors; with --vs qemu, beside its cpr-transfer
+    #[arg(long, conflicts_with_all = ["link", "accel", "disk"])]
+    pub update: bool,
     /// Blackout to stay below, in milliseconds, for all programs
     #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     pub downtime_limit: u64,

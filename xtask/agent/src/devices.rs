@@ -47,6 +47,9 @@ pub fn run(full: bool, others: bool) -> bool {
     for round in 1..=moves {
         let mode = MODES[(round - 1) % MODES.len()];
         names.extend([format!("{mode}-{round}"), format!("goes-on-{round}")]);
+        if is_updated(round, moves) {
+            names.extend([format!("update-{round}"), format!("updated-{round}")]);
+        }
     }
     let last = ["ping", "tcp", "fio", "fio-read-again", "kernel-log", "power-off", "file-system"];
     names.extend(last.map(str::to_owned));
@@ -54,6 +57,12 @@ pub fn run(full: bool, others: bool) -> bool {
     // Each failure has been reported by its check.
     let _ = scenario(&mut checks, moves, others);
     !checks.failed()
+}
+
+/// Whether another process takes over after that move: once in a run that a change is tested with, and then the last move is one of a
+/// guest that was updated.
+fn is_updated(round: usize, moves: usize) -> bool {
+    moves > MOVES[0] || round == MOVES[0] - 1
 }
 
 /// The guest, wherever it is.
@@ -112,6 +121,11 @@ fn scenario(checks: &mut Checks, moves: usize, others: bool) -> Result<()> {
         guest = checks.check(&format!("{mode}-{round}"), || migrate(guest, &network, &load, round, mode))?;
         checks.check(&format!("goes-on-{round}"), || goes_on(&mut guest.serial, &mut load))?;
         gaps(&load, "after it");
+        if is_updated(round, moves) {
+            checks.check(&format!("update-{round}"), || update(&mut guest, &load))?;
+            checks.check(&format!("updated-{round}"), || goes_on(&mut guest.serial, &mut load))?;
+            gaps(&load, "after it");
+        }
     }
     let Load { ping, echo } = load;
     checks.check("ping", || {
@@ -212,6 +226,15 @@ fn migrate(guest: Guest, network: &Network, load: &Load, round: usize, mode: &st
     Ok(Guest { vmm: target, back_ends: next, serial, boot_lines })
 }
 
+/// Another process takes the guest over, with its disk, its tap or their back ends, and its serial port, to which we stay connected.
+fn update(guest: &mut Guest, load: &Load) -> Result<()> {
+    let start = Instant::now();
+    let blackout = guest.vmm.update(MIGRATION)?;
+    println!("lab: update took {:.1} s, blackout {blackout} us", start.elapsed().as_secs_f64());
+    gaps(load, "during it");
+    Ok(())
+}
+
 /// The disk serves reads and writes, pings are answered, data comes back.
 fn goes_on(serial: &mut Serial, load: &mut Load) -> Result<()> {
     let disk = fio::requests(serial)?;
@@ -239,9 +262,7 @@ fn goes_on(serial: &mut Serial, load: &mut Load) -> Result<()> {
 fn power_off(mut guest: Guest) -> Result<()> {
     guest.serial.send("bye\n")?;
     guest.serial.wait_for("INNER BYE", COMMAND)?;
-    let status = guest.vmm.wait(COMMAND)?;
-    ensure!(status.success(), "wherry ended with {status} after the guest had powered off");
-    Ok(())
+    guest.vmm.end(COMMAND).context("the guest has powered off")
 }
 
 /// Asks again and again until it holds.

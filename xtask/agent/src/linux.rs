@@ -278,9 +278,7 @@ fn clock(guest: &mut Guest) -> Result<()> {
 fn power_off(mut guest: Guest) -> Result<()> {
     guest.serial.send("bye\n")?;
     guest.serial.wait_for("INNER BYE", COMMAND)?;
-    let status = guest.vmm.wait(COMMAND)?;
-    ensure!(status.success(), "wherry ended with {status} after the guest had powered off");
-    Ok(())
+    guest.vmm.end(COMMAND).context("the guest has powered off")
 }
 
 fn ticks(serial: &mut Serial) -> Result<u64> {

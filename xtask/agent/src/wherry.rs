@@ -1,16 +1,21 @@
 //! Wherry's processes inside the outer machine: start them, wait for them, never leave one behind.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use wherry_netlab::Namespace;
 
 /// A Wherry process that owns, or waits for, a VM.
 #[derive(Debug)]
 pub struct Vmm {
     child: Child,
+    /// The process that has taken over, which is no child of ours.
+    successor: Option<OwnedFd>,
     name: String,
     /// Its API socket.
     pub api: PathBuf,
@@ -34,7 +39,7 @@ impl Vmm {
             namespace.hold(&mut command)?;
         }
         let child = command.stdin(Stdio::null()).spawn().with_context(|| format!("cannot start {command:?}"))?;
-        let mut vmm = Self { child, name: name.to_owned(), api, serial };
+        let mut vmm = Self { child, successor: None, name: name.to_owned(), api, serial };
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if vmm.status().is_ok() {
@@ -55,14 +60,39 @@ impl Vmm {
         run(&["status", "--json", "--api", path(&self.api)], Duration::from_secs(20))
     }
 
-    /// Waits for the process to end by itself.
-    pub fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
-        wait(&mut self.child, limit)?.with_context(|| format!("waited {limit:?} for wherry {} to end", self.name))
+    /// Waits for the process to end by itself, as it should. How one ends that has taken over, only its own parent is told.
+    pub fn end(&mut self, limit: Duration) -> Result<()> {
+        let late = || format!("waited {limit:?} for wherry {} to end", self.name);
+        if let Some(successor) = &self.successor {
+            let limit = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: 0 };
+            let ended = poll(&mut [PollFd::new(successor, PollFlags::IN)], Some(&limit))?;
+            ensure!(ended > 0, "{}", late());
+            return Ok(());
+        }
+        let status = wait(&mut self.child, limit)?.with_context(late)?;
+        ensure!(status.success(), "wherry {} ended with {status}", self.name);
+        Ok(())
+    }
+
+    /// Has another process take over, with all that this one is connected to. Gives the blackout in microseconds.
+    pub fn update(&mut self, limit: Duration) -> Result<u64> {
+        let report = run(&["update", "--api", path(&self.api), "--json"], limit)?;
+        let report: serde_json::Value =
+            serde_json::from_str(&report).with_context(|| format!("no report: {report}"))?;
+        let pid = report["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32)).context("the report has no pid")?;
+        let blackout = report["job"]["blackout"]["total_us"].as_u64().context("the report has no blackout")?;
+        self.end(limit).context("a process that was replaced must go away")?;
+        self.successor = Some(pidfd_open(pid, PidfdFlags::empty())?);
+        Ok(blackout)
     }
 }
 
 impl Drop for Vmm {
     fn drop(&mut self) {
+        if let Some(successor) = &self.successor {
+            // An error: it has ended.
+            let _ = pidfd_send_signal(successor, Signal::KILL);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -116,8 +146,7 @@ pub fn migrate(mut source: Vmm, target: &Vmm, address: &str, how: &[&str], limit
     let report = run(&arguments, limit).with_context(|| format!("the target says {:?}", target.status()))?;
     let report: serde_json::Value = serde_json::from_str(&report).with_context(|| format!("no report: {report}"))?;
     let blackout = report["blackout"]["total_us"].as_u64().context("the report has no blackout.total_us")?;
-    let status = source.wait(limit).context("the source of a finished migration must go away")?;
-    ensure!(status.success(), "the source ended with {status} after its guest had moved");
+    source.end(limit).context("the source of a finished migration must go away")?;
     Ok(blackout)
 }
 

@@ -33,7 +33,7 @@ use job::{Job, Wrong};
 
 const MSIX_CAPABILITY: u8 = 0x11;
 /// The first of its vectors, one for each ring.
-const VECTOR: u8 = interrupt::DEVICE_VECTORS.start + 0x30;
+const VECTOR: u8 = interrupt::DEVICE_VECTORS.start + 0x50;
 /// Looks until an interrupt is taken for lost, and how many of them there are in a second.
 const LOOKS: u32 = 10;
 /// Places for jobs, for each request that a ring may have under way.

@@ -22,7 +22,7 @@ use wherry_guest_kernel::params::{DmaInterrupt, DmaLoad, Params};
 use wherry_guest_kernel::pci::Function;
 use wherry_guest_kernel::report::{FailureKind, TestdmaReport};
 use wherry_guest_kernel::testdma::{
-    COMPLETION_BYTES, DESCRIPTOR_BYTES, DESCRIPTORS, DEVICE, Form, ID, Interrupt, LETTER_BYTES, MSIX_BAR,
+    COMPLETION_BYTES, DESCRIPTOR_BYTES, DESCRIPTORS, DEVICE, Form, ID, Interrupt, LETTER_BYTES, MAX_MSI_VECTORS, MSIX_BAR,
     REGISTERS_BAR, SCRATCH, VENDOR, VERSION, area, area_bytes, buffer_word, completions, register,
 };
 use wherry_guest_kernel::{gate, interrupt, mmio};
@@ -351,6 +351,9 @@ impl Testdma {
                 function.write(at, function.read(at) & 0x3fff_ffff | 1 << 31);
             }
             Interrupt::Msi => {
+                if self.vectors > MAX_MSI_VECTORS {
+                    return Err("MSI has at most 32 vectors");
+                }
                 let at = function.capabilities(MSI_CAPABILITY).next().ok_or("it has no MSI")?;
                 self.messages = at.into();
                 function.write(at + 4, 0xfee0_0000 | apic_id << 12);
@@ -376,8 +379,8 @@ impl Testdma {
                 }
             }
             Interrupt::Msi => {
-                let mask = if masked { (1 << self.vectors.next_power_of_two()) - 1 } else { 0 };
-                function.write(self.messages as u8 + 16, mask);
+                let mask = if masked { (1_u64 << self.vectors.next_power_of_two()) - 1 } else { 0 };
+                function.write(self.messages as u8 + 16, mask as u32);
             }
             _ => {
                 let command = function.read(4) & 0xffff & !(1 << 10);

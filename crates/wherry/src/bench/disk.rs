@@ -5,14 +5,14 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde::Serialize;
 use wherry_migration::progress::Blackout;
 use wherry_vmm::api::types::{Mode, VmState};
 
+use super::device::Device;
 use super::{Figures, START, pause, resume, working};
 use crate::args::Bench;
 use crate::demo::outcome::Kind;
@@ -71,46 +71,13 @@ impl Row {
     }
 }
 
-/// A process that serves a disk; it ends with the value.
-struct BackEnd {
-    child: Child,
-    socket: PathBuf,
-}
-
-impl BackEnd {
-    async fn start(directory: &Path, name: &str, image: &Path) -> Result<Self> {
-        let socket = directory.join(format!("{name}.disk"));
-        let program = std::env::current_exe().context("finding this program's own file")?;
-        let mut command = Command::new(program);
-        command.args(["device", "blk", "--socket"]).arg(&socket).arg("--image").arg(image);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().context("starting wherry device blk")?;
-        let this = Self { child, socket };
-        let deadline = Instant::now() + START;
-        while !this.socket.exists() {
-            if Instant::now() >= deadline {
-                bail!("wherry device blk has not made {} within {START:?}", this.socket.display());
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        Ok(this)
-    }
-}
-
-impl Drop for BackEnd {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
-    }
-}
-
 /// A guest, paused except in its turns.
 struct Guest {
     name: String,
     server: Server,
     image: PathBuf,
     here: Process,
-    back_end: Option<BackEnd>,
+    back_end: Option<Device>,
     ram: ProbeRam,
     rows: [Row; 2],
     moves: u32,
@@ -169,15 +136,18 @@ impl Guest {
     }
 }
 
-async fn back_end(directory: &Path, name: &str, server: Server, image: &Path) -> Result<Option<BackEnd>> {
+async fn back_end(directory: &Path, name: &str, server: Server, image: &Path) -> Result<Option<Device>> {
     match server {
-        Server::Other => BackEnd::start(directory, name, image).await.map(Some),
+        Server::Other => {
+            let image = image.to_string_lossy();
+            Device::start(directory, name, &["blk", "--image", &image]).await.map(Some)
+        }
         Server::Nobody | Server::Own => Ok(None),
     }
 }
 
 /// The arguments that give a guest its disk.
-fn disk(server: Server, image: &Path, back_end: Option<&BackEnd>) -> Vec<String> {
+fn disk(server: Server, image: &Path, back_end: Option<&Device>) -> Vec<String> {
     match (server, back_end) {
         (Server::Own, _) => vec!["--disk".into(), image.display().to_string()],
         (_, Some(back_end)) => vec!["--device".into(), format!("vhost-user-blk={}", back_end.socket.display())],

@@ -12,11 +12,15 @@
 //!
 //! - [`disk`]: with `--disk`, what a disk adds to the blackout, and that alone.
 //!
+//! - [`update`]: with `--update`, live updates, and those alone.
+//!
 //! With `--link` the guest moves between two network namespaces over a slow link instead, and that alone is measured.
 
 mod accel;
+mod device;
 mod disk;
 mod qemu;
+mod update;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -123,6 +127,9 @@ pub fn bench(options: &Bench) -> Result<u8> {
     }
     if options.disk {
         return disk::bench(options);
+    }
+    if options.update {
+        return update::bench(options);
     }
     check_kvm()?;
     if options.vs == Some(Peer::Qemu) && qemu::version().is_none() {

@@ -83,6 +83,12 @@ impl Drop for Qemu {
 impl Qemu {
     /// Starts QEMU under KVM; `incoming` makes it wait for a migration.
     pub fn start(guest: &Guest<'_>, dir: &Path, name: &str, incoming: bool) -> Result<Self> {
+        let incoming: &[String] = if incoming { &["-incoming".into(), "defer".into()] } else { &[] };
+        let (child, socket) = Self::spawn(guest, dir, name, incoming)?;
+        Self::attach(child, socket)
+    }
+
+    fn spawn(guest: &Guest<'_>, dir: &Path, name: &str, more: &[String]) -> Result<(Child, PathBuf)> {
         let socket = dir.join(format!("{name}.qmp"));
         let mut command = Command::new(PROGRAM);
         command
@@ -97,18 +103,19 @@ impl Qemu {
                 "none",
                 "-no-reboot",
             ])
-            .args(["-machine", "q35,memory-backend=ram", "-m", &format!("{}M", guest.memory_mib)])
+            .args(["-machine", "q35,memory-backend=ram,aux-ram-share=on", "-m", &format!("{}M", guest.memory_mib)])
             .args(["-object", &format!("memory-backend-memfd,id=ram,share=on,size={}M", guest.memory_mib)])
             .args(["-smp", &guest.cpus.to_string(), "-append", guest.cmdline, "-kernel"])
             .arg(guest.kernel)
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        if incoming {
-            command.args(["-incoming", "defer"]);
-        }
-        let mut child = command.spawn().with_context(|| format!("starting {PROGRAM}"))?;
+            .stderr(Stdio::null())
+            .args(more);
+        Ok((command.spawn().with_context(|| format!("starting {PROGRAM}"))?, socket))
+    }
+
+    fn attach(mut child: Child, socket: PathBuf) -> Result<Self> {
         match Self::connect(&socket, &mut child) {
             Ok(qmp) => {
                 let mut qemu = Self { child, socket, qmp };
@@ -184,6 +191,55 @@ impl Qemu {
             self.execute("migrate-set-parameters", json!({ "multifd-channels": 2 }))?;
         }
         Ok(())
+    }
+
+    /// Has another QEMU take the guest over with its memory (`cpr-transfer`), and gives that one when it answers; this one has
+    /// nothing left to run.
+    pub fn update(&mut self, guest: &Guest<'_>, dir: &Path, name: &str) -> Result<Self> {
+        let [main, cpr] = ["main", "cpr"].map(|kind| {
+            let path = dir.join(format!("{name}.{kind}"));
+            let address = json!({ "transport": "socket", "type": "unix", "path": path });
+            (path, json!({ "channel-type": kind, "addr": address }))
+        });
+        let incoming = [&main, &cpr].into_iter().flat_map(|(_, channel)| ["-incoming".into(), channel.to_string()]);
+        let (mut child, socket) = Self::spawn(guest, dir, name, &incoming.collect::<Vec<_>>())?;
+        let taken = self.pass(&mut child, [&main, &cpr]);
+        for (path, _) in [&main, &cpr] {
+            let _ = std::fs::remove_file(path);
+        }
+        if let Err(error) = taken {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+        Self::attach(child, socket)
+    }
+
+    fn pass(&mut self, child: &mut Child, channels: [&(PathBuf, Value); 2]) -> Result<()> {
+        let [_, (cpr, _)] = channels;
+        let deadline = Instant::now() + ANSWER;
+        while !cpr.exists() {
+            if let Some(status) = child.try_wait()? {
+                bail!("the QEMU that was to take over ended at once: {status}");
+            }
+            if Instant::now() > deadline {
+                bail!("the QEMU that was to take over did not open {} within {ANSWER:?}", cpr.display());
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" }))?;
+        let channels = channels.map(|(_, channel)| channel.clone());
+        self.execute("migrate", json!({ "channels": channels }))?;
+        let begin = Instant::now();
+        loop {
+            let status = self.execute("query-migrate", Value::Null)?;
+            match status["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => bail!("QEMU's update failed: {status}"),
+                _ if begin.elapsed() > Duration::from_secs(60) => bail!("QEMU's update does not end: {status}"),
+                _ => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
     }
 
     /// Migrates the guest into `to`, and returns when QEMU calls it completed. The bandwidth is not limited.

@@ -152,7 +152,7 @@ async fn play(options: &Demo, directory: &Path) -> Result<Outcome> {
     let update = match &accelerator {
         None => {
             tokio::time::sleep(REST).await;
-            let update = renew(&mut here, &ram).await?;
+            let (update, _) = renew(&mut here, &ram).await?;
             say(&format!("a new process has taken the VM over: blackout {}", report::time(update.blackout_us)));
             Some(update)
         }
@@ -290,8 +290,8 @@ pub async fn travel(moving: &Move, here: &mut Process, there: &mut Process, ram:
     })
 }
 
-/// Has a new process of this very program take the VM over from the one that holds it.
-async fn renew(holder: &mut Process, ram: &ProbeRam) -> Result<Update> {
+/// Has a new process of this very program take the VM over from the one that holds it. What it reports is given beside.
+pub async fn renew(holder: &mut Process, ram: &ProbeRam) -> Result<(Update, Job)> {
     let from_pid = holder.pid();
     let doing = || format!("updating process {from_pid}");
     measure_anew(ram).await?;
@@ -307,13 +307,14 @@ async fn renew(holder: &mut Process, ram: &ProbeRam) -> Result<Update> {
     let beat = ram.heartbeat(0)?;
     wait_for(ram, "go on", |s| s.cpus.first().is_some_and(|c| c.heartbeat > beat + 1)).await?;
     let snapshot = ram.snapshot()?.context("the guest's report has vanished in the update")?;
-    Ok(Update {
+    let update = Update {
         from_pid,
         to_pid: done.pid,
         whole_us: u64::try_from(whole.as_micros()).unwrap_or(u64::MAX),
         blackout_us: done.job.downtime_us,
         guest_gap_us: snapshot.largest_gap_ns() / 1000,
-    })
+    };
+    Ok((update, done.job))
 }
 
 /// Cuts the link while memory follows the guest, and mends it when both ends have felt that.

@@ -11,8 +11,8 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::io::Errno;
 use wherry_guest::testdma::{
-    self as abi, Form, ID, Interrupt, MSIX_BAR, MSIX_BYTES, MSIX_PENDING, REGISTERS_BAR, REGISTERS_BYTES, SCRATCH,
-    SCRATCH_BYTES, VERSION, register, status,
+    self as abi, Form, ID, Interrupt, MAX_MSI_VECTORS, MSIX_BAR, MSIX_BYTES, MSIX_PENDING, REGISTERS_BAR,
+    REGISTERS_BYTES, SCRATCH, SCRATCH_BYTES, VERSION, register, status,
 };
 use wherry_pci::{BarKind, ConfigError, ConfigSpace, Identity};
 use wherry_vfio_user::payload::{Area, IoFd, pci_irq, pci_region};
@@ -339,7 +339,7 @@ fn configuration(shape: &Shape) -> Result<(ConfigSpace, u16), ConfigError> {
 
 /// Vectors of MSI: a power of two.
 fn msi_vectors(vectors: u32) -> u32 {
-    vectors.next_power_of_two()
+    vectors.next_power_of_two().min(MAX_MSI_VECTORS)
 }
 
 impl Device for Testdma {
