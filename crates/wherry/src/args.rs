@@ -83,6 +83,9 @@ pub enum Command {
     /// Start programs for the process at standard input
     #[command(hide = true)]
     Launcher,
+    /// Wait for the process at standard input, which has the VM that this one had
+    #[command(hide = true)]
+    WaitForSuccessor,
 }
 
 /// Options of `update`.

@@ -1,13 +1,16 @@
-//! `wherry run` and `wherry receive`: the processes that hold a VM; and `take-over`, by which one of them is replaced.
+//! `wherry run` and `wherry receive`: the processes that hold a VM; and `take-over`, by which one of them is replaced; `wait-for-successor`, what
+//! becomes of the first of them if a shell waits for it.
 //!
 //! Both make the API socket first, serve it from its own thread while the VM is built or awaited, and end with what the
 //! service says: the guest has powered off, the user has stopped it, it has moved away. SIGINT, SIGTERM and SIGHUP are a `stop`.
 //! A second one ends the process at once.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
@@ -18,9 +21,10 @@ use wherry_vmm::api::server::Server;
 use wherry_vmm::api::socket::ApiSocket;
 use wherry_vmm::api::types::VmState;
 use wherry_vmm::config::{Kernel, MachineConfig, PciConfig};
-use wherry_vmm::serial::restore_terminal;
+use wherry_vmm::serial::{leave_terminal, restore_terminal};
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
+use wherry_vmm::update::waiter::{self, WAIT, Waited, Waiter};
 use wherry_vmm::update::{self, HostState, Hosting, LAUNCHER, TakenOver};
 use wherry_vmm::vm::DeviceConfig;
 
@@ -105,14 +109,28 @@ pub fn take_over() -> Result<u8> {
     // From here on the VM is lost if this process ends: nothing but that is said of what goes wrong.
     wherry_socket::own_adopted();
     let guest = kvm::taken_over(&taken);
-    let TakenOver { state, socket, launcher, parent, .. } = taken;
+    let TakenOver { state, socket, launcher, parent, waiter, .. } = taken;
     if let Some(parent) = parent.clone() {
         std::thread::Builder::new()
             .name("parent".into())
             .spawn(move || end_with(&parent))
             .context("starting the thread that watches the parent process")?;
     }
-    let host = Host::with(socket, state, program, launcher, parent)?;
+    let host = Host::with(socket, state, program, launcher, parent, waiter)?;
+    if host.hosting.waiter.is_some() {
+        let (service, hosting) = (host.service.clone(), host.hosting.clone());
+        let listen = move || {
+            while hosting.waiter.as_ref().is_some_and(Waiter::await_stop) {
+                if let Err(error) = service.stop(false) {
+                    eprintln!("error: {error}");
+                }
+            }
+        };
+        std::thread::Builder::new()
+            .name("waiter".into())
+            .spawn(listen)
+            .context("starting the thread that listens to the process that a shell waits for")?;
+    }
     if let Err(error) = host.service.take_over(guest, kvm::view(&journey))
         && host.service.ending().is_none()
     {
@@ -150,6 +168,7 @@ fn launcher(log: &str) -> Result<Arc<Launcher>, String> {
 /// A process with a service, an API socket and handlers for signals.
 struct Host {
     service: Arc<Service>,
+    hosting: Arc<Hosting>,
     server: Server,
     socket: ApiSocket,
 }
@@ -164,7 +183,7 @@ impl Host {
         let socket = ApiSocket::bind(&process.api)?;
         let program = std::env::current_exe().context("finding this program")?;
         let api = std::path::absolute(&process.api).context("finding the API socket")?;
-        Self::with(socket, HostState { api, linger: process.linger, reboot }, program, launcher, parent)
+        Self::with(socket, HostState { api, linger: process.linger, reboot }, program, launcher, parent, None)
     }
 
     fn with(
@@ -173,17 +192,18 @@ impl Host {
         program: PathBuf,
         launcher: Result<Arc<Launcher>, String>,
         parent: Option<Arc<OwnedFd>>,
+        waiter: Option<Waiter>,
     ) -> Result<Self> {
         let listener = || socket.listener().context("using the API socket");
         let reboot = state.reboot.clone();
         let reboot = reboot.map(|config| Box::new(move || kvm::boot(&config)) as wherry_vmm::service::Reboot);
         let policy = Policy { reboot, linger: state.linger };
-        let hosting =
-            Hosting::new(state, program, listener()?, launcher, parent).context("noting what outlives the process")?;
-        let service = Service::new(Arc::new(KvmEngine { hosting: Some(hosting) }), policy);
+        let hosting = Hosting::new(state, program, listener()?, launcher, parent, waiter)
+            .context("noting what outlives the process")?;
+        let service = Service::new(Arc::new(KvmEngine { hosting: Some(hosting.clone()) }), policy);
         let server = Server::start(listener()?, service.clone()).context("starting the API thread")?;
-        signals(service.clone())?;
-        Ok(Self { service, server, socket })
+        signals(service.clone(), hosting.clone())?;
+        Ok(Self { service, hosting, server, socket })
     }
 
     /// Waits for the end and gives the exit status.
@@ -192,9 +212,13 @@ impl Host {
         if ending.replaced {
             // What others would find here is the new process's.
             wherry_socket::forget_all();
+            leave_terminal();
             self.server.stop();
             eprintln!("{}", ending.message);
-            return ending.status;
+            return match self.hosting.waits() {
+                Some(socket) => become_waiter(socket),
+                None => ending.status,
+            };
         }
         self.server.stop();
         drop(self.socket);
@@ -212,37 +236,109 @@ impl Host {
         } else {
             eprintln!("error: {}", ending.message);
         }
+        if let Some(waiter) = &self.hosting.waiter {
+            waiter.ended(ending.status);
+        }
         ending.status
     }
 }
 
-/// Takes SIGINT, SIGTERM and SIGHUP (the terminal is gone) as a request to stop.
-fn signals(service: Arc<Service>) -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = crate::runtime()?;
-    let (mut interrupt, mut terminate, mut hangup) = {
+/// The signals that ask for a stop.
+struct StopSignals([tokio::signal::unix::Signal; 3]);
+
+impl StopSignals {
+    fn new(runtime: &tokio::runtime::Runtime) -> Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
         let _guard = runtime.enter();
-        (
+        Ok(Self([
             signal(SignalKind::interrupt()).context("listening for SIGINT")?,
             signal(SignalKind::terminate()).context("listening for SIGTERM")?,
             signal(SignalKind::hangup()).context("listening for SIGHUP")?,
-        )
+        ]))
+    }
+
+    async fn next(&mut self) {
+        let [interrupt, terminate, hangup] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
+}
+
+/// How often a stop is asked for that has not come about.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// This process was replaced, and a shell waits for it: gives up all that it has, and waits for the end of the VM.
+fn become_waiter(socket: OwnedFd) -> u8 {
+    let socket = match socket.try_clone() {
+        // Whatever was the VM's here goes at once, as if the process had ended: descriptors, memory, threads.
+        Ok(stdin) => {
+            // One that comes in between would end it, and the shell would go on.
+            if let Err(error) = waiter::set_signals_held(true) {
+                tracing::warn!(%error, "holding signals back");
+            }
+            let error = Command::new("/proc/self/exe").arg(WAIT).stdin(Stdio::from(stdin)).exec();
+            tracing::warn!(%error, "this process keeps what it has while it waits for the VM");
+            socket
+        }
+        Err(_) => socket,
     };
+    wait_at(socket).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        DID_NOT
+    })
+}
+
+/// `wherry wait-for-successor`: ends as the process that has the VM does, at the other end of the standard input.
+pub fn wait_for_successor() -> Result<u8> {
+    wait_at(take_stdin()?)
+}
+
+fn wait_at(socket: OwnedFd) -> Result<u8> {
+    let runtime = crate::runtime()?;
+    let mut wishes = StopSignals::new(&runtime)?;
+    waiter::set_signals_held(false).context("listening for signals that have come")?;
+    let ask = socket.try_clone().context("using the socket to the process that has the VM")?;
+    let work = move || {
+        runtime.block_on(async {
+            wishes.next().await;
+            // An error: it has ended, and that is noticed where it is waited for.
+            while waiter::ask_to_stop(&ask).is_ok() {
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+        });
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(work).context("starting the thread for signals")?;
+    match waiter::wait(&socket).context("waiting for the process that has the VM")? {
+        Waited::Ended(status) => Ok(status),
+        Waited::Silent => {
+            eprintln!("error: the process that had the VM has ended without a word, and the VM with it");
+            Ok(DID_NOT)
+        }
+    }
+}
+
+/// Takes SIGINT, SIGTERM and SIGHUP (the terminal is gone) as a request to stop.
+fn signals(service: Arc<Service>, hosting: Arc<Hosting>) -> Result<()> {
+    let runtime = crate::runtime()?;
+    let mut wishes = StopSignals::new(&runtime)?;
     let work = move || {
         runtime.block_on(async {
             let mut asked = false;
             loop {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                    _ = hangup.recv() => {}
-                }
+                wishes.next().await;
                 if asked {
                     let in_doubt = service.info().state == VmState::InDoubt;
                     eprintln!("error: ended by a second signal while the VM was {}", service.info().state);
                     wherry_socket::remove_all();
                     restore_terminal();
-                    std::process::exit(if in_doubt { IN_DOUBT } else { DID_NOT }.into());
+                    let status = if in_doubt { IN_DOUBT } else { DID_NOT };
+                    if let Some(waiter) = &hosting.waiter {
+                        waiter.ended(status);
+                    }
+                    std::process::exit(status.into());
                 }
                 asked = true;
                 let service = service.clone();

@@ -76,6 +76,7 @@ fn main() -> ExitCode {
         Command::Update(options) => control::update(&options),
         Command::TakeOver => host::take_over(),
         Command::Launcher => host::serve_launcher(),
+        Command::WaitForSuccessor => host::wait_for_successor(),
     };
     match result {
         Ok(status) => ExitCode::from(status),

@@ -57,7 +57,11 @@ struct Ready {
 impl Console {
     fn run(mut self) {
         while !self.shared.stop.load(Ordering::Acquire) {
-            self.shared.rest_if_wanted(&mut self.input, &mut self.outgoing);
+            self.shared.rest_if_wanted(&mut self.input, &mut self.outgoing, self.endpoint.escaping());
+            if self.shared.stop.load(Ordering::Acquire) {
+                // What it rested with may be the predecessor's.
+                break;
+            }
             self.feed();
             match self.wait(None) {
                 Ok(ready) => self.serve(ready),

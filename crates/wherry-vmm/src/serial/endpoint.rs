@@ -23,7 +23,7 @@ pub(super) enum Endpoint {
         output: Option<Arc<OwnedFd>>,
         /// Filters what is typed at a terminal.
         filter: Option<EscapeFilter>,
-        /// Puts the terminal back when it is dropped.
+        /// Puts the terminal back when it is dropped, unless it is another process's.
         _raw: Option<RawMode>,
     },
     /// A listening socket and the client that came last.
@@ -64,7 +64,7 @@ impl Endpoint {
     pub fn open(
         target: &SerialTarget,
         escape: Option<EscapeHandler>,
-        registry: &Registry,
+        registry: &Arc<Registry>,
     ) -> Result<Self, SerialError> {
         let id = |name| KeptId::new(name, 0);
         let kept = |name, fd: OwnedFd| registry.add(id(name), fd);
@@ -89,12 +89,12 @@ impl Endpoint {
                     // For the machine that is booted here after a reset: what this process was started with was its channel.
                     rustix::stdio::dup2_stdin(input).map_err(|e| SerialError::os("taking standard input")(e.into()))?;
                 }
-                Self::streams(input, output, escape)
+                Self::streams(input, output, escape, registry)
             }
             SerialTarget::File(path) => {
                 let wrap = |source| SerialError::Path { what: "creating", path: path.clone(), source };
                 let file = kept(OUTPUT, File::create(path).map_err(wrap)?.into())?;
-                Self::streams(None, Some(file), None)
+                Self::streams(None, Some(file), None, registry)
             }
             SerialTarget::Stdio => {
                 // Duplicates: closing them leaves the process's own open.
@@ -102,7 +102,7 @@ impl Endpoint {
                 // A closed standard input is no input, nor is the terminal to a job in the background.
                 let input = own(io::stdin().as_fd()).ok().filter(is_ours).map(|fd| kept(INPUT, fd)).transpose()?;
                 let output = kept(OUTPUT, own(io::stdout().as_fd())?)?;
-                Self::streams(input, Some(output), escape)
+                Self::streams(input, Some(output), escape, registry)
             }
         }
     }
@@ -112,12 +112,24 @@ impl Endpoint {
         input: Option<Arc<OwnedFd>>,
         output: Option<Arc<OwnedFd>>,
         escape: Option<EscapeHandler>,
+        registry: &Arc<Registry>,
     ) -> Result<Self, SerialError> {
         let raw = match &input {
-            Some(fd) => RawMode::enter(fd).map_err(SerialError::os("switching the terminal to raw mode"))?,
-            None => None,
+            Some(fd) => RawMode::enter(fd, registry).map_err(SerialError::os("switching the terminal to raw mode"))?,
+            None => {
+                RawMode::forget(registry);
+                None
+            }
         };
         let filter = raw.is_some().then(|| EscapeFilter::new(escape));
         Ok(Endpoint::Streams { input, output, filter, _raw: raw })
+    }
+
+    /// Whether the first half of a way out was typed.
+    pub fn escaping(&mut self) -> Option<&mut bool> {
+        match self {
+            Self::Streams { filter: Some(filter), .. } => Some(&mut filter.armed),
+            _ => None,
+        }
     }
 }

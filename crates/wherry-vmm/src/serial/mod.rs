@@ -4,7 +4,8 @@
 //! - `console` is the thread that moves bytes between the chip and the outside; `output` is the bounded buffer in
 //!   between; `endpoint` is what the outside can be: a terminal or pipes, a file, a UNIX socket whose clients come and
 //!   go, or nothing.
-//! - [`restore_terminal`] is for those who end the process without dropping the machine.
+//! - [`restore_terminal`] is for those who end the process without dropping the machine, and [`leave_terminal`] for those who do so
+//!   because another process has it.
 //!
 //! Contract: the guest never waits for the outside. What nobody takes is kept, up to 256 KiB; then the oldest bytes
 //! are dropped. Input waits outside while the chip's FIFO is full or the unit is stopped. Dropping the port ends the
@@ -41,8 +42,8 @@ use crate::units::Once;
 use endpoint::Endpoint;
 use output::Output;
 pub(crate) use saved::SavedSerial;
-pub(crate) use terminal::has_terminal;
-pub use terminal::restore_terminal;
+pub use terminal::{leave_terminal, restore_terminal};
+pub(crate) use terminal::{restore_as, users_terminal};
 use wherry_pci::bus::BusDevice;
 
 /// Number of ports.
@@ -142,6 +143,8 @@ struct Port {
 struct OnItsWay {
     input: Vec<u8>,
     output: Vec<u8>,
+    /// The first half of a way out was typed.
+    escaping: bool,
 }
 
 /// The rest of the thread in a live update.
@@ -170,7 +173,7 @@ impl Shared {
     }
 
     /// The thread: leaves what it has where others find it, for as long as it is to rest.
-    fn rest_if_wanted(&self, input: &mut VecDeque<u8>, output: &mut VecDeque<u8>) {
+    fn rest_if_wanted(&self, input: &mut VecDeque<u8>, output: &mut VecDeque<u8>, escaping: Option<&mut bool>) {
         let mut rest = self.rest();
         // What is held is taken also when the rest was over before the thread had come here.
         if !rest.wanted && rest.held.is_none() {
@@ -179,12 +182,16 @@ impl Shared {
         rest.held.get_or_insert_with(|| OnItsWay {
             input: std::mem::take(input).into(),
             output: std::mem::take(output).into(),
+            escaping: escaping.as_ref().is_some_and(|escaping| **escaping),
         });
         self.rest_changed.notify_all();
         let rests = |rest: &mut Rest| rest.wanted && !self.stop.load(Ordering::Acquire);
         rest = self.rest_changed.wait_while(rest, rests).unwrap_or_else(PoisonError::into_inner);
         let held = rest.held.take().unwrap_or_default();
         (*input, *output) = (held.input.into(), held.output.into());
+        if let Some(escaping) = escaping {
+            *escaping = held.escaping;
+        }
     }
 
     /// Has the thread rest, and waits for that. False: it does not by the deadline.
@@ -341,6 +348,7 @@ impl StateUnit for Serial {
             saved.waiting_input = held.input.clone();
             saved.waiting_output = held.output.clone();
             saved.waiting_output.extend(self.shared.output.bytes());
+            saved.escaping = held.escaping;
         }
         Ok(Saved::Section(saved.to_section(&self.id())))
     }
@@ -355,7 +363,8 @@ impl StateUnit for Serial {
             .map_err(|e| UnitError::failed(format!("the chip does not take its state: {e}")))?;
         *shared.port() = Port { chip, running: false };
         if let Some(held) = &mut shared.rest().held {
-            *held = OnItsWay { input: saved.waiting_input, output: saved.waiting_output };
+            let SavedSerial { waiting_input: input, waiting_output: output, escaping, .. } = saved;
+            *held = OnItsWay { input, output, escaping };
         }
         Ok(())
     }

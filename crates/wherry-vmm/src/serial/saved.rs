@@ -39,6 +39,9 @@ pub(crate) struct SavedSerial {
     /// Sent by the guest, not yet taken by the outside.
     #[prost(bytes = "vec", tag = "11")]
     pub waiting_output: Vec<u8>,
+    /// At a terminal, the first half of a way out (Ctrl-A) was typed. Who does not know it has it typed again.
+    #[prost(bool, tag = "12")]
+    pub escaping: bool,
 }
 
 impl SavedState for SavedSerial {

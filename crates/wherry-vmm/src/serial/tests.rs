@@ -183,7 +183,7 @@ fn pipes(serial_of: impl FnOnce(OwnedFd, OwnedFd) -> Arc<Serial>) -> (Arc<Serial
 #[test]
 fn pipes_carry_both_directions_and_the_end_of_input_is_no_end_of_output() {
     let (serial, mut input, mut output) = pipes(|input, output| {
-        let endpoint = Endpoint::streams(Some(input.into()), Some(output.into()), None).unwrap();
+        let endpoint = Endpoint::streams(Some(input.into()), Some(output.into()), None, &Registry::new()).unwrap();
         Serial::with_endpoint(event(), endpoint, Registry::new()).unwrap()
     });
     input.write_all(b"in").unwrap();
@@ -201,34 +201,52 @@ fn pipes_carry_both_directions_and_the_end_of_input_is_no_end_of_output() {
 #[test]
 fn a_pipe_that_nobody_reads_does_not_keep_the_port_from_ending() {
     let (serial, _input, _output) = pipes(|input, output| {
-        let endpoint = Endpoint::streams(Some(input.into()), Some(output.into()), None).unwrap();
+        let endpoint = Endpoint::streams(Some(input.into()), Some(output.into()), None, &Registry::new()).unwrap();
         Serial::with_endpoint(event(), endpoint, Registry::new()).unwrap()
     });
     out(&serial, 0, &[b'x'; 300_000]);
     drop(serial);
 }
 
-#[test]
-fn a_terminal_is_raw_while_the_port_lives_and_ctrl_a_x_is_the_way_out() {
+/// A process has one terminal: one test at a time has it.
+static TERMINAL: Mutex<()> = Mutex::new(());
+
+/// A terminal: the end of its user, and that of programs.
+fn terminal() -> (OwnedFd, OwnedFd) {
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-    use rustix::termios::{LocalModes, tcgetattr};
     let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&controller).unwrap();
     unlockpt(&controller).unwrap();
     let name = ptsname(&controller, Vec::new()).unwrap();
     let flags = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::NOCTTY;
     let terminal = rustix::fs::open(&name, flags, rustix::fs::Mode::empty()).unwrap();
-    let is_raw = || !tcgetattr(&terminal).unwrap().local_modes.contains(LocalModes::ICANON);
+    (controller, terminal)
+}
+
+fn settings(terminal: &OwnedFd) -> rustix::termios::Termios {
+    rustix::termios::tcgetattr(terminal).unwrap()
+}
+
+fn is_raw(terminal: &OwnedFd) -> bool {
+    !settings(terminal).local_modes.contains(rustix::termios::LocalModes::ICANON)
+}
+
+#[test]
+fn a_terminal_is_raw_while_the_port_lives_and_ctrl_a_x_is_the_way_out() {
+    let _one = TERMINAL.lock().unwrap_or_else(PoisonError::into_inner);
+    let (controller, terminal) = terminal();
+    let is_raw = || is_raw(&terminal);
     assert!(!is_raw());
 
     let escaped = event();
     let tell = escaped.try_clone().unwrap();
     let handler: EscapeHandler = Arc::new(move || tell.write(1).unwrap());
     let ends = || Arc::new(terminal.try_clone().unwrap());
-    let endpoint = Endpoint::streams(Some(ends()), Some(ends()), Some(handler)).unwrap();
-    let serial = Serial::with_endpoint(event(), endpoint, Registry::new()).unwrap();
+    let registry = Registry::new();
+    let endpoint = Endpoint::streams(Some(ends()), Some(ends()), Some(handler), &registry).unwrap();
+    let serial = Serial::with_endpoint(event(), endpoint, registry.clone()).unwrap();
     assert!(is_raw());
-    assert!(Endpoint::streams(Some(ends()), None, None).is_err(), "the terminal has two owners");
+    assert!(Endpoint::streams(Some(ends()), None, None, &registry).is_err(), "the terminal has two owners");
     rustix::io::write(&controller, b"a\x01\x01b\x01c\x03").unwrap();
     assert_eq!(receive(&serial, 6), b"a\x01b\x01c\x03");
     rustix::io::write(&controller, b"\x01x").unwrap();
@@ -373,6 +391,79 @@ fn a_port_that_was_at_the_end_of_its_input_has_none_in_the_new_process_either() 
     wait_for("the file to go on", || std::fs::read(&path).unwrap() == b"one while it drains two");
     let nothing = Serial::new(event(), &SerialTarget::Stdio, None, &Registry::of_successor()).unwrap();
     out(&nothing, 0, b"to nobody");
+}
+
+#[test]
+fn in_a_live_update_a_terminal_stays_raw_and_the_last_process_puts_it_back_as_the_first_has_found_it() {
+    let _one = TERMINAL.lock().unwrap_or_else(PoisonError::into_inner);
+    let (controller, terminal) = terminal();
+    let before = format!("{:?}", settings(&terminal));
+    let escaped = event();
+    let handler = || -> EscapeHandler {
+        let tell = escaped.try_clone().unwrap();
+        Arc::new(move || tell.write(1).unwrap())
+    };
+    // What standard input and output are made of, in the old process and in the new one.
+    let port = |registry: &Arc<Registry>| {
+        let ends = ["serial/input", "serial/output"].map(|name| {
+            let id = wherry_handover::KeptId::new(name, 0);
+            let fd = registry.claim(&id).unwrap_or_else(|| terminal.try_clone().unwrap());
+            registry.add(id, fd).unwrap()
+        });
+        let [input, output] = ends.map(Some);
+        let endpoint = Endpoint::streams(input, output, Some(handler()), registry)?;
+        Serial::with_endpoint(event(), endpoint, registry.clone())
+    };
+    let registry = Registry::new();
+    let old = port(&registry).unwrap();
+    rustix::io::write(&controller, b"abc\x01").unwrap();
+    assert_eq!(receive(&old, 3), b"abc");
+    let saved = loop {
+        // The thread may not have read all of it.
+        let saved = bring_to_rest(&old, &registry);
+        if SavedSerial::from_section(&saved).unwrap().escaping {
+            break saved;
+        }
+        registry.set_leaving(false);
+        old.start().unwrap();
+        old.undrain().unwrap();
+    };
+    // This process plays them all, and a process has one terminal.
+    let had = users_terminal().unwrap();
+    leave_terminal();
+    let gives_up = port(&handed_over(&registry)).unwrap();
+    gives_up.restore(&saved).unwrap();
+    drop(gives_up);
+    assert!(is_raw(&terminal), "a process that gave up has put it back");
+    let unreadable = handed_over(&registry);
+    let note = unreadable.add_note(wherry_handover::KeptId::new("other", 0), b"\x2a\x01x").unwrap();
+    unreadable.arrived([(wherry_handover::KeptId::new("serial/terminal", 0), note.try_clone().unwrap())]).unwrap();
+    let error = port(&unreadable).err().unwrap();
+    assert!(error.to_string().contains("1 special codes"), "{error}");
+
+    let successor = handed_over(&registry);
+    let new = port(&successor).unwrap();
+    assert!(successor.unclaimed().is_empty(), "{:?}", successor.unclaimed());
+    assert_eq!(users_terminal().unwrap().1, had.1);
+    new.restore(&saved).unwrap();
+    assert_eq!(section(&new), saved, "what is restored can be saved again");
+    successor.settle();
+    new.start().unwrap();
+    assert_eq!(successor.list().len(), registry.list().len());
+    assert!(is_raw(&terminal));
+    rustix::io::write(&controller, b"x").unwrap();
+    wait_for("the escape handler of the new process, whose Ctrl-A the old one has read", || escaped.read().is_ok());
+    drop(new);
+    assert_eq!(format!("{:?}", settings(&terminal)), before);
+    // The old one, by its end, changes nothing.
+    let mut other = settings(&terminal);
+    other.make_raw();
+    rustix::termios::tcsetattr(&terminal, rustix::termios::OptionalActions::Now, &other).unwrap();
+    drop(old);
+    assert!(is_raw(&terminal));
+    // The process that waits for the last one can put it back.
+    restore_as(&had.0, &had.1).unwrap();
+    assert_eq!(format!("{:?}", settings(&terminal)), before);
 }
 
 #[test]

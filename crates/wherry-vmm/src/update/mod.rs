@@ -4,6 +4,7 @@
 //! machine ([`HostState`]), its own descriptors ([`Hosting`]), and the machine built from what has come.
 
 mod saved;
+pub mod waiter;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -20,6 +21,7 @@ use wherry_migration::update::{self, HandOver, Successor, UpdateError, UpdateOpt
 use wherry_migration::{Cause, Journey};
 
 use self::saved::SavedHost;
+use self::waiter::{Prepared, Waiter};
 use crate::api::socket::ApiSocket;
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::MachineConfig;
@@ -54,20 +56,26 @@ pub struct Hosting {
     pub program: PathBuf,
     /// Starts its successor; an error says why it cannot be replaced.
     pub launcher: Result<Arc<Launcher>, String>,
+    /// Waits for the end of this process, if there is one that does.
+    pub waiter: Option<Waiter>,
     /// Its own descriptors.
     registry: Arc<Registry>,
+    /// With which it waits for the end of its successor.
+    waits: Mutex<Option<OwnedFd>>,
     /// Holds the entries.
     _kept: Vec<Arc<dyn AsFd + Send + Sync>>,
 }
 
 impl Hosting {
-    /// Of a process that serves its API at this listener. If there is a `parent`, a pidfd, it ends when that one does.
+    /// Of a process that serves its API at this listener. If there is a `parent`, a pidfd, it ends when that one does; if there is a
+    /// `waiter`, that one ends when it does.
     pub fn new(
         state: HostState,
         program: PathBuf,
         listener: UnixListener,
         launcher: Result<Arc<Launcher>, String>,
         parent: Option<Arc<OwnedFd>>,
+        waiter: Option<Waiter>,
     ) -> Result<Arc<Self>, RegistryError> {
         let registry = Registry::new();
         let mut kept: Vec<Arc<dyn AsFd + Send + Sync>> = Vec::new();
@@ -79,7 +87,16 @@ impl Hosting {
             registry.keep(KeptId::new(PARENT, 0), parent.clone())?;
             kept.push(parent);
         }
-        Ok(Arc::new(Self { state, program, launcher, registry, _kept: kept }))
+        if let Some(waiter) = &waiter {
+            waiter.keep(&registry)?;
+        }
+        let waits = Mutex::default();
+        Ok(Arc::new(Self { state, program, launcher, waiter, registry, waits, _kept: kept }))
+    }
+
+    /// The socket with which this process, which was replaced, is to [wait](waiter::wait) for the end of the VM, if it is.
+    pub fn waits(&self) -> Option<OwnedFd> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// What of it goes over.
@@ -110,6 +127,9 @@ pub(crate) enum ReplaceError {
     /// It could not be started.
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    /// This process could not be prepared to wait for it.
+    #[error("preparing to wait for a new process: {0}")]
+    Wait(std::io::Error),
     /// The channel to it could not be made.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -147,13 +167,21 @@ pub(crate) fn replace(
     // Nobody is started in vain.
     update::check(&*machine)?;
     let launcher = hosting.launcher.as_ref().map_err(|why| ReplaceError::NoLauncher(why.clone()))?;
+    // One that is waited for already hands that on.
+    let waits = match hosting.waiter {
+        Some(_) => None,
+        None => Prepared::new(&hosting.registry).map_err(ReplaceError::Wait)?,
+    };
     let (channel, theirs) = Channel::pair()?;
     let Launched { pid, pidfd } = launcher.launch(program, &[TAKE_OVER.into()], theirs.as_fd())?;
     drop(theirs);
     let host = hosting.saved(machine.connections());
     let handed = HandOver { machine, entries: hosting.entries(), host, channel, hold };
     match update::hand_over(handed, UpdateOptions::default(), journey) {
-        Ok(job) => Ok(Replaced { pid, job }),
+        Ok(job) => {
+            *hosting.waits.lock().unwrap_or_else(PoisonError::into_inner) = waits.map(Prepared::into_ours);
+            Ok(Replaced { pid, job })
+        }
         Err(error) => {
             // The channel is closed, and it can have nothing of the machine any more but descriptors.
             let ended = launcher.ended(pid, Instant::now() + END_LIMIT).or_else(|| {
@@ -184,6 +212,8 @@ pub struct TakenOver {
     pub launcher: Result<Arc<Launcher>, String>,
     /// The process with which it is to end, if there is one: a pidfd.
     pub parent: Option<Arc<OwnedFd>>,
+    /// The process that waits for the end of this one, if there is one.
+    pub waiter: Option<Waiter>,
 }
 
 /// Takes over from the process at the other end of a channel; returns when the machine runs here.
@@ -219,8 +249,9 @@ impl Successor for Heir {
             None => Err("it had no launcher when it was started".into()),
         };
         let parent = registry.claim(&KeptId::new(PARENT, 0)).map(Arc::new);
+        let waiter = Waiter::claim(registry);
         let vm = VmBuilder::new(LocalConfig { devices }).take_over(description, registry)?;
-        let taken = TakenOver { vm: vm.clone(), state, socket, launcher, parent };
+        let taken = TakenOver { vm: vm.clone(), state, socket, launcher, parent, waiter };
         *self.taken.lock().unwrap_or_else(PoisonError::into_inner) = Some(taken);
         Ok(vm)
     }

@@ -481,9 +481,7 @@ impl Keep for Vm {
     }
 
     fn cannot_keep(&self) -> Vec<String> {
-        let mut reasons = self.devices.backing().cannot_keep();
-        reasons.extend(self.board().cannot_keep());
-        reasons
+        self.board().cannot_keep()
     }
 }
 

@@ -282,14 +282,6 @@ impl Backing {
         &self.registry
     }
 
-    /// What of it cannot go over, each with what would lift that.
-    pub(super) fn cannot_keep(&self) -> Vec<String> {
-        let terminal = crate::serial::has_terminal().then(|| {
-            "the terminal of its serial port (terminals cannot be kept yet: start the VM with another --serial)".into()
-        });
-        terminal.into_iter().collect()
-    }
-
     /// Why memory cannot follow a machine with these devices, if so.
     pub(crate) fn cannot_follow(&self) -> Option<String> {
         let backend = self.backends.iter().find(|backend| !backend.can_fault()).map(|backend| {
