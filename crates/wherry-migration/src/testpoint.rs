@@ -102,6 +102,8 @@ points! {
     OldOffered = "old-offered",
     /// Update, old process: the machine is the new one's.
     OldReplaced = "old-replaced",
+    /// Update by exec, old process: a process of the new program has proven that it loads the state; nothing is executed.
+    ExecProven = "exec-proven",
     /// Update, new process: it runs, nothing is said.
     NewConnected = "new-connected",
     /// Update, new process: the description and the descriptors are there.

@@ -16,7 +16,9 @@ use wherry_migration::machine::Machine;
 use wherry_migration::progress::{Job, Phase};
 use wherry_migration::testpoint::Point;
 use wherry_migration::update::message::{Body, Empty, Failed, Hello, Running};
-use wherry_migration::update::{HandOver, UpdateError, UpdateOptions, hand_over, take_over};
+use wherry_migration::update::{
+    HandOver, UpdateError, UpdateOptions, hand_over, hand_over_by_exec, take_over, take_over_executed,
+};
 use wherry_migration::{Cause, Journey};
 
 const MIB: u64 = 1 << 20;
@@ -38,7 +40,7 @@ fn short() -> UpdateOptions {
 }
 
 type Old = Result<Job, UpdateError>;
-type New = Result<Arc<dyn Machine>, UpdateError>;
+type New = Result<Option<Arc<dyn Machine>>, UpdateError>;
 
 /// Both halves, and what holds them up on the way.
 #[derive(Default)]
@@ -65,6 +67,25 @@ impl World {
             let new = scope.spawn(|| take_over(theirs, &self.heir, short(), &self.new));
             let old = self.hand_over(machine, ours);
             (old, new.join().unwrap())
+        })
+    }
+
+    /// The old half by exec, with a new one that proves as told.
+    fn exec(
+        &self,
+        machine: &Arc<FakeMachine>,
+        new: impl FnOnce(Channel) + Send,
+        exec: &dyn Fn(Channel) -> std::io::Error,
+    ) -> UpdateError {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let hold = |hold: bool| {
+            self.holds[usize::from(!hold)].fetch_add(1, Ordering::SeqCst);
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(move || new(theirs));
+            let (machine, host) = (machine.clone(), b"host".to_vec());
+            let what = HandOver { machine, entries: vec![], host, channel: ours, hold: &hold };
+            hand_over_by_exec(what, exec, short(), &self.old)
         })
     }
 
@@ -244,7 +265,7 @@ fn hear(channel: &mut Channel, tag: u16) {
 }
 
 fn hello() -> Body {
-    Body::Hello(Hello { newest: 1, oldest: 1, program: "a script\u{1b}[0m".into() })
+    Body::Hello(Hello { newest: 2, oldest: 1, program: "a script\u{1b}[0m".into() })
 }
 
 /// Comes as far as the state, which it reads and does nothing with.
@@ -378,4 +399,74 @@ fn an_old_process_that_breaks_the_protocol_or_ends_is_told_apart_and_nothing_run
         assert!(error.contains(hint), "{name}: {error}");
         assert!(world.heir.built.lock().unwrap().is_none(), "{name}");
     }
+}
+
+#[test]
+fn a_program_that_is_executed_finds_all_of_it_in_the_queue_and_one_that_only_proves_never_runs() {
+    let machine = guest();
+    let kept: Vec<_> = (0..MOST_DESCRIPTORS as u32 + 30).map(|n| (KeptId::new("event", n), event(n + 1))).collect();
+    for (id, event) in &kept {
+        machine.registry.keep(id.clone(), event.clone()).unwrap();
+    }
+    let claims: Vec<_> = kept.iter().map(|(id, _)| id.clone()).collect();
+    let (mut world, mut executed) = (World::default(), World::default());
+    world.heir.claims = claims.clone();
+    executed.heir.claims = claims;
+    let proof = |channel| assert!(take_over(channel, &world.heir, short(), &world.new).unwrap().is_none());
+    let exec = |queue| {
+        assert!(!machine.is_running() && !world.heir.built.lock().unwrap().as_ref().unwrap().is_running());
+        drop(take_over_executed(queue, &executed.heir, short(), &executed.new).unwrap());
+        let built = executed.heir.built.lock().unwrap().clone().unwrap();
+        assert!(built.is_running() && !built.registry.succeeds());
+        built.set_load(Load { rate: 5000, pages: 100, zero_one_in: 0 });
+        let before = built.cpu.writes();
+        await_that("the guest to go on", || built.cpu.writes() > before + 10);
+        // This process goes on after it, as no process does: the machine is to run once.
+        built.units().stop(Duration::from_secs(1)).unwrap();
+        std::io::Error::other("it was executed")
+    };
+    let error = world.exec(&machine, proof, &exec);
+    assert_stayed(&world, &machine, &Err(error), "executed");
+    assert_eq!(*executed.heir.host.lock().unwrap(), b"host");
+    for (n, fd) in executed.heir.claimed.lock().unwrap().iter().enumerate() {
+        let mut count = [0; 8];
+        rustix::io::read(fd, &mut count).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), n as u64 + 1, "each under its own name");
+    }
+    let job = executed.new.job();
+    let blackout = job.blackout.unwrap();
+    assert_eq!((job.phase, job.role.as_str(), job.downtime_us), (Phase::Done, "destination", blackout.total_us));
+    assert!(blackout.total_us >= blackout.stop_us + blackout.state_us + blackout.load_us + blackout.start_us);
+}
+
+#[test]
+fn a_program_that_proves_nothing_is_never_executed_and_one_that_cannot_be_leaves_the_machine_running() {
+    type Script = fn(Channel);
+    let scripts: [(&str, &str, Script); 4] = [
+        ("an older one", "speaks versions 1 to 1 of the update protocol, and this needs 2 to 2", |channel| {
+            say(&channel, Body::Hello(Hello { newest: 1, oldest: 1, program: "old".into() }));
+        }),
+        ("gone with the state", "closed", |mut channel| until_state(&mut channel)),
+        ("hangs with the state", "silent for 1s while it was to prove", |mut channel| {
+            until_state(&mut channel);
+            std::thread::sleep(Duration::from_millis(1500));
+        }),
+        ("runs instead", "Running out of turn", |mut channel| {
+            until_state(&mut channel);
+            say(&channel, Body::Running(Running { load_us: 1, start_us: 1 }));
+        }),
+    ];
+    for (name, hint, script) in scripts {
+        let (machine, world) = (guest(), World::default());
+        let error = world.exec(&machine, script, &|_| panic!("{name}: it was executed"));
+        let said = error.to_string();
+        assert_stayed(&world, &machine, &Err(error), name);
+        assert!(said.contains(hint), "{name}: {said}");
+    }
+    let (machine, world) = (guest(), World::default());
+    let proof = |channel| assert!(take_over(channel, &world.heir, short(), &world.new).unwrap().is_none());
+    let error = world.exec(&machine, proof, &|_| std::io::Error::other("no such program"));
+    let said = error.to_string();
+    assert_stayed(&world, &machine, &Err(error), "not executed");
+    assert!(said.contains("executing the new program: no such program"), "{said}");
 }

@@ -9,11 +9,14 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use wherry_netlab::Shape;
+use wherry_vmm::api::types::UpdateMode;
 
 pub use self::accel::{AccelWrapKey, DeviceAccel, key_kind};
 pub use self::testdma::DeviceTestdma;
 pub use self::values::{DeviceSpec, identity, size};
-use self::values::{address, console, cpu_model, device, disk, link, mac, mode, net, plug, raw_disk, serial, side};
+use self::values::{
+    address, console, cpu_model, device, disk, link, mac, mode, net, plug, raw_disk, serial, side, update_mode,
+};
 
 /// Runs virtual machines and moves them, running, from process to process and from host to host.
 #[derive(Debug, Parser)]
@@ -80,6 +83,9 @@ pub enum Command {
     /// Take over from the process at standard input, which `update` asks for
     #[command(hide = true)]
     TakeOver,
+    /// Go on with the VM of the program that this process executed before, which `update --mode exec` asks for
+    #[command(hide = true)]
+    TakeOverExecuted,
     /// Start programs for the process at standard input
     #[command(hide = true)]
     Launcher,
@@ -97,6 +103,9 @@ pub struct Update {
     /// The program that is to go on [default: what is now at the path of the running one]
     #[arg(long, value_name = "PATH")]
     pub binary: Option<PathBuf>,
+    /// In which process it goes on: a new one, or the same one (after a new one has proven that it can; the guest stands still for longer)
+    #[arg(long, value_name = "MODE", default_value = "transfer", value_parser = update_mode)]
+    pub mode: UpdateMode,
 }
 
 /// Options of `device`.

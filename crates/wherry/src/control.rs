@@ -10,7 +10,7 @@ use wherry_migration::ownership::VmId;
 use wherry_migration::progress::{Job, Phase};
 use wherry_vmm::api::types::{
     BalloonInfo, BalloonRequest, DeviceAddRequest, DeviceInfo, DeviceRemoveRequest, ErrorCode, RecoverRequest,
-    ResolveRequest, StopRequest, UpdateInfo, UpdateRequest, VmInfo, VmState,
+    ResolveRequest, StopRequest, UpdateInfo, UpdateMode, UpdateRequest, VmInfo, VmState,
 };
 
 use crate::args::{ANSWER, Balloon, Control, DeviceAdd, DeviceRemove, Recover, Resolve, Stop, Update};
@@ -137,9 +137,16 @@ pub fn update(options: &Update) -> Result<u8> {
     let binary = options.binary.as_ref().map(std::path::absolute).transpose().context("finding the program")?;
     let binary = binary.map(|path| path.into_os_string().into_string());
     let Ok(binary) = binary.transpose() else { anyhow::bail!("the path of the program is no text") };
-    let request = UpdateRequest { binary };
+    let request = UpdateRequest { binary, mode: options.mode };
+    let client = Client::new(api);
     let updated: UpdateInfo = runtime()?
-        .block_on(Client::new(api).put_json("/vm/update", &request, UPDATE))
+        .block_on(async {
+            match client.put_json("/vm/update", &request, UPDATE).await {
+                // Whoever was asked cannot answer any more.
+                Err(ClientError::Broken { .. }) if options.mode == UpdateMode::Exec => executed(&client).await,
+                answer => Ok(answer?),
+            }
+        })
         .with_context(|| at("updating the VMM", api))?;
     if options.control.json {
         print_json(&updated)?;
@@ -147,6 +154,26 @@ pub fn update(options: &Update) -> Result<u8> {
         print(&report::updated(&updated));
     }
     Ok(HAPPENED)
+}
+
+/// Waits for the program that was executed in the process behind an API socket to have the VM.
+async fn executed(client: &Client) -> Result<UpdateInfo> {
+    let lost = "the process has ended while it executed the new program, and the VM with it";
+    let deadline = tokio::time::Instant::now() + ANSWER;
+    loop {
+        // Clients that come early wait, or are answered before the VM is there.
+        let job: Job = client.get("/migration", ANSWER).await.context(lost)?;
+        if (job.mode.as_str(), job.role.as_str(), job.phase) == ("update", "destination", Phase::Done) {
+            let info: VmInfo = client.get("/vm", ANSWER).await.context(lost)?;
+            return Ok(UpdateInfo { pid: info.pid, job });
+        }
+        if tokio::time::Instant::now() >= deadline {
+            anyhow::bail!(
+                "the connection broke before the answer, and what came of it is unknown: see `wherry status`"
+            );
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 /// `wherry status`

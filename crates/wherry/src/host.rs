@@ -1,4 +1,5 @@
-//! `wherry run` and `wherry receive`: the processes that hold a VM; and `take-over`, by which one of them is replaced; `wait-for-successor`, what
+//! `wherry run` and `wherry receive`: the processes that hold a VM; and `take-over`, by which one of them is replaced;
+//! `take-over-executed`, by which one goes on with another program; `wait-for-successor`, what
 //! becomes of the first of them if a shell waits for it.
 //!
 //! Both make the API socket first, serve it from its own thread while the VM is built or awaited, and end with what the
@@ -10,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -25,7 +27,7 @@ use wherry_vmm::serial::{leave_terminal, restore_terminal};
 use wherry_vmm::service::kvm::{self, KvmEngine};
 use wherry_vmm::service::{Policy, Service};
 use wherry_vmm::update::waiter::{self, WAIT, Waited, Waiter};
-use wherry_vmm::update::{self, HostState, Hosting, LAUNCHER, TakenOver};
+use wherry_vmm::update::{self, HostState, Hosting, LAUNCHER, TakenOver, set_signals_held};
 use wherry_vmm::vm::DeviceConfig;
 
 use crate::args::{Process, Receive, Run, identity};
@@ -68,7 +70,7 @@ pub fn run(options: Run, log: &str) -> Result<u8> {
     // Not a VM that was about to leave, has left, or was about to come here when its process died.
     records::open_and_sweep()?.may_boot(VmId(config.vm)).context("looking whether the VM may be started here")?;
 
-    let host = Host::open(&process, Some(config.clone()), launcher, parent)?;
+    let host = Host::open(&process, Some(config.clone()), launcher, parent, log)?;
     let guest = kvm::boot(&config).map_err(|e| anyhow::anyhow!("{e}")).context("building the VM")?;
     if let Err(error) = host.service.start(guest, paused)
         && host.service.ending().is_none()
@@ -85,7 +87,7 @@ pub fn receive(options: Receive, log: &str) -> Result<u8> {
     let launcher = launcher(log);
     check_kvm()?;
     records::open_and_sweep()?;
-    let host = Host::open(&process, None, launcher, parent)?;
+    let host = Host::open(&process, None, launcher, parent, log)?;
     let devices = DeviceConfig { serial: process.serial.clone(), pci: process.pci() };
     let arrival = kvm::Arrival::listen(&listen, devices)
         .map_err(|e| anyhow::anyhow!("{e}"))
@@ -100,12 +102,30 @@ pub fn receive(options: Receive, log: &str) -> Result<u8> {
 }
 
 /// `wherry take-over`: the process at the other end of the standard input is replaced by this one.
-pub fn take_over() -> Result<u8> {
+pub fn take_over(log: String) -> Result<u8> {
     let channel = Channel::from_fd(take_stdin()?).context("using standard input as the channel to the old process")?;
     check_kvm()?;
     let program = std::env::current_exe().context("finding this program")?;
     let journey = Journey::new();
-    let taken = update::take_over(channel, &journey)?;
+    match update::take_over(channel, &journey)? {
+        Some(taken) => go_on(taken, program, &journey, log),
+        None => Ok(crate::HAPPENED),
+    }
+}
+
+/// `wherry take-over-executed`: goes on with the VM that this process had when it executed this program.
+pub fn take_over_executed(log: String) -> Result<u8> {
+    // It was executed from an open file, whose number would be its name otherwise.
+    rustix::thread::set_name(c"wherry").context("naming this process")?;
+    let queue = Channel::from_fd(take_stdin()?).context("using standard input as the queue of the program before")?;
+    let program = std::env::current_exe().context("finding this program")?;
+    let journey = Journey::new();
+    let taken = update::take_over_executed(queue, &journey)?;
+    go_on(taken, program, &journey, log)
+}
+
+/// Has the VM that was taken over in the service's hands, until its end.
+fn go_on(taken: TakenOver, program: PathBuf, journey: &Journey, log: String) -> Result<u8> {
     // From here on the VM is lost if this process ends: nothing but that is said of what goes wrong.
     wherry_socket::own_adopted();
     let guest = kvm::taken_over(&taken);
@@ -116,7 +136,7 @@ pub fn take_over() -> Result<u8> {
             .spawn(move || end_with(&parent))
             .context("starting the thread that watches the parent process")?;
     }
-    let host = Host::with(socket, state, program, launcher, parent, waiter)?;
+    let host = Host::with(socket, state, program, launcher, parent, waiter, log)?;
     if host.hosting.waiter.is_some() {
         let (service, hosting) = (host.service.clone(), host.hosting.clone());
         let listen = move || {
@@ -131,7 +151,7 @@ pub fn take_over() -> Result<u8> {
             .spawn(listen)
             .context("starting the thread that listens to the process that a shell waits for")?;
     }
-    if let Err(error) = host.service.take_over(guest, kvm::view(&journey))
+    if let Err(error) = host.service.take_over(guest, kvm::view(journey))
         && host.service.ending().is_none()
     {
         return Err(error).context("taking the VM over");
@@ -179,11 +199,20 @@ impl Host {
         reboot: Option<MachineConfig>,
         launcher: Result<Arc<Launcher>, String>,
         parent: Option<Arc<OwnedFd>>,
+        log: &str,
     ) -> Result<Self> {
         let socket = ApiSocket::bind(&process.api)?;
         let program = std::env::current_exe().context("finding this program")?;
         let api = std::path::absolute(&process.api).context("finding the API socket")?;
-        Self::with(socket, HostState { api, linger: process.linger, reboot }, program, launcher, parent, None)
+        Self::with(
+            socket,
+            HostState { api, linger: process.linger, reboot },
+            program,
+            launcher,
+            parent,
+            None,
+            log.to_owned(),
+        )
     }
 
     fn with(
@@ -193,12 +222,13 @@ impl Host {
         launcher: Result<Arc<Launcher>, String>,
         parent: Option<Arc<OwnedFd>>,
         waiter: Option<Waiter>,
+        log: String,
     ) -> Result<Self> {
         let listener = || socket.listener().context("using the API socket");
         let reboot = state.reboot.clone();
         let reboot = reboot.map(|config| Box::new(move || kvm::boot(&config)) as wherry_vmm::service::Reboot);
         let policy = Policy { reboot, linger: state.linger };
-        let hosting = Hosting::new(state, program, listener()?, launcher, parent, waiter)
+        let hosting = Hosting::new(state, program, listener()?, launcher, parent, waiter, log)
             .context("noting what outlives the process")?;
         let service = Service::new(Arc::new(KvmEngine { hosting: Some(hosting.clone()) }), policy);
         let server = Server::start(listener()?, service.clone()).context("starting the API thread")?;
@@ -276,7 +306,7 @@ fn become_waiter(socket: OwnedFd) -> u8 {
         // Whatever was the VM's here goes at once, as if the process had ended: descriptors, memory, threads.
         Ok(stdin) => {
             // One that comes in between would end it, and the shell would go on.
-            if let Err(error) = waiter::set_signals_held(true) {
+            if let Err(error) = set_signals_held(true) {
                 tracing::warn!(%error, "holding signals back");
             }
             let error = Command::new("/proc/self/exe").arg(WAIT).stdin(Stdio::from(stdin)).exec();
@@ -299,7 +329,7 @@ pub fn wait_for_successor() -> Result<u8> {
 fn wait_at(socket: OwnedFd) -> Result<u8> {
     let runtime = crate::runtime()?;
     let mut wishes = StopSignals::new(&runtime)?;
-    waiter::set_signals_held(false).context("listening for signals that have come")?;
+    set_signals_held(false).context("listening for signals that have come")?;
     let ask = socket.try_clone().context("using the socket to the process that has the VM")?;
     let work = move || {
         runtime.block_on(async {
@@ -324,11 +354,15 @@ fn wait_at(socket: OwnedFd) -> Result<u8> {
 fn signals(service: Arc<Service>, hosting: Arc<Hosting>) -> Result<()> {
     let runtime = crate::runtime()?;
     let mut wishes = StopSignals::new(&runtime)?;
+    // Those that have come while one program executed another.
+    set_signals_held(false).context("listening for signals that have come")?;
     let work = move || {
         runtime.block_on(async {
             let mut asked = false;
             loop {
                 wishes.next().await;
+                hosting.stop_wanted.store(true, Ordering::SeqCst);
+                tracing::info!("a signal asks for a stop");
                 if asked {
                     let in_doubt = service.info().state == VmState::InDoubt;
                     eprintln!("error: ended by a second signal while the VM was {}", service.info().state);

@@ -74,7 +74,8 @@ fn main() -> ExitCode {
         Command::Device(options) => device::device(&options),
         Command::Accel(options) => accel::accel(&options),
         Command::Update(options) => control::update(&options),
-        Command::TakeOver => host::take_over(),
+        Command::TakeOver => host::take_over(cli.log),
+        Command::TakeOverExecuted => host::take_over_executed(cli.log),
         Command::Launcher => host::serve_launcher(),
         Command::WaitForSuccessor => host::wait_for_successor(),
     };

@@ -142,6 +142,11 @@ fn a_shell_waits_for_the_vm_in_whichever_process_it_is_and_gets_its_terminal_bac
     assert!(shell.is_raw());
     let foreground = shell.foreground();
     assert_eq!(foreground, first.pid, "the shell has no job control");
+    // By exec the first process stays what it is.
+    updated(&place.control("0", &["update", "--mode", "exec", "--json"]), "by exec");
+    assert_eq!(place.wait_for_state("0", "running")["pid"], first.pid);
+    assert!(shell.is_raw() && shell.foreground() == foreground, "by exec");
+    assert_alive(&place, "0");
     let mut last = first.pid;
     let mut holders = Vec::new();
     for n in 0..3 {

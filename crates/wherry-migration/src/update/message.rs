@@ -6,10 +6,12 @@ use wherry_handover::Parcel;
 
 use crate::error::Cause;
 
-/// Version of what is said here.
-pub const PROTOCOL: u32 = 1;
+/// Version of what is said here. 2: a state may be sent as a proof.
+pub const PROTOCOL: u32 = 2;
 /// The oldest version that is still understood.
 pub const OLDEST: u32 = 1;
+/// The oldest version in which a program can prove that it loads a state, and be executed then.
+pub const EXEC: u32 = 2;
 
 /// New process: who it is.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -74,6 +76,26 @@ pub struct Refused {
     pub reasons: Vec<String>,
 }
 
+/// When the machine stopped, and what was done until then and since: for a program that has only this to tell it.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Stopped {
+    /// `CLOCK_MONOTONIC` when it was told to stop, in nanoseconds.
+    #[prost(uint64, tag = "1")]
+    pub at_ns: u64,
+    /// What starting and building for the proof took, in microseconds.
+    #[prost(uint64, tag = "2")]
+    pub setup_us: u64,
+    /// What devices were waited for before the stop.
+    #[prost(uint64, tag = "3")]
+    pub stall_us: u64,
+    /// What the stop took.
+    #[prost(uint64, tag = "4")]
+    pub stop_us: u64,
+    /// What saving took.
+    #[prost(uint64, tag = "5")]
+    pub save_us: u64,
+}
+
 /// Old process: the state.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct State {
@@ -83,6 +105,12 @@ pub struct State {
     /// Its digest.
     #[prost(bytes = "vec", tag = "2")]
     pub digest: Vec<u8>,
+    /// It is to be loaded, and nothing more: `Proven` is said then. Since version 2.
+    #[prost(bool, tag = "3")]
+    pub proof: bool,
+    /// There if nobody else will say how long the machine stands still. Since version 2.
+    #[prost(message, optional, tag = "4")]
+    pub stopped: Option<Stopped>,
 }
 
 /// New process: the VM runs.
@@ -152,12 +180,18 @@ bodies! {
     State(State) = 9,
     Running(Running) = 10,
     Failed(Failed) = 11,
+    Proven(Empty) = 12,
+    StateNote(Empty) = 13,
 }
 
-/// Reads a parcel of the other process; only `Kept` may have descriptors.
+/// Reads a parcel of the other process; only `Kept` may have descriptors, and `StateNote`, whose content is in a file that comes with it.
 pub(crate) fn read(parcel: &Parcel, peer: &'static str) -> Result<Body, Cause> {
     let body = Body::decode(parcel.tag, &parcel.body).map_err(|what| Cause::Protocol { peer, what })?;
-    let named = if let Body::Kept(Names { names }) = &body { names.len() } else { 0 };
+    let named = match &body {
+        Body::Kept(Names { names }) => names.len(),
+        Body::StateNote(Empty {}) => 1,
+        _ => 0,
+    };
     if parcel.descriptors.len() != named {
         let what = format!("{} with {} descriptors, not {named}", body.kind(), parcel.descriptors.len());
         return Err(Cause::Protocol { peer, what });

@@ -2,6 +2,7 @@
 //!
 //! - [`hand_over`]: the old process.
 //! - [`take_over`]: the new one.
+//! - [`hand_over_by_exec`], [`take_over_executed`]: the same, where the new program is executed in the old process.
 //! - [`message`]: what they say to each other.
 //!
 //! No page moves, and no descriptor is opened again: the memory and all that the devices are connected to go over as they are
@@ -28,6 +29,7 @@
 //! of either side leaves the VM with the old process, as if nothing had happened; if that one has died, the VM has died with it,
 //! unless the whole state had been passed: then the new process runs it. After the swap the old process never runs it again.
 
+mod exec;
 pub mod message;
 mod new;
 mod old;
@@ -40,7 +42,8 @@ use wherry_handover::{ChannelError, Registry};
 use crate::error::Cause;
 use crate::machine::{Machine, MachineDescription, Refusal};
 
-pub use new::take_over;
+pub use exec::hand_over_by_exec;
+pub use new::{take_over, take_over_executed};
 pub use old::{HandOver, hand_over};
 
 /// How long each step may take.

@@ -7,44 +7,79 @@ use prost::Message;
 use wherry_handover::{Channel, KeptId, Registry, RunWord};
 use wherry_state::StateFile;
 
-use super::message::{self, Body, Describe, Empty, Failed, Hello, Name, OLDEST, PROTOCOL, Refused, Running, State};
+use super::exec::{monotonic, read_note};
+use super::message::{
+    self, Body, Describe, Empty, Failed, Hello, Name, OLDEST, PROTOCOL, Refused, Running, State, Stopped,
+};
 use super::{ATTEMPT, Successor, UpdateError, UpdateOptions, WORD};
 use crate::error::Cause;
 use crate::journey::{EventKind, Journey};
 use crate::machine::{Machine, MachineDescription, Refusal};
 use crate::predict::us;
 use crate::priority::Urgent;
-use crate::progress::{Job, Phase};
+use crate::progress::{Blackout, Job, Phase};
 use crate::testpoint::{Point, reach};
 
 /// The old process, in messages.
 const PEER: &str = "old process";
+/// What this program is.
+const PROGRAM: &str = concat!("wherry ", env!("CARGO_PKG_VERSION"));
 /// How long the state is waited for without sleeping, when it was announced.
 const SPIN: Duration = Duration::from_millis(100);
 
-/// Takes over from the process at the other end of `channel`, and returns when the machine runs here. After an error this process is to
-/// end: it has nothing.
+/// Takes over from the process at the other end of `channel`, and returns when the machine runs here; or nothing, when it was only to be
+/// proven that it could. After that, and after an error, this process is to end: it has nothing.
 pub fn take_over(
     channel: Channel,
     successor: &dyn Successor,
     options: UpdateOptions,
     journey: &Journey,
+) -> Result<Option<Arc<dyn Machine>>, UpdateError> {
+    New::begin(channel, options, journey, false).run(successor)
+}
+
+/// Takes over what the program that this process executed before has left in `queue`, and returns when the machine runs. After an error
+/// it is lost.
+pub fn take_over_executed(
+    queue: Channel,
+    successor: &dyn Successor,
+    options: UpdateOptions,
+    journey: &Journey,
 ) -> Result<Arc<dyn Machine>, UpdateError> {
-    journey.update(|job| {
-        *job = Job { role: "destination".into(), mode: "update".into(), peer: PEER.into(), ..Job::default() };
-    });
-    let mut new = New { channel, options, journey: journey.clone(), registry: Registry::of_successor() };
-    journey.enter(Phase::Setup);
-    let result = new.setup(successor).and_then(|built| {
-        journey.enter(Phase::Switchover);
-        new.switch(built)
-    });
-    match result {
-        Ok(machine) => {
-            journey.enter(Phase::Done);
-            Ok(machine)
+    // The blackout has begun.
+    let _urgent = Urgent::new();
+    let lost =
+        |why: String| UpdateError::Lost(format!("the program that was executed cannot go on with the VM: {why}"));
+    match New::begin(queue, options, journey, true).run(successor) {
+        Ok(Some(machine)) => Ok(machine),
+        Ok(None) => Err(lost("it was asked for a proof".into())),
+        Err(UpdateError::Lost(why)) => Err(UpdateError::Lost(why)),
+        Err(error) => Err(lost(error.to_string())),
+    }
+}
+
+impl New {
+    fn begin(channel: Channel, options: UpdateOptions, journey: &Journey, executed: bool) -> Self {
+        Self { channel, options, journey: journey.clone(), registry: Registry::of_successor(), executed }
+    }
+
+    fn run(mut self, successor: &dyn Successor) -> Result<Option<Arc<dyn Machine>>, UpdateError> {
+        let journey = self.journey.clone();
+        journey.update(|job| {
+            *job = Job { role: "destination".into(), mode: "update".into(), peer: PEER.into(), ..Job::default() };
+        });
+        journey.enter(Phase::Setup);
+        let result = self.setup(successor).and_then(|built| {
+            journey.enter(Phase::Switchover);
+            self.switch(built)
+        });
+        match result {
+            Ok(machine) => {
+                journey.enter(Phase::Done);
+                Ok(machine)
+            }
+            Err(cause) => Err(self.fail(cause)),
         }
-        Err(cause) => Err(new.fail(cause)),
     }
 }
 
@@ -60,13 +95,14 @@ struct New {
     options: UpdateOptions,
     journey: Journey,
     registry: Arc<Registry>,
+    /// There is nobody at the other end: all that is ever said is there.
+    executed: bool,
 }
 
 impl New {
     fn setup(&mut self, successor: &dyn Successor) -> Result<Built, Cause> {
-        let program = concat!("wherry ", env!("CARGO_PKG_VERSION")).into();
         reach(&self.journey, Point::NewConnected);
-        self.say(Body::Hello(Hello { newest: PROTOCOL, oldest: OLDEST, program }))?;
+        self.say(Body::Hello(Hello { newest: PROTOCOL, oldest: OLDEST, program: PROGRAM.into() }))?;
         let Describe { protocol, machine, host, epoch } = match self.hear(self.options.hello, Duration::ZERO)? {
             Body::Describe(describe) => describe,
             other => return Err(unexpected(&other)),
@@ -102,7 +138,7 @@ impl New {
         Err(Cause::Refused(vec![format!("descriptors that this program has no use for: {}", left.join(", "))]))
     }
 
-    fn switch(&mut self, built: Built) -> Result<Arc<dyn Machine>, Cause> {
+    fn switch(&mut self, built: Built) -> Result<Option<Arc<dyn Machine>>, Cause> {
         let Built { machine, word, vm, epoch } = built;
         // The old one has until its own deadlines; if it ends, so does this.
         let limit = self.options.build + self.options.drain;
@@ -111,7 +147,7 @@ impl New {
             other => return Err(unexpected(&other)),
         }
         let _urgent = Urgent::new();
-        let State { state, digest } = match self.hear(self.options.stop * 2, SPIN)? {
+        let State { state, digest, proof, stopped } = match self.hear(self.options.stop * 2, SPIN)? {
             Body::State(state) => state,
             other => return Err(unexpected(&other)),
         };
@@ -126,6 +162,10 @@ impl New {
         self.all_claimed()?;
         let load_us = us(loading.elapsed());
         reach(&self.journey, Point::NewLoaded);
+        if proof {
+            self.prove()?;
+            return Ok(None);
+        }
 
         // From here on this process runs the machine, and no other ever will.
         let starting = Instant::now();
@@ -144,11 +184,47 @@ impl New {
         reach(&self.journey, Point::NewStarted);
         // Whoever handed over may have been killed meanwhile.
         let running = Running { load_us, start_us };
+        if let Some(stopped) = stopped {
+            self.note(&stopped, &running);
+        }
         if let Err(error) = self.say(Body::Running(running)) {
             tracing::warn!(%error, "telling the old process that the VM runs here");
         }
         self.journey.tell(EventKind::Phase, |job| job.error = None);
-        Ok(machine)
+        Ok(Some(machine))
+    }
+
+    /// Says that it could run the machine, and waits for the end that it is to come to.
+    fn prove(&mut self) -> Result<(), Cause> {
+        self.say(Body::Proven(Empty {}))?;
+        match self.hear(self.options.load * 2, Duration::ZERO) {
+            Err(Cause::Handover(_)) => Ok(()),
+            Err(cause) => Err(cause),
+            Ok(other) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Writes down how it went: whoever began it is gone.
+    fn note(&self, stopped: &Stopped, running: &Running) {
+        let total_us = monotonic().saturating_sub(stopped.at_ns) / 1000;
+        let &Running { load_us, start_us } = running;
+        let known = stopped.stop_us + stopped.save_us + load_us + start_us;
+        let blackout = Blackout {
+            total_us,
+            stop_us: stopped.stop_us,
+            state_us: stopped.save_us,
+            load_us,
+            start_us,
+            network_us: total_us.saturating_sub(known),
+            ..Blackout::default()
+        };
+        self.journey.update(|job| {
+            job.peer = PROGRAM.into();
+            job.setup_time_us = stopped.setup_us;
+            job.io_stall_us = stopped.stall_us;
+            job.blackout = Some(blackout);
+            job.downtime_us = total_us;
+        });
     }
 
     /// Tells the old process why this one ends.
@@ -173,6 +249,9 @@ impl New {
     }
 
     fn say(&self, body: Body) -> Result<(), Cause> {
+        if self.executed {
+            return Ok(());
+        }
         Ok(self.channel.send(body.tag(), &body.encode(), &[], Instant::now() + self.options.hello)?)
     }
 
@@ -181,8 +260,14 @@ impl New {
         let deadline = Instant::now() + limit;
         loop {
             let parcel = self.channel.receive(deadline, spin)?;
+            let corrupt = |error: std::io::Error| Cause::Corrupt { what: "state", detail: error.to_string() };
             let id = |name: &Name| KeptId::new(name.name.clone(), name.index);
             match message::read(&parcel, PEER)? {
+                Body::StateNote(Empty {}) => {
+                    // It was counted.
+                    let note = parcel.descriptors.into_iter().next().ok_or(Cause::Cancelled)?;
+                    return Ok(Body::State(read_note(note).map_err(corrupt)?));
+                }
                 Body::Kept(names) => {
                     let ids = names.names.iter().map(id);
                     self.registry.arrived(ids.zip(parcel.descriptors)).map_err(handover)?;

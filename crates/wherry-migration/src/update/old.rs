@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use prost::Message;
 use wherry_handover::{Channel, ChannelError, Entry, KeptId, MOST_DESCRIPTORS, RunWord, Who};
 
+use wherry_state::StateFile;
+
 use super::message::{self, Body, Describe, Empty, Name, Names, OLDEST, PROTOCOL, Running, State};
 use super::{ATTEMPT, Keep, RAM, UpdateError, UpdateOptions, WORD, check_cause};
 use crate::error::Cause;
@@ -48,29 +50,9 @@ pub fn hand_over<M: Keep + ?Sized>(
     options: UpdateOptions,
     journey: &Journey,
 ) -> Result<Job, UpdateError> {
-    journey.update(|job| {
-        *job = Job { role: "source".into(), mode: "update".into(), peer: PEER.into(), ..Job::default() };
-    });
-    let HandOver { machine, entries, host, channel, hold } = what;
-    let word = match RunWord::create() {
-        Ok(word) => word,
-        Err(error) => return Err(UpdateError::RunsHere(Cause::Handover(error.to_string()))),
-    };
-    let mut old = Old {
-        machine,
-        entries,
-        channel,
-        hold,
-        options,
-        journey: journey.clone(),
-        word,
-        sent: BTreeMap::new(),
-        drained: false,
-        stopped: false,
-        blackout: Blackout::default(),
-    };
+    let mut old = Old::new(what, options, journey, OLDEST)?;
     journey.enter(Phase::Setup);
-    let done = old.setup(host).and_then(|()| {
+    let done = old.setup().and_then(|_| {
         journey.enter(Phase::Switchover);
         old.switch()
     });
@@ -80,23 +62,57 @@ pub fn hand_over<M: Keep + ?Sized>(
     }
 }
 
-struct Old<'a, M: Keep + ?Sized> {
-    machine: Arc<M>,
-    entries: Vec<Entry>,
+/// The old process on its way, by whatever way the new program comes to run the machine.
+pub(super) struct Old<'a, M: Keep + ?Sized> {
+    pub(super) machine: Arc<M>,
+    pub(super) entries: Vec<Entry>,
+    host: Vec<u8>,
     channel: Channel,
     hold: &'a dyn Fn(bool),
-    options: UpdateOptions,
-    journey: Journey,
+    pub(super) options: UpdateOptions,
+    pub(super) journey: Journey,
     word: RunWord,
+    /// The oldest version of the protocol in which this can be done.
+    least: u32,
     /// What was sent, by its number in the registry.
     sent: BTreeMap<KeptId, u64>,
     drained: bool,
     stopped: bool,
-    blackout: Blackout,
+    pub(super) blackout: Blackout,
 }
 
-impl<M: Keep + ?Sized> Old<'_, M> {
-    fn setup(&mut self, host: Vec<u8>) -> Result<(), Cause> {
+impl<'a, M: Keep + ?Sized> Old<'a, M> {
+    pub(super) fn new(
+        what: HandOver<'a, M>,
+        options: UpdateOptions,
+        journey: &Journey,
+        least: u32,
+    ) -> Result<Self, UpdateError> {
+        journey.update(|job| {
+            *job = Job { role: "source".into(), mode: "update".into(), peer: PEER.into(), ..Job::default() };
+        });
+        let HandOver { machine, entries, host, channel, hold } = what;
+        let word = RunWord::create();
+        let word = word.map_err(|error| UpdateError::RunsHere(Cause::Handover(error.to_string())))?;
+        Ok(Self {
+            machine,
+            entries,
+            host,
+            channel,
+            hold,
+            options,
+            journey: journey.clone(),
+            word,
+            least,
+            sent: BTreeMap::new(),
+            drained: false,
+            stopped: false,
+            blackout: Blackout::default(),
+        })
+    }
+
+    /// Has the new process build the machine. What was described to it.
+    pub(super) fn setup(&mut self) -> Result<Describe, Cause> {
         let begun = Instant::now();
         check_cause(&*self.machine)?;
         reach(&self.journey, Point::OldConnected);
@@ -105,9 +121,10 @@ impl<M: Keep + ?Sized> Old<'_, M> {
             other => return Err(self.unexpected(&other)),
         };
         let program = printable(&hello.program);
-        if hello.newest < OLDEST || hello.oldest > PROTOCOL || hello.oldest > hello.newest {
+        let least = self.least;
+        if hello.newest < least || hello.oldest > PROTOCOL || hello.oldest > hello.newest {
             return Err(Cause::Refused(vec![format!(
-                "{program} speaks versions {} to {} of the update protocol, and this process {OLDEST} to {PROTOCOL}",
+                "{program} speaks versions {} to {} of the update protocol, and this needs {least} to {PROTOCOL}",
                 hello.oldest, hello.newest
             )]));
         }
@@ -115,7 +132,8 @@ impl<M: Keep + ?Sized> Old<'_, M> {
         let description = self.machine.description();
         let epoch = crate::epoch::of(&description.vm);
         let protocol = hello.newest.min(PROTOCOL);
-        self.say(Body::Describe(Describe { protocol, machine: description.encode_to_vec(), host, epoch }))?;
+        let described = Describe { protocol, machine: description.encode_to_vec(), host: self.host.clone(), epoch };
+        self.say(Body::Describe(described.clone()))?;
         self.send_memory()?;
         self.send_kept()?;
         self.say(Body::Build(Empty {}))?;
@@ -125,12 +143,13 @@ impl<M: Keep + ?Sized> Old<'_, M> {
         }
         self.journey.update(|job| job.setup_time_us = us(begun.elapsed()));
         reach(&self.journey, Point::OldBuilt);
-        Ok(())
+        Ok(described)
     }
 
-    fn switch(&mut self) -> Result<(), Cause> {
+    /// Has all that takes time before the stop done, while the guest runs; how long I/O was waited for. It cannot be cancelled after
+    /// this.
+    pub(super) fn drain(&mut self) -> Result<Duration, Cause> {
         let machine = self.machine.clone();
-        let _urgent = Urgent::new();
         let draining = Instant::now();
         self.drained = true;
         machine.registry().set_leaving(true);
@@ -141,9 +160,12 @@ impl<M: Keep + ?Sized> Old<'_, M> {
         if !self.journey.close_to_cancel() {
             return Err(Cause::Cancelled);
         }
-        let stall = draining.elapsed();
+        Ok(draining.elapsed())
+    }
 
-        let stop = Instant::now();
+    /// Stops the machine, and gives its state. The blackout has begun.
+    pub(super) fn stop_and_save(&mut self, stop: Instant) -> Result<StateFile, Cause> {
+        let machine = self.machine.clone();
         self.stopped = true;
         machine.units().stop(self.options.stop)?;
         self.blackout.stop_us = us(stop.elapsed());
@@ -152,11 +174,19 @@ impl<M: Keep + ?Sized> Old<'_, M> {
         let state = machine.units().save()?;
         // Nothing comes or goes any more.
         self.send_kept()?;
-        let digest = state.digest().to_vec();
         self.blackout.state_us = us(saving.elapsed());
         reach(&self.journey, Point::OldSaved);
+        Ok(state)
+    }
+
+    fn switch(&mut self) -> Result<(), Cause> {
+        let _urgent = Urgent::new();
+        let stall = self.drain()?;
+        let stop = Instant::now();
+        let state = self.stop_and_save(stop)?;
+        let digest = state.digest().to_vec();
         self.word.offer(ATTEMPT);
-        self.say(Body::State(State { state: state.encode_to_vec(), digest }))?;
+        self.say(Body::State(State { state: state.encode_to_vec(), digest, ..State::default() }))?;
         reach(&self.journey, Point::OldOffered);
         self.await_run(stop)?;
         self.blackout.total_us = us(stop.elapsed());
@@ -248,6 +278,11 @@ impl<M: Keep + ?Sized> Old<'_, M> {
                 Err(who) => return Err(self.end(UpdateError::Lost(format!("{cause}; {who}")))),
             },
         }
+        Err(self.undo(cause))
+    }
+
+    /// The machine is this process's: it goes on.
+    pub(super) fn undo(&self, cause: Cause) -> UpdateError {
         self.machine.registry().set_leaving(false);
         let units = self.machine.units();
         let mut undo = None;
@@ -269,7 +304,7 @@ impl<M: Keep + ?Sized> Old<'_, M> {
             (None, Cause::Cancelled) => UpdateError::Cancelled,
             (None, cause) => UpdateError::RunsHere(cause),
         };
-        Err(self.end(error))
+        self.end(error)
     }
 
     fn end(&self, error: UpdateError) -> UpdateError {
@@ -282,7 +317,7 @@ impl<M: Keep + ?Sized> Old<'_, M> {
         error
     }
 
-    fn unexpected(&self, body: &Body) -> Cause {
+    pub(super) fn unexpected(&self, body: &Body) -> Cause {
         match body {
             Body::Failed(failed) => Cause::Peer { peer: PEER, reason: printable(&failed.reason) },
             Body::Refused(refused) => Cause::Refused(refused.reasons.iter().map(|reason| printable(reason)).collect()),
@@ -290,11 +325,11 @@ impl<M: Keep + ?Sized> Old<'_, M> {
         }
     }
 
-    fn say(&self, body: Body) -> Result<(), Cause> {
+    pub(super) fn say(&self, body: Body) -> Result<(), Cause> {
         Ok(self.channel.send(body.tag(), &body.encode(), &[], Instant::now() + self.options.load)?)
     }
 
-    fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Body, Cause> {
+    pub(super) fn hear(&mut self, what: &'static str, limit: Duration) -> Result<Body, Cause> {
         let deadline = Instant::now() + limit;
         loop {
             if self.journey.is_cancelled() {
@@ -348,7 +383,7 @@ impl<M: Keep + ?Sized> Old<'_, M> {
     }
 }
 
-fn names<'a>(ids: impl IntoIterator<Item = &'a KeptId>) -> Names {
+pub(super) fn names<'a>(ids: impl IntoIterator<Item = &'a KeptId>) -> Names {
     let name = |id: &KeptId| Name { name: id.name.clone(), index: id.index };
     Names { names: ids.into_iter().map(name).collect() }
 }

@@ -128,7 +128,7 @@ fn every_type_is_described_field_by_field() {
     };
     check_type("DeviceInfo", &device);
     check_type("DeviceEvent", &DeviceEvent { change: DeviceChange::Added, device });
-    check_type("UpdateRequest", &UpdateRequest { binary: Some("/b".into()) });
+    check_type("UpdateRequest", &UpdateRequest { binary: Some("/b".into()), mode: UpdateMode::Exec });
     check_type("UpdateInfo", &UpdateInfo { pid: 1, job: Job::default() });
     check_type("DeviceAddRequest", &DeviceAddRequest { device: "vfio-user=/s".into() });
     check_type("DeviceRemoveRequest", &DeviceRemoveRequest { name: "vfio-user0".into(), timeout_s: Some(1) });

@@ -244,6 +244,20 @@ pub struct DeviceInfo {
 pub struct UpdateRequest {
     /// The program that is to go on, as a path of the VMM's host; without, what is now at the path of the running one.
     pub binary: Option<String>,
+    /// In which process it goes on.
+    #[serde(default)]
+    pub mode: UpdateMode,
+}
+
+/// In which process a new program goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UpdateMode {
+    /// In a new one, which is ready before the guest stops.
+    #[default]
+    Transfer,
+    /// In the same one, when another one has proven that it can.
+    Exec,
 }
 
 /// Answer of `PUT /vm/update`: a new process has the VM.

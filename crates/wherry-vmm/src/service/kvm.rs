@@ -23,7 +23,7 @@ use super::{Service, ServiceError};
 use crate::api::server::is_over;
 use crate::api::types::{
     BalloonInfo, DeviceInfo, DeviceState, ErrorCode, GuestStatistics, Hardware, MigrationRequest, Mode, RamBlock,
-    UpdateRequest,
+    UpdateMode, UpdateRequest,
 };
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::MachineConfig;
@@ -314,13 +314,14 @@ impl Engine for KvmEngine {
         if !binary.is_absolute() {
             return Err(format!("updating: {} is no absolute path", binary.display()));
         }
-        Ok(Box::new(KvmReplacement { hosting, binary, journey: Journey::new() }))
+        Ok(Box::new(KvmReplacement { hosting, binary, mode: request.mode, journey: Journey::new() }))
     }
 }
 
 struct KvmReplacement {
     hosting: Arc<Hosting>,
     binary: PathBuf,
+    mode: UpdateMode,
     journey: Journey,
 }
 
@@ -337,7 +338,7 @@ impl Replacement for KvmReplacement {
         };
         // What is described at first is what goes over.
         let held = machine.hold_devices();
-        match update::replace(&self.hosting, machine.clone(), &self.binary, hold, &self.journey) {
+        match update::replace(&self.hosting, machine.clone(), &self.binary, self.mode, hold, &self.journey) {
             Ok(Replaced { pid, job }) => {
                 // Ends with the process. Dropping it would take from the new one what is in use there.
                 std::mem::forget((guest, machine, held));

@@ -413,7 +413,7 @@ fn an_update_that_fails_or_is_cancelled_leaves_the_vm_here_and_says_why() {
         assert!(service.info().reason.unwrap().contains("the last update did not happen"));
         assert!(*service.accepts().borrow(), "clients are held off for ever");
     }
-    let request = UpdateRequest { binary: Some("wherry".into()) };
+    let request = UpdateRequest { binary: Some("wherry".into()), ..UpdateRequest::default() };
     assert_eq!(service.update(&request).unwrap_err().code, ErrorCode::BadRequest);
     assert!(alive.load(Ordering::SeqCst) && service.ending().is_none());
 }

@@ -3,12 +3,14 @@
 //! The journey itself is [`wherry_migration::update`]. Here is what it needs of this program: the state of the process that is no
 //! machine ([`HostState`]), its own descriptors ([`Hosting`]), and the machine built from what has come.
 
+mod exec;
 mod saved;
 pub mod waiter;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,9 +25,12 @@ use wherry_migration::{Cause, Journey};
 use self::saved::SavedHost;
 use self::waiter::{Prepared, Waiter};
 use crate::api::socket::ApiSocket;
+use crate::api::types::UpdateMode;
 use crate::builder::{LocalConfig, VmBuilder};
 use crate::config::MachineConfig;
 use crate::vm::{DeviceConfig, Vm};
+
+pub use exec::{TAKE_OVER_EXECUTED, set_signals_held};
 
 /// The word by which a new process is told to take over; its standard input is the channel.
 pub const TAKE_OVER: &str = "take-over";
@@ -54,6 +59,10 @@ pub struct Hosting {
     pub state: HostState,
     /// Path of its program: what is there by then is started for an update, if nothing else is asked for.
     pub program: PathBuf,
+    /// What it logs, for a program that is executed in it.
+    pub log: String,
+    /// A signal has asked for a stop.
+    pub stop_wanted: AtomicBool,
     /// Starts its successor; an error says why it cannot be replaced.
     pub launcher: Result<Arc<Launcher>, String>,
     /// Waits for the end of this process, if there is one that does.
@@ -76,6 +85,7 @@ impl Hosting {
         launcher: Result<Arc<Launcher>, String>,
         parent: Option<Arc<OwnedFd>>,
         waiter: Option<Waiter>,
+        log: String,
     ) -> Result<Arc<Self>, RegistryError> {
         let registry = Registry::new();
         let mut kept: Vec<Arc<dyn AsFd + Send + Sync>> = Vec::new();
@@ -90,8 +100,8 @@ impl Hosting {
         if let Some(waiter) = &waiter {
             waiter.keep(&registry)?;
         }
-        let waits = Mutex::default();
-        Ok(Arc::new(Self { state, program, launcher, waiter, registry, waits, _kept: kept }))
+        let (stop_wanted, waits) = (AtomicBool::new(false), Mutex::default());
+        Ok(Arc::new(Self { state, program, log, stop_wanted, launcher, waiter, registry, waits, _kept: kept }))
     }
 
     /// The socket with which this process, which was replaced, is to [wait](waiter::wait) for the end of the VM, if it is.
@@ -156,28 +166,38 @@ impl ReplaceError {
 /// How long a process that did not take over may take to end by itself.
 const END_LIMIT: Duration = Duration::from_secs(1);
 
-/// Has a new process of that program take the machine over.
+/// Has a new process of that program take the machine over, or that program executed in this process; then this does not return.
 pub(crate) fn replace(
     hosting: &Hosting,
     machine: Arc<Vm>,
     program: &Path,
+    mode: UpdateMode,
     hold: &dyn Fn(bool),
     journey: &Journey,
 ) -> Result<Replaced, ReplaceError> {
     // Nobody is started in vain.
     update::check(&*machine)?;
     let launcher = hosting.launcher.as_ref().map_err(|why| ReplaceError::NoLauncher(why.clone()))?;
-    // One that is waited for already hands that on.
-    let waits = match hosting.waiter {
-        Some(_) => None,
-        None => Prepared::new(&hosting.registry).map_err(ReplaceError::Wait)?,
+    // One that is waited for already hands that on, and so does one that stays.
+    let waits = match (mode, &hosting.waiter) {
+        (UpdateMode::Transfer, None) => Prepared::new(&hosting.registry).map_err(ReplaceError::Wait)?,
+        _ => None,
     };
     let (channel, theirs) = Channel::pair()?;
-    let Launched { pid, pidfd } = launcher.launch(program, &[TAKE_OVER.into()], theirs.as_fd())?;
+    let launched = launcher.launch(program, &[TAKE_OVER.into()], theirs.as_fd())?;
     drop(theirs);
     let host = hosting.saved(machine.connections());
     let handed = HandOver { machine, entries: hosting.entries(), host, channel, hold };
-    match update::hand_over(handed, UpdateOptions::default(), journey) {
+    let options = UpdateOptions::default();
+    let done = match mode {
+        UpdateMode::Transfer => update::hand_over(handed, options, journey),
+        UpdateMode::Exec => {
+            let exec = |queue| exec::execute(&launched, program, &hosting.log, &hosting.stop_wanted, queue);
+            Err(update::hand_over_by_exec(handed, &exec, options, journey))
+        }
+    };
+    let Launched { pid, pidfd } = launched;
+    match done {
         Ok(job) => {
             *hosting.waits.lock().unwrap_or_else(PoisonError::into_inner) = waits.map(Prepared::into_ours);
             Ok(Replaced { pid, job })
@@ -216,20 +236,37 @@ pub struct TakenOver {
     pub waiter: Option<Waiter>,
 }
 
-/// Takes over from the process at the other end of a channel; returns when the machine runs here.
-pub fn take_over(channel: Channel, journey: &Journey) -> Result<TakenOver, UpdateError> {
+/// Takes over from the process at the other end of a channel; returns when the machine runs here, or nothing when it was only to be
+/// proven that it could.
+pub fn take_over(channel: Channel, journey: &Journey) -> Result<Option<TakenOver>, UpdateError> {
     let heir = Heir { taken: Mutex::default() };
-    let machine = update::take_over(channel, &heir, UpdateOptions::default(), journey)?;
-    drop(machine);
-    let taken = heir.taken.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let taken = taken.ok_or_else(|| UpdateError::Lost("the machine that was built has vanished".into()))?;
-    taken.vm.has_arrived();
-    Ok(taken)
+    match update::take_over(channel, &heir, UpdateOptions::default(), journey)? {
+        Some(machine) => heir.taken(machine).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Takes over what the program that this process executed before has left in a queue; returns when the machine runs. An error: it is lost.
+pub fn take_over_executed(queue: Channel, journey: &Journey) -> Result<TakenOver, UpdateError> {
+    let heir = Heir { taken: Mutex::default() };
+    let machine = update::take_over_executed(queue, &heir, UpdateOptions::default(), journey)?;
+    heir.taken(machine)
 }
 
 /// Builds what has come.
 struct Heir {
     taken: Mutex<Option<TakenOver>>,
+}
+
+impl Heir {
+    /// What was built, which runs.
+    fn taken(self, machine: Arc<dyn Machine>) -> Result<TakenOver, UpdateError> {
+        drop(machine);
+        let taken = self.taken.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let taken = taken.ok_or_else(|| UpdateError::Lost("the machine that was built has vanished".into()))?;
+        taken.vm.has_arrived();
+        Ok(taken)
+    }
 }
 
 impl Successor for Heir {

@@ -155,19 +155,6 @@ pub fn wait(socket: impl AsFd) -> io::Result<Waited> {
     }
 }
 
-/// Has the signals that ask for a stop wait, over the moment in which this program is executed anew and does not listen for them, or has
-/// those come that have waited. For the calling thread.
-pub fn set_signals_held(held: bool) -> io::Result<()> {
-    use vmm_sys_util::signal::{Error, block_signal, unblock_signal};
-    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
-        match if held { block_signal(signal) } else { unblock_signal(signal) } {
-            Ok(()) | Err(Error::SignalAlreadyBlocked(_)) => {}
-            Err(error) => return Err(io::Error::other(error.to_string())),
-        }
-    }
-    Ok(())
-}
-
 /// Has whoever has the VM stop it. What was asked for is asked for again by the caller until the VM has ended: it may have been on its way
 /// to a process that was replaced.
 pub fn ask_to_stop(socket: impl AsFd) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use wherry_netlab::Shape;
+use wherry_vmm::api::types::UpdateMode;
 use wherry_vmm::config::ImageFormat;
 
 use super::Mode;
@@ -172,6 +173,15 @@ pub(super) fn plug(text: &str) -> Result<String, String> {
             Ok(format!("vfio-user={socket}"))
         }
         DeviceSpec::Vhost(_) => Err("only vfio-user=SOCKET can be plugged into a VM that runs".into()),
+    }
+}
+
+/// Reads the process in which a new program goes on.
+pub fn update_mode(text: &str) -> Result<UpdateMode, String> {
+    match text {
+        "transfer" => Ok(UpdateMode::Transfer),
+        "exec" => Ok(UpdateMode::Exec),
+        _ => Err("use transfer or exec".into()),
     }
 }
 

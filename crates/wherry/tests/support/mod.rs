@@ -147,7 +147,8 @@ impl Place {
         self.start_command(api, command)
     }
 
-    fn start_command(&self, api: &str, mut command: Command) -> Vm {
+    /// Starts what was made ready.
+    pub fn start_command(&self, api: &str, mut command: Command) -> Vm {
         let path = self.path(api);
         let log = self.path(&format!("{api}.log"));
         if !command.get_args().any(|argument| argument == "--serial") {

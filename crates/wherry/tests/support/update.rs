@@ -73,7 +73,13 @@ pub fn repetitions(default: u64) -> u64 {
 
 /// An update with a process held at a point: the command that waits for it, and the process that is there.
 pub fn held(place: &Place, point: Point) -> (Child, Holder) {
-    let mut command = place.command(&["update", "--json", "--api", place.path("0").to_str().unwrap()]);
+    held_in(place, point, "transfer")
+}
+
+/// The same of an update in this mode.
+pub fn held_in(place: &Place, point: Point, mode: &str) -> (Child, Holder) {
+    let mut command = place.command(&["update", "--json", "--mode", mode, "--api"]);
+    command.arg(place.path("0"));
     let update = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let file = place.path(point.name());
     let pid = wait_for(&format!("a process to come to {point}"), || {
