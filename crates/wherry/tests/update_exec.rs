@@ -15,7 +15,9 @@ use serde_json::Value;
 use support::disk::Memory;
 use support::testdma::Process;
 use support::update::{Holder, count, guest_held_at, held_in, own_memory, repetitions, updated};
+use support::vhost::{Daemon, Program};
 use support::{Place, assert_alive, heartbeat, kvm, ram, stderr, wait_for};
+use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
 use wherry_migration::testpoint::Point;
 
@@ -141,6 +143,31 @@ fn a_device_of_another_process_runs_on_and_no_interrupt_is_lost() {
         let device = process.summary();
         assert_eq!((&device["faults"], &device["loads"]), (&0.into(), &0.into()), "{device}");
     }
+}
+
+#[test]
+fn a_disk_of_another_process_is_served_on_and_no_request_is_lost() {
+    const IMAGE: u64 = 16 << 20;
+    if !kvm("a_disk_of_another_process_is_served_on_and_no_request_is_lost") {
+        return;
+    }
+    let place = Place::new();
+    let path = place.path("disk");
+    File::create(&path).unwrap().set_len(IMAGE).unwrap();
+    let mut daemon = Daemon::serve(&place, "b", &path, Program::Wherry);
+    let cmdline = "data=4M rate=4M disk=16M disk_depth=32 disk_wait=interrupt";
+    let mut vm = place.run_guest("0", &["--memory", "64M", "--cmdline", cmdline, "--device", &daemon.device()], &[]);
+    let memory = Memory::of(&place, "0");
+    memory.wait_for_requests("before the first update");
+    for n in 0..repetitions(3) {
+        update_in(&place, vm.pid(), &format!("update {n}"));
+        memory.wait_for_requests(&format!("after update {n}"));
+        assert!(daemon.process.try_wait().unwrap().is_none(), "update {n}: the back end has ended");
+    }
+    memory.finish();
+    assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
+    assert_eq!((memory.snapshot().phase(), memory.snapshot().verify_errors()), (Phase::Finished, 0));
+    assert!(memory.compare(&File::open(&path).unwrap(), 1) > IMAGE / BLOCK_BYTES / 4);
 }
 
 #[test]
