@@ -68,6 +68,11 @@ impl Events {
         Self(self.0.as_ref().map(|shelf| shelf.of(part)))
     }
 
+    /// Whether others hold them.
+    pub(crate) fn are_kept(&self) -> bool {
+        self.0.is_some()
+    }
+
     /// One of them.
     pub fn get(&self, what: &str, index: u32) -> io::Result<Arc<Event>> {
         match &self.0 {

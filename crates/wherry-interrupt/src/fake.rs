@@ -20,6 +20,8 @@ pub struct Told {
     pub attached: BTreeMap<Input, Vec<(EventFd, Option<EventFd>)>>,
     /// How often routes were set.
     pub batches: u32,
+    /// What was raised without an eventfd.
+    pub injected: Vec<Message>,
 }
 
 /// A router for tests. Inputs that are reserved count up from 24.
@@ -81,6 +83,11 @@ impl Router for FakeRouter {
         let event = event.try_clone()?;
         let resample = resample.map(EventFd::try_clone).transpose()?;
         self.told().attached.entry(input).or_default().push((event, resample));
+        Ok(())
+    }
+
+    fn inject(&self, message: Message) -> io::Result<()> {
+        self.told().injected.push(message);
         Ok(())
     }
 

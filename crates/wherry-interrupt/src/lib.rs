@@ -20,6 +20,7 @@ mod event;
 pub mod fake;
 mod foreign;
 mod intx;
+mod relay;
 mod router;
 pub mod saved;
 mod vector;

@@ -56,6 +56,9 @@ pub trait Router: Send + Sync {
     /// `resample` is written to. The inputs of several devices may be one.
     fn attach(&self, input: Input, event: &EventFd, resample: Option<&EventFd>) -> io::Result<()>;
 
+    /// Raises a message once, without an eventfd. When this returns it has reached the interrupt controllers.
+    fn inject(&self, message: Message) -> io::Result<()>;
+
     /// Ends it. When this returns, everything that was raised has reached the interrupt controllers.
     fn detach(&self, input: Input, event: &EventFd) -> io::Result<()>;
 }

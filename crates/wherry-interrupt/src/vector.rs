@@ -29,6 +29,8 @@ struct State {
     attached: bool,
     /// Nothing is attached until [`Vector::resume`].
     rests: bool,
+    /// Nothing is attached; what is raised is injected.
+    relayed: bool,
 }
 
 /// A vector, and the two eventfds that raise it: `interrupt` while it cannot be delivered, `kvm_interrupt` while it can.
@@ -55,7 +57,8 @@ impl Vector {
         let event = |what| {
             events.get(what, index).map_err(|source| InterruptError { input, what: "getting an eventfd", source })
         };
-        let state = State { setting: Setting::default(), pending: false, attached: false, rests: false };
+        let state =
+            State { setting: Setting::default(), pending: false, attached: false, rests: false, relayed: false };
         match (event("interrupt"), event("kvm-interrupt")) {
             (Ok(interrupt), Ok(kvm_interrupt)) => {
                 Ok(Self { router, input, interrupt, kvm_interrupt, state: Mutex::new(state) })
@@ -99,16 +102,15 @@ impl Vector {
     /// Interrupts the guest, now or as soon as that is possible.
     pub fn raise(&self) {
         let mut state = self.lock();
-        if state.attached { self.deliver(&mut state) } else { state.pending = true }
+        state.pending = true;
+        self.settle(&mut state);
     }
 
     /// Takes in what devices in other processes have signalled while it could not be delivered.
     pub fn collect(&self) {
         let mut state = self.lock();
         self.absorb(&mut state);
-        if state.attached && state.pending {
-            self.deliver(&mut state);
-        }
+        self.settle(&mut state);
     }
 
     /// Whether it waits to be delivered: the pending bit that a guest can read.
@@ -127,10 +129,21 @@ impl Vector {
         }
     }
 
-    fn deliver(&self, state: &mut State) {
-        // It fails only if the counter is full, and then the interrupt is certain anyway.
-        let _ = self.kvm_interrupt.write(1);
-        state.pending = false;
+    /// Delivers what is pending, if that is possible.
+    fn settle(&self, state: &mut State) {
+        if !state.pending {
+            return;
+        }
+        if state.attached {
+            // It fails only if the counter is full, and then the interrupt is certain anyway.
+            let _ = self.kvm_interrupt.write(1);
+            state.pending = false;
+        } else if state.relayed && state.setting.open && !state.rests {
+            match self.router.inject(state.setting.message) {
+                Ok(()) => state.pending = false,
+                Err(error) => tracing::error!(input = %self.input, %error, "an interrupt that waits now"),
+            }
+        }
     }
 
     pub(crate) fn setting(&self) -> Setting {
@@ -167,13 +180,31 @@ impl Vector {
 
     pub(crate) fn resume(&self) -> Result<(), InterruptError> {
         let mut state = self.lock();
-        state.rests = false;
+        (state.rests, state.relayed) = (false, false);
         self.follow(&mut state)
+    }
+
+    /// Detaches it while it is in use, or ends that.
+    pub(crate) fn set_relayed(&self, relayed: bool) -> Result<(), InterruptError> {
+        let mut state = self.lock();
+        state.relayed = relayed;
+        self.follow(&mut state)
+    }
+
+    /// Delivers what a device in another process has signalled, while it is relayed; false if that is over.
+    pub(crate) fn pass_on(&self) -> bool {
+        let mut state = self.lock();
+        if !state.relayed || state.rests {
+            return false;
+        }
+        self.absorb(&mut state);
+        self.settle(&mut state);
+        true
     }
 
     /// Attaches or detaches as the state says.
     fn follow(&self, state: &mut State) -> Result<(), InterruptError> {
-        let wanted = state.setting.open && !state.rests;
+        let wanted = state.setting.open && !state.rests && !state.relayed;
         if state.attached && !wanted {
             self.router.detach(self.input, &self.kvm_interrupt).map_err(self.error("detaching its eventfd"))?;
             state.attached = false;
@@ -182,10 +213,8 @@ impl Vector {
             self.absorb(state);
             self.router.attach(self.input, &self.kvm_interrupt, None).map_err(self.error("attaching its eventfd"))?;
             state.attached = true;
-            if state.pending {
-                self.deliver(state);
-            }
         }
+        self.settle(state);
         Ok(())
     }
 }

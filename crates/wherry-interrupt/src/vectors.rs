@@ -1,7 +1,8 @@
 //! The message-signalled interrupts of one function.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::relay::Relay;
 use crate::saved::SavedVector;
 use crate::{Events, InterruptError, Router, Setting, Vector};
 
@@ -9,6 +10,9 @@ use crate::{Events, InterruptError, Router, Setting, Vector};
 pub struct Vectors {
     router: Arc<dyn Router>,
     vectors: Vec<Arc<Vector>>,
+    /// Devices of other processes signal them.
+    foreign: bool,
+    relay: Mutex<Option<Relay>>,
 }
 
 impl Vectors {
@@ -16,7 +20,7 @@ impl Vectors {
     pub fn new(router: Arc<dyn Router>, events: &Events, count: u16) -> Result<Self, InterruptError> {
         let vector = |index: u16| Vector::new(router.clone(), events, index.into()).map(Arc::new);
         let vectors = (0..count).map(vector).collect::<Result<_, _>>()?;
-        Ok(Self { router, vectors })
+        Ok(Self { router, vectors, foreign: events.are_kept(), relay: Mutex::default() })
     }
 
     /// How many there are.
@@ -64,6 +68,39 @@ impl Vectors {
         self.vectors.iter().for_each(|vector| vector.drop_pending());
     }
 
+    /// Detaches all eventfds from the hypervisor while the guest runs, and passes on what is raised: to detach one takes time, which the
+    /// guest need not stand still for when it is about to be stopped. Until [`resume`](Self::resume), or
+    /// [`end_relay`](Self::end_relay).
+    pub fn relay(&self) -> Result<(), InterruptError> {
+        let relayed = self.each(|vector| vector.set_relayed(true));
+        if self.foreign && !self.vectors.is_empty() {
+            let started = Relay::start(self.vectors.clone()).map_err(|source| InterruptError {
+                input: self.vectors[0].input(),
+                what: "starting a thread that passes it on",
+                source,
+            });
+            *self.lock_relay() = match started {
+                Ok(relay) => Some(relay),
+                Err(error) => {
+                    self.each(|vector| vector.set_relayed(false))?;
+                    return Err(error);
+                }
+            };
+        }
+        relayed
+    }
+
+    /// Attaches what [`relay`](Self::relay) has detached.
+    pub fn end_relay(&self) -> Result<(), InterruptError> {
+        let ended = self.each(|vector| vector.set_relayed(false));
+        self.lock_relay().take();
+        ended
+    }
+
+    fn lock_relay(&self) -> MutexGuard<'_, Option<Relay>> {
+        self.relay.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Detaches all eventfds from the hypervisor. What is raised from now on becomes pending.
     pub fn rest(&self) -> Result<(), InterruptError> {
         self.each(Vector::rest)
@@ -71,7 +108,9 @@ impl Vectors {
 
     /// Attaches those that are open, and delivers what is pending. Local APICs have been restored.
     pub fn resume(&self) -> Result<(), InterruptError> {
-        self.each(Vector::resume)
+        let resumed = self.each(Vector::resume);
+        self.lock_relay().take();
+        resumed
     }
 
     /// All are tried; the first failure is told.

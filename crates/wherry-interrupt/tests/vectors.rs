@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use wherry_handover::{Registry, Shelf};
 use wherry_interrupt::fake::FakeRouter;
 use wherry_interrupt::{Events, Input, Intx, Message, Setting, Signal, Vectors};
 
@@ -170,4 +171,52 @@ fn a_pin_that_is_switched_off_or_at_rest_asserts_when_that_ends() {
     assert_eq!(router.delivered(PIN), None);
     pin.resume().unwrap();
     assert_eq!(router.delivered(PIN), Some(1), "the level is not carried: it is asserted anew");
+}
+
+#[test]
+fn what_is_relayed_reaches_the_guest_without_an_eventfd_and_nothing_is_lost_at_either_end_of_it() {
+    let router = Arc::new(FakeRouter::default());
+    let shelf = Shelf::new(Registry::new(), "d");
+    for (events, foreign) in [(Events::own(), false), (Events::kept(shelf), true)] {
+        let vectors = Vectors::new(router.clone(), &events, 3).unwrap();
+        vectors.set(&[open(0x41), open(0x42), closed(0x43)]).unwrap();
+        let [first, second, masked] = [0, 1, 2].map(|n| vectors.get(n).unwrap().clone());
+        let injected = || std::mem::take(&mut router.told().injected).iter().map(|m| m.data).collect::<Vec<_>>();
+        for round in 0..3 {
+            vectors.relay().unwrap();
+            assert_eq!(router.delivered(first.input()), None, "nothing is attached");
+            first.raise();
+            assert_eq!(injected(), [0x41], "round {round}");
+            masked.raise();
+            assert!(injected().is_empty() && masked.pending());
+            if foreign {
+                // Of another process: the thread passes it on.
+                second.kvm_interrupt_event().write(1).unwrap();
+                let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+                while router.told().injected.is_empty() {
+                    assert!(std::time::Instant::now() < deadline, "waited for an interrupt to be passed on");
+                    std::thread::yield_now();
+                }
+                assert_eq!(injected(), [0x42]);
+            }
+            // Unmasked while it is relayed.
+            vectors.set(&[open(0x41), open(0x42), open(0x43)]).unwrap();
+            assert_eq!(injected(), [0x43]);
+            vectors.set(&[open(0x41), open(0x42), closed(0x43)]).unwrap();
+            if round == 1 {
+                vectors.end_relay().unwrap();
+            } else {
+                // At rest it waits, whoever signals it.
+                vectors.rest().unwrap();
+                second.kvm_interrupt_event().write(1).unwrap();
+                first.raise();
+                vectors.resume().unwrap();
+                assert_eq!(router.delivered(first.input()), Some(1));
+                assert_eq!(router.delivered(second.input()), Some(1));
+            }
+            assert!(injected().is_empty());
+            first.raise();
+            assert_eq!(router.delivered(first.input()), Some(1), "attached again");
+        }
+    }
 }

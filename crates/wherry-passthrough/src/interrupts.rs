@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use wherry_interrupt::{Event, ForeignIntx, InterruptError, Signal, Vector};
+use wherry_interrupt::{Event, ForeignIntx, InterruptError, Signal, Vector, Vectors};
 use wherry_pci::{ConfigSpace, Msi, Msix};
 
 use crate::owner::{Irq, Owner, OwnerError};
@@ -208,6 +208,13 @@ impl Interrupts {
             (Some(Irq::Intx), None) => Err("a pin".into()),
             _ => Ok(()),
         }
+    }
+
+    /// Takes the vectors from the hypervisor while the guest runs, which is about to be stopped; or gives them back.
+    pub(crate) fn relay(&self, relayed: bool) -> Result<(), InterruptError> {
+        let vectors = [self.msix.as_ref().map(Msix::vectors), self.msi.as_ref().map(Msi::vectors)];
+        let turn = |vectors: &Vectors| if relayed { vectors.relay() } else { vectors.end_relay() };
+        vectors.into_iter().flatten().map(turn).fold(Ok(()), Result::and)
     }
 
     /// Detaches all eventfds: what is signalled from now on waits. The device is at rest, or its owner is.

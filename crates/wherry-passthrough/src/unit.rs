@@ -43,12 +43,13 @@ impl StateUnit for Function {
     fn drain(&self, _deadline: Instant) -> Result<(), UnitError> {
         match self.blocker() {
             Some(reason) => Err(UnitError::failed(reason)),
+            None if self.registry.is_leaving() => self.interrupts.relay(true).map_err(UnitError::failed),
             None => Ok(()),
         }
     }
 
     fn undrain(&self) -> Result<(), UnitError> {
-        Ok(())
+        self.interrupts.relay(false).map_err(UnitError::failed)
     }
 
     /// vCPUs may still use it.

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::EventFd;
+use wherry_handover::Registry;
 use wherry_interrupt::{Event, Events, Input, InterruptError, Intx, Router};
 use wherry_memory::GuestMemory;
 use wherry_pci::bus::{Bus, BusDevice, BusError};
@@ -48,6 +49,8 @@ pub struct PciParts {
     pub memory: GuestMemory,
     /// Where the eventfds of rings and vectors come from.
     pub events: Events,
+    /// Knows whether another process is about to go on with the machine.
+    pub registry: Arc<Registry>,
 }
 
 /// A transport cannot be made.
@@ -91,6 +94,7 @@ pub struct VirtioPci {
     window: u16,
     instance: u32,
     once: Once,
+    registry: Arc<Registry>,
 }
 
 impl VirtioPci {
@@ -158,6 +162,7 @@ impl VirtioPci {
                 window,
                 instance,
                 once: Once::default(),
+                registry: parts.registry.clone(),
             }
         }))
     }

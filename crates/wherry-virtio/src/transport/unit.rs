@@ -39,12 +39,13 @@ impl StateUnit for VirtioPci {
     }
 
     fn drain(&self, deadline: Instant) -> Result<(), UnitError> {
-        self.device.serving().drain(deadline)
+        self.device.serving().drain(deadline)?;
+        if self.registry.is_leaving() { self.shared.msix.vectors().relay().map_err(failed) } else { Ok(()) }
     }
 
     fn undrain(&self) -> Result<(), UnitError> {
         self.device.start();
-        Ok(())
+        self.shared.msix.vectors().end_relay().map_err(failed)
     }
 
     fn begin_stop(&self) -> Result<(), UnitError> {

@@ -80,6 +80,7 @@ impl Driver {
             pin_input: PIN,
             memory: ram.memory().clone(),
             events: Events::own(),
+            registry: wherry_handover::Registry::new(),
         };
         let function = VirtioPci::new::<TransportError>(device, 0, &parts, |config| Ok(config.set_bar(0, BAR)?));
         Self { function: function.unwrap(), router, bus, ram, available: 0, seen: 0, others: [(0, 0); 4] }

@@ -115,6 +115,7 @@ impl Devices {
             pin_input,
             memory: ram.memory().clone(),
             events: Events::own(),
+            registry: backing.registry().clone(),
         };
         let passed = PassthroughParts {
             memory_bus: mmio.clone(),

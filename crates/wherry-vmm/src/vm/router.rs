@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_msi,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::EventFd;
@@ -132,6 +132,14 @@ impl Router for KvmRouter {
             None => self.vm.register_irqfd(event, input.0)?,
         }
         *table.attached.entry(input.0).or_default() += 1;
+        Ok(())
+    }
+
+    fn inject(&self, message: Message) -> io::Result<()> {
+        let Message { address, data } = message;
+        let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
+        // 0: the guest blocks it, by its own local APIC.
+        self.vm.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() })?;
         Ok(())
     }
 

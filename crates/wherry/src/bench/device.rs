@@ -23,7 +23,8 @@ impl Device {
         let doing = || format!("starting wherry device {}", arguments.join(" "));
         let mut command = Command::new(program);
         command.arg("device").args(arguments).arg("--socket").arg(&socket);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().with_context(doing)?;
+        let child =
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().with_context(doing)?;
         let this = Self { child, socket };
         let deadline = Instant::now() + START;
         while !this.socket.exists() {
