@@ -57,7 +57,7 @@ pub fn hand_over<M: Keep + ?Sized>(
         old.switch()
     });
     match done {
-        Ok(()) => Ok(old.done()),
+        Ok(()) => Ok(old.done(None)),
         Err(cause) => old.fail(cause),
     }
 }
@@ -233,9 +233,11 @@ impl<'a, M: Keep + ?Sized> Old<'a, M> {
         }
     }
 
-    /// The VM runs in the new process.
-    fn done(&mut self) -> Job {
-        if self.blackout.load_us == 0 {
+    /// The VM is the new process's, which may have said that something is wrong with it.
+    fn done(&mut self, said: Option<String>) -> Job {
+        if let Some(why) = said {
+            self.doubt(why);
+        } else if self.blackout.load_us == 0 {
             match self.hear("say that the VM runs", self.options.hello) {
                 Ok(Body::Running(running)) => self.note(&running),
                 Ok(Body::Failed(failed)) => self.doubt(printable(&failed.reason)),
@@ -274,7 +276,11 @@ impl<'a, M: Keep + ?Sized> Old<'a, M> {
             // From here on the new one cannot any more, whatever it does.
             _ => match self.word.take_back(ATTEMPT) {
                 Ok(()) => {}
-                Err(Who::Successor(_)) => return Ok(self.done()),
+                Err(Who::Successor(_)) => {
+                    // It may have said what is wrong before the word was looked at.
+                    let said = if let Cause::Peer { reason, .. } = cause { Some(reason) } else { None };
+                    return Ok(self.done(said));
+                }
                 Err(who) => return Err(self.end(UpdateError::Lost(format!("{cause}; {who}")))),
             },
         }
