@@ -27,7 +27,7 @@ impl Ram {
         Self::from_blocks(blocks)
     }
 
-    /// Puts blocks together that were made or adopted before.
+    /// Puts blocks together that were made or adopted before; there may be none.
     pub fn from_blocks(blocks: Vec<Block>) -> Result<Self, MemoryError> {
         let mut blocks: Vec<_> = blocks.into_iter().map(Arc::new).collect();
         blocks.sort_by_key(|b| b.spec().guest_base);
@@ -39,7 +39,11 @@ impl Ram {
             }
         }
         let regions = blocks.iter().map(|b| b.region().clone()).collect();
-        let memory = GuestMemory::from_arc_regions(regions).map_err(|error| MemoryError::Regions(error.to_string()))?;
+        let memory = match blocks.is_empty() {
+            // Which is an error there.
+            true => GuestMemory::new(),
+            false => GuestMemory::from_arc_regions(regions).map_err(|error| MemoryError::Regions(error.to_string()))?,
+        };
         Ok(Self { blocks, memory })
     }
 
