@@ -12,6 +12,8 @@
 //! Each message goes out in **one** call, since libvfio-user takes header and body with one `recv` each. Reads never go beyond the end
 //! of a message, so descriptors belong to the message whose bytes they came with.
 
+mod saved;
+
 use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,6 +28,7 @@ use wherry_socket::descriptors;
 
 use crate::error::VfioUserError;
 use crate::message::{Command, HEADER, Header, MOST_DESCRIPTORS, MOST_PAYLOAD, Message, flags};
+pub(crate) use saved::SavedLink;
 
 /// Of a socket's buffer: with the default one, libvfio-user fails at messages of 256 KiB and more.
 const SEND_BUFFER: usize = 4 << 20;
@@ -98,30 +101,6 @@ struct Inbox {
     next: u16,
 }
 
-/// What the next process of a link has to know of it. Descriptors that came with a message that is not whole, or not wanted, are not
-/// carried: no command to a client has any, and the reply to a request that was given up is thrown away.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub(crate) struct SavedLink {
-    /// Number of the next request.
-    #[prost(uint32, tag = "1")]
-    next: u32,
-    /// Numbers of requests that were given up, whose replies may still come.
-    #[prost(uint32, repeated, tag = "2")]
-    abandoned: Vec<u32>,
-    /// What has come of the header of the next message.
-    #[prost(bytes = "vec", tag = "3")]
-    header: Vec<u8>,
-    /// Bytes of its body that have come.
-    #[prost(uint64, tag = "4")]
-    bodied: u64,
-    /// They; none if the message is too long to be taken.
-    #[prost(bytes = "vec", tag = "5")]
-    body: Vec<u8>,
-    /// It came with too many descriptors.
-    #[prost(bool, tag = "6")]
-    too_many: bool,
-}
-
 /// What a wait on the socket ended with.
 #[derive(PartialEq, Eq)]
 enum Waited {
@@ -156,51 +135,6 @@ impl Link {
         let call = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (outgoing, inbox, changed) = Default::default();
         Ok(Self { stream, call, peer: peer.into(), limit, strict, outgoing, inbox, changed })
-    }
-
-    /// Over the connection of another process, at rest until [`go_on`](Self::go_on).
-    pub(crate) fn inherited(stream: UnixStream, peer: &str, limit: Duration) -> std::io::Result<Self> {
-        let this = Self::new(stream, peer, limit, true)?;
-        this.inbox().rests = true;
-        Ok(this)
-    }
-
-    /// Waits until nothing is on its way but what the peer has not sent whole, and begins nothing more.
-    pub(crate) fn rest(&self, deadline: Instant) -> Result<SavedLink, VfioUserError> {
-        let begun = Instant::now();
-        let mut inbox = self.inbox();
-        inbox.rests = true;
-        loop {
-            if inbox.over.is_some() {
-                inbox.rests = false;
-                return Err(self.closed("coming to rest"));
-            }
-            let asked = inbox.requests.values().any(|request| matches!(request, Request::Asked));
-            if !(inbox.reading || asked || inbox.serving) && inbox.commands.is_empty() {
-                return Ok(inbox.save());
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                inbox.rests = false;
-                self.changed.notify_all();
-                let what = "come to rest between two messages".into();
-                return Err(VfioUserError::Deadline { peer: self.peer.clone(), what, limit: begun.elapsed() });
-            }
-            // It is full only if nobody has read it, who then will.
-            let _ = rustix::io::write(&self.call, &1u64.to_ne_bytes());
-            inbox = self.changed.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Takes what the process before has left. At rest.
-    pub(crate) fn take(&self, saved: &SavedLink) -> Result<(), String> {
-        self.inbox().load(saved)
-    }
-
-    /// Goes on after [`rest`](Self::rest).
-    pub(crate) fn go_on(&self) {
-        self.inbox().rests = false;
-        self.changed.notify_all();
     }
 
     /// Most bytes that go into the socket in one piece. The kernel counts its own overhead, too.
@@ -306,6 +240,26 @@ impl Link {
         }
     }
 
+    /// The next command of the peer; `None` when none is there and `called` says that something else is to be done, which is looked
+    /// at after each [`call`](Self::call).
+    pub(crate) fn command_unless(&self, called: impl Fn() -> bool) -> Result<Option<Incoming>, VfioUserError> {
+        self.inbox().serving = false;
+        self.changed.notify_all();
+        self.wait_for("the next command", None, false, |inbox| match inbox.commands.pop_front() {
+            Some(next) => {
+                inbox.serving = true;
+                Some(Some(next))
+            }
+            None => (inbox.over.is_none() && called()).then_some(None),
+        })
+    }
+
+    /// Has whoever waits for the socket look whether something else is to be done.
+    pub(crate) fn call(&self) {
+        // It is full only if nobody has read it, who then will.
+        let _ = rustix::io::write(&self.call, &1u64.to_ne_bytes());
+    }
+
     /// If the peer broke the protocol: the header of the message, if it can be answered.
     pub(crate) fn broken(&self) -> Option<Header> {
         match &self.inbox().over {
@@ -335,7 +289,7 @@ impl Link {
             let reason = format!("{} descriptors do not fit in one message", fds.len());
             return Err(VfioUserError::Lacks { peer: self.peer.clone(), reason });
         }
-        let _turn = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = self.outgoing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sent = 0;
         while sent < bytes.len() {
             // They go with the first byte.
@@ -354,7 +308,13 @@ impl Link {
                     }
                     Err(source) => return Err(self.socket(&header.name(), source)),
                 },
-                Err(Errno::PIPE | Errno::CONNRESET) => return Err(self.closed(&header.name())),
+                Err(Errno::PIPE | Errno::CONNRESET) => {
+                    drop(turn);
+                    // Whoever reads may not have noticed yet.
+                    self.inbox().over.get_or_insert(Over::Closed);
+                    self.changed.notify_all();
+                    return Err(self.closed(&header.name()));
+                }
                 Err(source) => return Err(self.socket(&header.name(), source)),
             }
         }
@@ -592,51 +552,6 @@ impl Link {
         }
         // The caller looks again, and comes back if it was for nothing.
         Ok(Waited::Ready)
-    }
-}
-
-impl Inbox {
-    fn save(&self) -> SavedLink {
-        let given_up =
-            |(id, request): (&u16, &Request)| matches!(request, Request::Abandoned).then_some(u32::from(*id));
-        let Partial { header, headed, body, bodied, too_many, .. } = &self.partial;
-        SavedLink {
-            next: self.next.into(),
-            abandoned: self.requests.iter().filter_map(given_up).collect(),
-            header: header[..*headed].to_vec(),
-            bodied: *bodied as u64,
-            body: body[..(*bodied).min(body.len())].to_vec(),
-            too_many: *too_many,
-        }
-    }
-
-    fn load(&mut self, saved: &SavedLink) -> Result<(), String> {
-        let SavedLink { next, abandoned, header, bodied, body, too_many } = saved;
-        let number = |id: &u32| u16::try_from(*id).map_err(|_| format!("message {id}"));
-        if abandoned.len() > MOST_ABANDONED + 1 {
-            return Err(format!("{} requests that were given up", abandoned.len()));
-        }
-        let requests =
-            abandoned.iter().map(|id| Ok((number(id)?, Request::Abandoned))).collect::<Result<_, String>>()?;
-        let mut partial = Partial { headed: header.len(), too_many: *too_many, ..Partial::default() };
-        partial.header.get_mut(..header.len()).ok_or("a header that is too long")?.copy_from_slice(header);
-        if header.len() == HEADER {
-            // As `read` leaves it.
-            let length = (Header::decode(&partial.header).size as usize).saturating_sub(HEADER);
-            let taken = length <= MOST_PAYLOAD;
-            if *bodied > length as u64 || body.len() as u64 != if taken { *bodied } else { 0 } {
-                return Err(format!("{bodied} bytes of a body of {length}, and {} of them are there", body.len()));
-            }
-            partial.bodied = *bodied as usize;
-            partial.body.clone_from(body);
-        } else if *bodied > 0 || !body.is_empty() {
-            return Err("a body before its header".into());
-        }
-        partial.since = (!header.is_empty()).then(Instant::now);
-        let next = number(next)?;
-        let abandoned = abandoned.len();
-        (self.requests, self.abandoned, self.partial, self.next) = (requests, abandoned, partial, next);
-        Ok(())
     }
 }
 

@@ -66,7 +66,8 @@ pub enum Command {
     DeviceAdd(DeviceAdd),
     /// Have the guest let a device go, and take it away
     DeviceRemove(DeviceRemove),
-    /// Have a new version of this program take a running VM over, with all that it is connected to
+    /// Have a new version of this program take a running VM over, with all that it is connected to; or a device that a process
+    /// serves, under the VM that uses it
     Update(Update),
     /// Show where a VM, its devices and its migration stand
     Status(Control),
@@ -86,6 +87,9 @@ pub enum Command {
     /// Go on with the VM of the program that this process executed before, which `update --mode exec` asks for
     #[command(hide = true)]
     TakeOverExecuted,
+    /// Take over from the device process at standard input, which `update --control` asks for
+    #[command(hide = true)]
+    TakeOverDevice,
     /// Start programs for the process at standard input
     #[command(hide = true)]
     Launcher,
@@ -96,10 +100,17 @@ pub enum Command {
 
 /// Options of `update`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("whose").required(true).args(["api", "control"]))]
 pub struct Update {
-    /// Whose process.
-    #[command(flatten)]
-    pub control: Control,
+    /// UNIX socket of the API of the process that holds a VM
+    #[arg(long, value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
+    /// Control socket of a process that serves a device: the --control of `wherry device`
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+    /// Answer in JSON on stdout
+    #[arg(long)]
+    pub json: bool,
     /// The program that is to go on [default: what is now at the path of the running one]
     #[arg(long, value_name = "PATH")]
     pub binary: Option<PathBuf>,

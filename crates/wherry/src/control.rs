@@ -15,6 +15,7 @@ use wherry_vmm::api::types::{
 
 use crate::args::{ANSWER, Balloon, Control, DeviceAdd, DeviceRemove, Recover, Resolve, Stop, Update};
 use crate::client::{Client, ClientError};
+use crate::device::process;
 use crate::migrate::{End, intervene};
 use crate::{DID_NOT, HAPPENED, IN_DOUBT, records, report, runtime};
 
@@ -133,25 +134,33 @@ fn at(doing: &str, api: &Path) -> String {
 
 /// `wherry update`
 pub fn update(options: &Update) -> Result<u8> {
-    let api = &options.control.api;
     let binary = options.binary.as_ref().map(std::path::absolute).transpose().context("finding the program")?;
     let binary = binary.map(|path| path.into_os_string().into_string());
     let Ok(binary) = binary.transpose() else { anyhow::bail!("the path of the program is no text") };
     let request = UpdateRequest { binary, mode: options.mode };
-    let client = Client::new(api);
-    let updated: UpdateInfo = runtime()?
-        .block_on(async {
-            match client.put_json("/vm/update", &request, UPDATE).await {
-                // Whoever was asked cannot answer any more.
-                Err(ClientError::Broken { .. }) if options.mode == UpdateMode::Exec => executed(&client).await,
-                answer => Ok(answer?),
-            }
-        })
-        .with_context(|| at("updating the VMM", api))?;
-    if options.control.json {
+    let (updated, what) = match (&options.api, &options.control) {
+        (_, Some(control)) => {
+            let updated = process::ask(control, &request, UPDATE);
+            (updated.with_context(|| at("updating the process of the device", control))?, "device")
+        }
+        (Some(api), None) => {
+            let client = Client::new(api);
+            let updated: Result<UpdateInfo> = runtime()?.block_on(async {
+                match client.put_json("/vm/update", &request, UPDATE).await {
+                    // Whoever was asked cannot answer any more.
+                    Err(ClientError::Broken { .. }) if options.mode == UpdateMode::Exec => executed(&client).await,
+                    answer => Ok(answer?),
+                }
+            });
+            (updated.with_context(|| at("updating the VMM", api))?, "VM")
+        }
+        // Provably impossible: the command line needs one of them.
+        (None, None) => anyhow::bail!("whose process is to be replaced?"),
+    };
+    if options.json {
         print_json(&updated)?;
     } else {
-        print(&report::updated(&updated));
+        print(&report::updated(&updated, what));
     }
     Ok(HAPPENED)
 }

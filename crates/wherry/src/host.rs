@@ -130,11 +130,8 @@ fn go_on(taken: TakenOver, program: PathBuf, journey: &Journey, log: String) -> 
     wherry_socket::own_adopted();
     let guest = kvm::taken_over(&taken);
     let TakenOver { state, socket, launcher, parent, waiter, .. } = taken;
-    if let Some(parent) = parent.clone() {
-        std::thread::Builder::new()
-            .name("parent".into())
-            .spawn(move || end_with(&parent))
-            .context("starting the thread that watches the parent process")?;
+    if let Some(parent) = &parent {
+        watch_parent(parent.clone())?;
     }
     let host = Host::with(socket, state, program, launcher, parent, waiter, log)?;
     if host.hosting.waiter.is_some() {
@@ -166,21 +163,21 @@ pub fn serve_launcher() -> Result<u8> {
 }
 
 /// What standard input is; nothing else reads it from now on.
-fn take_stdin() -> Result<OwnedFd> {
+pub fn take_stdin() -> Result<OwnedFd> {
     let stdin = std::io::stdin().as_fd().try_clone_to_owned().context("taking standard input")?;
     let null = std::fs::File::open("/dev/null").context("opening /dev/null")?;
     rustix::stdio::dup2_stdin(&null).context("closing standard input")?;
     Ok(stdin)
 }
 
-/// Makes the launcher, while this process may still start programs. Without one the VM runs, and its process cannot be replaced.
-fn launcher(log: &str) -> Result<Arc<Launcher>, String> {
+/// Makes the launcher, while this process may still start programs. Without one all runs, and this process cannot be replaced.
+pub fn launcher(log: &str) -> Result<Arc<Launcher>, String> {
     // This very program, also when there is another one at its path by now.
     let mut command = Command::new("/proc/self/exe");
     command.arg(LAUNCHER).env("WHERRY_LOG", log);
     let launcher = Launcher::start(command).map_err(|error| error.to_string());
     if let Err(error) = &launcher {
-        tracing::warn!(error, "no launcher: the VM will not be able to change to a new version of this program");
+        tracing::warn!(error, "no launcher: this process cannot be replaced by a new version of this program");
     }
     launcher.map(Arc::new)
 }
@@ -402,7 +399,16 @@ pub fn die_with(parent: Option<i32>) -> Result<Option<Arc<OwnedFd>>> {
     Ok(Some(Arc::new(pidfd.context("opening a pidfd of the parent process")?)))
 }
 
-/// Ends this process when another one has ended, as the kernel would end its child.
+/// Has this process end when another one has ended, as the kernel would end its child.
+pub fn watch_parent(parent: Arc<OwnedFd>) -> Result<()> {
+    std::thread::Builder::new()
+        .name("parent".into())
+        .spawn(move || end_with(&parent))
+        .context("starting the thread that watches the parent process")?;
+    Ok(())
+}
+
+/// Waits for the end of another process, and ends this one.
 fn end_with(parent: &OwnedFd) {
     use rustix::event::{PollFd, PollFlags, poll};
     loop {

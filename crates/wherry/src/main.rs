@@ -71,11 +71,12 @@ fn main() -> ExitCode {
         Command::Stop(options) => control::stop(&options),
         Command::Demo(options) => demo::demo(&options),
         Command::Bench(options) => bench::bench(&options),
-        Command::Device(options) => device::device(&options),
+        Command::Device(options) => device::device(&options, &cli.log),
         Command::Accel(options) => accel::accel(&options),
         Command::Update(options) => control::update(&options),
         Command::TakeOver => host::take_over(cli.log),
         Command::TakeOverExecuted => host::take_over_executed(cli.log),
+        Command::TakeOverDevice => device::process::take_over(),
         Command::Launcher => host::serve_launcher(),
         Command::WaitForSuccessor => host::wait_for_successor(),
     };

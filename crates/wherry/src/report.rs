@@ -237,10 +237,10 @@ pub fn balloon(info: &BalloonInfo) -> String {
 }
 
 /// An update that has happened.
-pub fn updated(info: &UpdateInfo) -> String {
+pub fn updated(info: &UpdateInfo, what: &str) -> String {
     let job = &info.job;
     let mut text = String::new();
-    let _ = writeln!(text, "process {} has taken the VM over ({})", info.pid, job.peer);
+    let _ = writeln!(text, "process {} has taken the {what} over ({})", info.pid, job.peer);
     let _ = writeln!(text, "blackout   {}", time(job.downtime_us));
     if let Some(parts) = &job.blackout {
         let Blackout { stop_us, state_us, network_us, load_us, start_us, .. } = *parts;

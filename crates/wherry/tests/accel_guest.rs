@@ -15,6 +15,7 @@ use std::process::{Child, Stdio};
 
 use serde_json::Value;
 use support::disk::Memory;
+use support::update::{Holder, count, repetitions, updated};
 use support::{Place, Vm, kvm, stderr, wait_for};
 use wherry_accel::abi;
 use wherry_guest::accel;
@@ -109,7 +110,7 @@ fn wait_for_more(memory: &Memory, more: u64, what: &str) -> AccelSnapshot {
 }
 
 /// Has the guest verify everything once more and end. Each job came back once, and was right.
-fn finish(mut vm: Vm, memory: &Memory, process: Process) -> AccelSnapshot {
+fn finished(mut vm: Vm, memory: &Memory) -> AccelSnapshot {
     memory.finish();
     assert_eq!(vm.end().code(), Some(0), "{}", vm.log());
     let snapshot = memory.snapshot();
@@ -117,6 +118,11 @@ fn finish(mut vm: Vm, memory: &Memory, process: Process) -> AccelSnapshot {
     let guest = load(memory);
     assert_eq!((guest.verified, guest.returned), (guest.jobs, guest.submitted), "{guest:?}");
     assert_eq!(guest.by_class.iter().sum::<u64>(), guest.jobs);
+    guest
+}
+
+fn finish(vm: Vm, memory: &Memory, process: Process) -> AccelSnapshot {
+    let guest = finished(vm, memory);
     assert_eq!(process.log(), "");
     process.end();
     guest
@@ -263,6 +269,50 @@ fn a_guest_that_waits_for_each_job_moves_and_no_completion_is_lost() {
     }
     for bell in ["event", "poll"] {
         moves_with(&format!("accel=wait accel_key=5 accel_bell={bell}"), ENOUGH / 8);
+    }
+}
+
+#[test]
+fn a_device_process_is_replaced_under_its_guest_and_every_job_is_done_once_and_right() {
+    if !kvm("a_device_process_is_replaced_under_its_guest_and_every_job_is_done_once_and_right") {
+        return;
+    }
+    for (guest, enough) in [
+        ("accel=full accel_key=5 accel_bell=event", ENOUGH / 2),
+        ("accel=full accel_key=5 accel_bell=poll", ENOUGH / 2),
+        ("accel=wait accel_key=5 accel_bell=event", ENOUGH / 8),
+    ] {
+        let place = Place::new();
+        let (fleet, key) = keys(&place);
+        let control = place.path("control").display().to_string();
+        let mut process = Process::start(&place, 0, &["--fleet-key", &fleet, "--key", &key, "--control", &control]);
+        let vm = run(&place, &process, guest);
+        let memory = Memory::of(&place, "0");
+        wait_for_more(&memory, enough, "before the first update");
+        let mut now = Holder::of(process.child.id());
+        let mut figures = Vec::new();
+        for n in 0..repetitions(4) {
+            let job = updated(&place.wherry(&["update", "--json", "--control", &control]), &format!("{guest}: {n}"));
+            let next = Holder::of(job["pid"].as_u64().unwrap() as u32);
+            now.await_end("which was replaced");
+            now = next;
+            let seen = wait_for_more(&memory, enough, &format!("after update {n}"));
+            println!("{guest}: blackout {}, longest wait {} us", job["job"]["blackout"], seen.longest_ns / 1000);
+            figures.push((count(now.pid, "fd"), count(now.pid, "task")));
+        }
+        let first = figures[0];
+        assert!(figures.iter().all(|now| now.0 <= first.0 + 2 && now.1 <= first.1 + 2), "{figures:?}");
+        // A key that cannot be read any more keeps the process where it is.
+        std::fs::remove_file(&fleet).unwrap();
+        let output = place.wherry(&["update", "--control", &control]);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).contains("refused") && stderr(&output).contains(&fleet), "{}", stderr(&output));
+        wait_for_more(&memory, enough, "after an update that was refused");
+        println!("{guest}: {:?}, {figures:?}", finished(vm, &memory));
+        let pid = rustix::process::Pid::from_raw(now.pid as i32).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        now.await_end("that was asked to end");
+        assert!(process.child.wait().unwrap().success() && !process.socket.exists());
     }
 }
 

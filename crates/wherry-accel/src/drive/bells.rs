@@ -43,6 +43,16 @@ impl Bells {
         Ok(Self(Arc::new((0..BELLS).map(|_| event().map(Arc::new)).collect::<io::Result<_>>()?)))
     }
 
+    /// Those of a client that has them already; `make` gives each, by number.
+    pub fn of<E>(make: impl FnMut(u32) -> Result<Arc<OwnedFd>, E>) -> Result<Self, E> {
+        Ok(Self(Arc::new((0..BELLS).map(make).collect::<Result<_, _>>()?)))
+    }
+
+    /// A new one.
+    pub fn event() -> io::Result<OwnedFd> {
+        event()
+    }
+
     /// The eventfds, by number of the bell.
     pub fn descriptors(&self) -> &[Arc<OwnedFd>] {
         &self.0

@@ -23,7 +23,7 @@ use std::sync::{Arc, OnceLock};
 
 use rustix::io::Errno;
 use wherry_vfio_user::payload::{IoFd, pci_irq, pci_region};
-use wherry_vfio_user::server::{Irq, Region, config};
+use wherry_vfio_user::server::{Irq, Kept, Region, config};
 use wherry_vfio_user::{Bus, Description, Image, Migration};
 
 use crate::abi::{BELLS, MAX_CONTEXTS, register};
@@ -171,8 +171,12 @@ impl Live {
 impl AccelFunction {
     /// As it is after a reset.
     pub fn new(model: Model) -> Result<Self, FunctionError> {
+        Self::with_bells(model, Bells::new()?)
+    }
+
+    /// As it is after a reset, with bells that a client may have already.
+    pub fn with_bells(model: Model, bells: Bells) -> Result<Self, FunctionError> {
         let wires = Arc::new(Wires::default());
-        let bells = Bells::new()?;
         let live = model.live(&wires, &bells)?;
         model.import(&live.device)?;
         let config = config::Config::new(ID.0, ID.1, CLASS).with_bar(0, REGISTERS as u32).with_bar(1, TABLE as u32);
@@ -270,6 +274,10 @@ impl wherry_vfio_user::Device for AccelFunction {
     }
 
     fn migration(&mut self) -> Option<&mut dyn Migration> {
+        Some(self)
+    }
+
+    fn kept(&mut self) -> Option<&mut dyn Kept> {
         Some(self)
     }
 }

@@ -1,7 +1,8 @@
 //! The function's state, and the ways between the states of a migration.
 //!
 //! It stands still when it is stopped, and all of its state is read then. What a client reads of it before (`PRE_COPY`) is
-//! nothing. A state is taken by a device that is made anew, so that nothing of the old one is left when it is refused.
+//! nothing. A state is taken by a device that is made anew, so that nothing of the old one is left when it is refused. To another
+//! process of the same host ([`Kept`]) it goes likewise, but for its interrupts and its bells, which stay.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use prost::Message;
 use rustix::io::Errno;
 use wherry_state::{SavedState, Section, UnitId};
 use wherry_vfio_user::payload::pci_irq;
-use wherry_vfio_user::server::config;
+use wherry_vfio_user::server::{Kept, config};
 use wherry_vfio_user::{Bus, Image, Migration, State};
 
 use super::AccelFunction;
@@ -73,8 +74,8 @@ impl AccelFunction {
         Ok(())
     }
 
-    fn saved(&self, bus: &Bus) -> Section {
-        let waiting = bus.pending();
+    /// `waiting` are the interrupts that go along.
+    fn saved(&self, waiting: &[(u32, u32)]) -> Section {
         let saved = SavedFunction {
             config: self.config.bytes().to_vec(),
             table: self.table.to_vec(),
@@ -87,13 +88,13 @@ impl AccelFunction {
 
     /// Takes a state; it stands still afterwards. The client gets a number; why it is refused is in the log.
     fn load_state(&mut self, bus: &Bus, bytes: &[u8]) -> Result<(), Errno> {
-        self.take(bus, bytes).map_err(|Unfit { errno, why }| {
+        self.take_state(bus, bytes).map_err(|Unfit { errno, why }| {
             tracing::warn!("a state of {} bytes is refused: {why}", bytes.len());
             errno
         })
     }
 
-    fn take(&mut self, bus: &Bus, bytes: &[u8]) -> Result<(), Unfit> {
+    fn take_state(&mut self, bus: &Bus, bytes: &[u8]) -> Result<(), Unfit> {
         let section = Section::decode(bytes).map_err(|error| Unfit::new(format!("it is no section: {error}")))?;
         if section.unit != UNIT {
             return Err(Unfit::new(format!("it is that of a {:.80}", section.unit)));
@@ -141,11 +142,11 @@ impl Migration for AccelFunction {
             (State::Running, State::Stop) => self.stop(),
             (State::PreCopy, State::StopCopy) => {
                 self.stop()?;
-                self.image = Image::of(&self.saved(bus).encode_to_vec());
+                self.image = Image::of(&self.saved(&bus.pending()).encode_to_vec());
                 Ok(())
             }
             (State::Stop, State::StopCopy) => {
-                self.image = Image::of(&self.saved(bus).encode_to_vec());
+                self.image = Image::of(&self.saved(&bus.pending()).encode_to_vec());
                 Ok(())
             }
             (State::Resuming, State::Stop) => {
@@ -177,5 +178,22 @@ impl Migration for AccelFunction {
             0 => (self.live.device.locked().weight() + FIXED) as u64,
             left => left as u64,
         }
+    }
+}
+
+impl Kept for AccelFunction {
+    fn rest(&mut self, bus: &Bus) -> Result<Vec<u8>, String> {
+        self.attach(bus);
+        self.stop().map_err(|_| format!("its workers did not come to rest within {REST:?}"))?;
+        Ok(self.saved(&[]).encode_to_vec())
+    }
+
+    fn take(&mut self, bus: &Bus, state: &[u8]) -> Result<(), String> {
+        self.attach(bus);
+        self.take_state(bus, state).map_err(|unfit| unfit.why)
+    }
+
+    fn go_on(&mut self, _: &Bus) {
+        self.live.resume();
     }
 }

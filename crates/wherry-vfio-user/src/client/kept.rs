@@ -96,7 +96,8 @@ impl Client {
         if server.twin() != twin.is_some() {
             return Err(wrong(format!("a twin socket was agreed on: {}, came: {}", server.twin(), twin.is_some())));
         }
-        let link = |socket: OwnedFd| Link::inherited(socket.into(), peer, options.limit).map(Arc::new).map_err(failed);
+        let link =
+            |socket: OwnedFd| Link::inherited(socket.into(), peer, options.limit, true).map(Arc::new).map_err(failed);
         let mut this = Self {
             link: link(connection)?,
             twin: twin.map(link).transpose()?,
@@ -133,9 +134,9 @@ impl Client {
         let wrong = |reason: String| VfioUserError::Inherited { peer: self.link.peer().into(), reason };
         let saved = SavedClient::decode(saved).map_err(|error| wrong(error.to_string()))?;
         let link = saved.link.ok_or_else(|| wrong("nothing of its connection".into()))?;
-        self.link.take(&link).map_err(wrong)?;
+        self.link.take(&link, Vec::new()).map_err(wrong)?;
         match (&self.twin, &saved.twin) {
-            (Some(twin), Some(saved)) => twin.take(saved).map_err(wrong)?,
+            (Some(twin), Some(saved)) => twin.take(saved, Vec::new()).map_err(wrong)?,
             (None, None) => {}
             _ => return Err(wrong("only one process has a twin socket".into())),
         }

@@ -1,5 +1,7 @@
 //! What a device reaches of its client, from any thread: memory and interrupts.
 
+use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -10,6 +12,8 @@ use vm_memory::VolatileMemory;
 use super::device::Irq;
 use super::dma::{Log, Maps, Piece};
 use super::irqs::Irqs;
+use super::kept::Copies;
+use super::saved::SavedMap;
 use crate::error::VfioUserError;
 use crate::link::Link;
 use crate::message::Command;
@@ -201,8 +205,7 @@ impl Bus {
         count: usize,
         mut one: impl FnMut(&Way, u64, std::ops::Range<usize>) -> Result<(), VfioUserError>,
     ) -> Result<(), DmaError> {
-        let way = self.0.way.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let way = way.ok_or(DmaError::Memory { address, source: Errno::FAULT })?;
+        let way = self.way().ok_or(DmaError::Memory { address, source: Errno::FAULT })?;
         for start in (0..count).step_by(way.transfer) {
             let at = address + start as u64;
             one(&way, at, start..count.min(start + way.transfer))
@@ -268,6 +271,29 @@ impl Bus {
 
     pub(super) fn irqs(&self) -> MutexGuard<'_, Irqs> {
         self.0.irqs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn way(&self) -> Option<Way> {
+        self.0.way.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The socket on which the client is asked goes on after a rest.
+    pub(super) fn go_on(&self) {
+        if let Some(way) = self.way() {
+            way.link.go_on();
+        }
+    }
+
+    pub(super) fn save_maps(&self, copies: &mut Copies) -> io::Result<Vec<SavedMap>> {
+        self.0.maps.read().unwrap_or_else(PoisonError::into_inner).save(copies)
+    }
+
+    pub(super) fn load_maps(
+        &self,
+        saved: &[SavedMap],
+        need: &mut dyn FnMut(&str, u32) -> Result<OwnedFd, String>,
+    ) -> Result<(), String> {
+        self.change_maps(|maps| maps.load(saved, need))
     }
 
     pub(super) fn connect(&self, way: Option<Way>) {

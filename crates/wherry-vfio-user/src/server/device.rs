@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::bus::Bus;
+use super::kept::Kept;
 use crate::payload::{Area, IoFd, irq_flags, region_flags};
 use crate::states::State;
 
@@ -99,6 +100,9 @@ pub trait Device: Send {
 
     /// Its migration; `None` without one.
     fn migration(&mut self) -> Option<&mut dyn Migration>;
+
+    /// Its way to another process that goes on with its client; `None` without one.
+    fn kept(&mut self) -> Option<&mut dyn Kept>;
 }
 
 /// How a device is migrated.

@@ -14,6 +14,8 @@ use rustix::io::Errno;
 use rustix::mm::ProtFlags;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
+use super::kept::Copies;
+use super::saved::{SavedLog, SavedMap};
 use crate::payload::{DmaMap, DmaUnmap, LoggingReport, LoggingStart, Malformed};
 
 /// Pages of maps and of logs are at least this long.
@@ -131,6 +133,40 @@ impl Maps {
         }
     }
 
+    /// Notes all of them; copies of their files are `dma`, by place in the list.
+    pub(super) fn save(&self, copies: &mut Copies) -> std::io::Result<Vec<SavedMap>> {
+        let save = |(index, (address, map)): (u32, (&u64, &Map))| {
+            let Map { size, readable, writable, way } = map;
+            let file = match way {
+                Way::Mapped(region) => region.file_offset().map(|at| (at.file(), at.start())),
+                Way::File(file, offset) => Some((file, *offset)),
+                Way::Messages => None,
+            };
+            if let Some((file, _)) = file {
+                copies.add("dma", index, file)?;
+            }
+            let (address, size, readable, writable) = (*address, *size, *readable, *writable);
+            Ok(SavedMap { address, size, readable, writable, offset: file.map(|(_, offset)| offset) })
+        };
+        (0..).zip(&self.0).map(save).collect()
+    }
+
+    /// Makes all of them again.
+    pub(super) fn load(
+        &mut self,
+        saved: &[SavedMap],
+        need: &mut dyn FnMut(&str, u32) -> Result<OwnedFd, String>,
+    ) -> Result<(), String> {
+        for (index, saved) in (0..).zip(saved) {
+            let SavedMap { address, size, readable, writable, offset } = *saved;
+            let file = offset.map(|_| need("dma", index)).transpose()?;
+            let map = DmaMap { address, size, readable, writable, offset: offset.unwrap_or(0) };
+            let added = self.add(&map, file.into_iter().collect(), usize::MAX);
+            added.map_err(|error| format!("mapping {size:#x} bytes of its client at {address:#x}: {error}"))?;
+        }
+        Ok(())
+    }
+
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
@@ -230,6 +266,28 @@ impl Log {
             return Err(Errno::INVAL);
         }
         Ok(Self { page, ranges, written: BTreeMap::new() })
+    }
+
+    pub(super) fn save(&self) -> SavedLog {
+        SavedLog {
+            page: self.page,
+            ranges: self.ranges.iter().flat_map(|(first, last)| [*first, *last]).collect(),
+            written: self.written.iter().flat_map(|(chunk, bits)| [*chunk, *bits]).collect(),
+        }
+    }
+
+    pub(super) fn load(saved: &SavedLog) -> Result<Self, String> {
+        let pairs = |list: &[u64]| match list.as_chunks() {
+            (pairs, []) => Ok(pairs.iter().map(|[a, b]| (*a, *b)).collect::<Vec<_>>()),
+            _ => Err("half of a range in a log".to_owned()),
+        };
+        let (page, ranges) = (saved.page, pairs(&saved.ranges)?);
+        let ordered =
+            ranges.iter().all(|(first, last)| first <= last) && ranges.windows(2).all(|two| two[0].1 < two[1].0);
+        if !(page.is_power_of_two() && (PAGE..=MOST_PAGE).contains(&page) && ordered) {
+            return Err(format!("a log of pages of {page} bytes in {ranges:x?}"));
+        }
+        Ok(Self { page, ranges, written: pairs(&saved.written)?.into_iter().collect() })
     }
 
     pub(super) fn page(&self) -> u64 {

@@ -1,11 +1,14 @@
 //! Interrupts of a device: who is told of them, what is masked, and what waits.
 
+use std::io;
 use std::os::fd::OwnedFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::device::Irq;
+use super::kept::{Claim, Copies};
+use super::saved::SavedVector;
 use crate::payload::{IrqSet, irq_flags};
 
 #[derive(Default)]
@@ -79,6 +82,57 @@ impl Irqs {
             vector.orphaned = vector.trigger.is_none();
             vector.fire(irq);
         }
+    }
+
+    /// Notes all of which there is something to be said.
+    pub(super) fn save(&self, copies: &mut Copies) -> io::Result<Vec<SavedVector>> {
+        let mut all = Vec::new();
+        for (index, line) in (0..).zip(&self.0) {
+            for (number, vector) in (0..).zip(&line.vectors) {
+                let Vector { trigger, on_mask, on_unmask, masked, pending, level, orphaned } = vector;
+                for (what, event) in [("trigger", trigger), ("on-mask", on_mask), ("on-unmask", on_unmask)] {
+                    if let Some(event) = event {
+                        copies.add(&name(index, what), number, event)?;
+                    }
+                }
+                let saved = SavedVector {
+                    index,
+                    vector: number,
+                    trigger: trigger.is_some(),
+                    on_mask: on_mask.is_some(),
+                    on_unmask: on_unmask.is_some(),
+                    masked: *masked,
+                    pending: *pending,
+                    level: *level,
+                    orphaned: *orphaned,
+                };
+                if saved != (SavedVector { index, vector: number, ..SavedVector::default() }) {
+                    all.push(saved);
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Takes what was noted; nothing is signalled.
+    pub(super) fn load(&mut self, saved: &[SavedVector], claim: &mut Claim) -> Result<(), String> {
+        for saved in saved {
+            let (index, number) = (saved.index, saved.vector);
+            let mut event = |there: bool, what: &str| {
+                let missing = || format!("{}[{number}] is missing", name(index, what));
+                there.then(|| claim(&name(index, what), number).ok_or_else(missing)).transpose()
+            };
+            let [trigger, on_mask, on_unmask] = [
+                event(saved.trigger, "trigger")?,
+                event(saved.on_mask, "on-mask")?,
+                event(saved.on_unmask, "on-unmask")?,
+            ];
+            let SavedVector { masked, pending, level, orphaned, .. } = *saved;
+            let (_, vector) =
+                self.vector(index, number).ok_or_else(|| format!("vector {number} of interrupt {index}"))?;
+            *vector = Vector { trigger, on_mask, on_unmask, masked, pending, level, orphaned };
+        }
+        Ok(())
     }
 
     /// A reset: lines are down, and nothing waits. Who is told stays.
@@ -182,6 +236,11 @@ impl Vector {
             }
         }
     }
+}
+
+/// Name of the descriptors of a kind.
+fn name(index: u32, what: &str) -> String {
+    format!("irq{index}/{what}")
 }
 
 /// Signals an eventfd. One that is full is signalled already; whatever else the client sent is not waited for.

@@ -5,6 +5,7 @@
 //! - [`Bus`]: the client's memory and interrupts, for the device and its threads.
 //! - `session`: what is done with each message of a client.
 //! - `dma`, `irqs`: maps, logs and vectors.
+//! - [`kept`]: a server that another process goes on with.
 //!
 //! When a client is lost (it closes the socket, breaks the protocol, or does not finish a message in time) its maps and descriptors are
 //! given back, the device is left as it is, and the next client is taken.
@@ -15,6 +16,8 @@ pub mod device;
 mod dma;
 pub mod image;
 mod irqs;
+pub mod kept;
+mod saved;
 mod session;
 
 use std::io;
@@ -32,12 +35,14 @@ use wherry_socket::SocketFile;
 pub use bus::{Bus, DmaError, Word};
 pub use device::{Description, Device, Irq, Migration, Region, Shared};
 pub use image::Image;
+pub use kept::{Kept, Rest};
 
 use crate::capabilities::{Capabilities, Extensions, TwinSocket};
 use crate::error::VfioUserError;
 use crate::link::Link;
 use crate::message::{Command, DEFAULT_TRANSFER, MOST_DESCRIPTORS};
 use crate::states::State;
+use kept::Resumed;
 
 /// How long the parts of a message, the first message of a client and its replies may take.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -126,6 +131,9 @@ pub struct Host {
     limit: Duration,
     capabilities: Capabilities,
     stop: Stop,
+    rest: Rest,
+    /// The device was brought to rest for another process.
+    device_rests: bool,
     watcher: Option<Watcher>,
     userfaults: Option<Box<dyn Userfaults>>,
     /// Maps are registered for missing pages, and the client serves those.
@@ -133,7 +141,7 @@ pub struct Host {
 }
 
 impl Host {
-    /// For one device. No descriptor is needed but that of a stop.
+    /// For one device. No descriptors are needed but those of a stop and of a rest.
     pub fn new(device: &dyn Device) -> io::Result<Self> {
         let description = device.description();
         let capabilities = Capabilities {
@@ -145,10 +153,23 @@ impl Host {
             write_multiple: Some(true),
             wherry: Some(Extensions { p2p: description.p2p, estimates: true, userfaultfd: false }),
         };
-        let (bus, stop) = (Bus::new(&description.irqs), Stop::new()?);
+        let (bus, stop, rest) = (Bus::new(&description.irqs), Stop::new()?, Rest::new()?);
         let (watcher, userfaults) = (None, None);
         let state = State::Running;
-        Ok(Self { description, bus, state, limit: LIMIT, capabilities, stop, watcher, userfaults, faulting: false })
+        let (limit, faulting, device_rests) = (LIMIT, false, false);
+        Ok(Self {
+            description,
+            bus,
+            state,
+            limit,
+            capabilities,
+            stop,
+            rest,
+            device_rests,
+            watcher,
+            userfaults,
+            faulting,
+        })
     }
 
     /// How long the parts of a message, the first message of a client and its replies may take; 5 s if nothing is said.
@@ -209,11 +230,22 @@ impl Host {
             source: error.raw_os_error().map_or(Errno::IO, Errno::from_raw_os_error),
         };
         let link = Link::new(stream, "a client", self.limit, false).map_err(|e| failed("setting up its socket", &e))?;
-        let link = Arc::new(link);
+        self.serve_link(Arc::new(link), None, device)
+    }
+
+    /// Serves a client that comes, or one of the process before.
+    fn serve_link(
+        &mut self,
+        link: Arc<Link>,
+        known: Option<(Capabilities, Extensions)>,
+        device: &mut dyn Device,
+    ) -> Result<(), VfioUserError> {
         if !self.stop.serve(Some(link.clone())) {
             return Ok(());
         }
-        let result = session::run(self, link.clone(), device);
+        self.rest.serve(Some(link.clone()));
+        let result = session::run(self, link.clone(), known, device);
+        self.rest.serve(None);
         // Before everything is closed: the last answer may not have been read.
         if result.is_err() && !self.stop.is_stopped() {
             link.close_politely(self.limit.min(Duration::from_millis(200)));
@@ -222,6 +254,7 @@ impl Host {
         self.bus.lose_client();
         link.close();
         self.stop.serve(None);
+        self.note_obstacle();
         result
     }
 }
@@ -249,12 +282,27 @@ impl Server {
 
     /// Serves clients, one after the other, until it is stopped.
     pub fn serve(&self, host: &mut Host, device: &mut dyn Device) -> io::Result<()> {
-        let stop = host.stop();
+        let (stop, rest) = (host.stop(), host.rest());
         while !stop.is_stopped() {
-            let mut events = [PollFd::new(&self.listener, PollFlags::IN), PollFd::new(&stop.0.event, PollFlags::IN)];
+            if rest.is_wanted() {
+                if let Some(Resumed { link, client, extensions }) = host.rest_alone(device) {
+                    tell(&host.serve_link(link, Some((client, extensions)), device));
+                }
+                continue;
+            }
+            let mut events = [&stop.0.event, rest.event()].map(|event| PollFd::new(event, PollFlags::IN)).to_vec();
+            events.push(PollFd::new(&self.listener, PollFlags::IN));
             match poll(&mut events, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
+            }
+            let called = !events[1].revents().is_empty();
+            if called {
+                // It may have been meant for the client before.
+                let _ = rustix::io::read(rest.event(), &mut [0; 8]);
+            }
+            if rest.is_wanted() {
+                continue;
             }
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
@@ -262,11 +310,15 @@ impl Server {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => continue,
                 Err(error) => return Err(error),
             };
-            match host.serve(stream, device) {
-                Ok(()) | Err(VfioUserError::Closed { .. }) => tracing::debug!("the client has left"),
-                Err(error) => tracing::warn!("the client is given up: {error}"),
-            }
+            tell(&host.serve(stream, device));
         }
         Ok(())
+    }
+}
+
+fn tell(served: &Result<(), VfioUserError>) {
+    match served {
+        Ok(()) | Err(VfioUserError::Closed { .. }) => tracing::debug!("the client has left"),
+        Err(error) => tracing::warn!("the client is given up: {error}"),
     }
 }

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::bus::Way;
 use super::device::Device;
 use super::dma::Log;
+use super::kept::Served;
 use super::{Host, Moment, State, Verdict};
 use crate::capabilities::{Capabilities, Extensions, MAJOR, MINOR, TwinSocket, Version};
 use crate::error::VfioUserError;
@@ -63,11 +64,25 @@ struct Session<'a> {
     extensions: Extensions,
 }
 
-/// Serves a client until it is lost.
-pub(super) fn run(host: &mut Host, link: Arc<Link>, device: &mut dyn Device) -> Result<(), VfioUserError> {
-    let (client, extensions) = (Capabilities::default(), Extensions::default());
+/// Serves a client until it is lost: one that comes, or one that is known from the process before.
+pub(super) fn run(
+    host: &mut Host,
+    link: Arc<Link>,
+    known: Option<(Capabilities, Extensions)>,
+    device: &mut dyn Device,
+) -> Result<(), VfioUserError> {
+    let greeted = known.is_some();
+    let (client, extensions) = known.unwrap_or_default();
     let mut session = Session { host, device, link, client, extensions };
-    let result = session.greet().and_then(|()| session.serve());
+    let result = match greeted {
+        true => {
+            session.link.go_on();
+            session.host.bus.go_on();
+            Ok(())
+        }
+        false => session.greet(),
+    };
+    let result = result.and_then(|()| session.serve());
     if let Some(header) = session.link.broken() {
         let _ = answer(&session.link, &header, Err(Errno::INVAL));
     }
@@ -177,8 +192,12 @@ impl Session<'_> {
 
     fn serve(&mut self) -> Result<(), VfioUserError> {
         loop {
-            match self.link.command(None)? {
-                None => {}
+            let rest = self.host.rest();
+            match self.link.command_unless(|| rest.is_wanted())? {
+                None => {
+                    let served = Served { link: &self.link, client: &self.client, extensions: self.extensions };
+                    self.host.rest_with(self.device, served);
+                }
                 Some(Incoming::Oversized(header)) => {
                     tracing::debug!("{} of {} bytes is refused", header.name(), header.size);
                     answer(&self.link, &header, Err(Errno::INVAL))?;
@@ -191,6 +210,7 @@ impl Session<'_> {
                         tracing::debug!("{} is refused: {errno} {why}", header.name());
                         errno
                     });
+                    self.host.note_obstacle();
                     command.map_or(Ok(()), |command| self.watch(command, Moment::After))?;
                     answer(&self.link, &header, reply)?;
                 }

@@ -13,7 +13,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use wherry_vfio_user::client::NoMemory;
 use wherry_vfio_user::payload::IoFd;
-use wherry_vfio_user::server::{DmaError, Host, Region};
+use wherry_vfio_user::server::{DmaError, Host, Kept, Region};
 use wherry_vfio_user::{Bus, Client, Description, Device, Migration, Options, State, Stop, VfioUserError};
 
 use super::memory;
@@ -55,6 +55,10 @@ impl Device for Odd {
 
     fn reset(&mut self, _: &Bus) -> Result<(), Errno> {
         self.outcome()
+    }
+
+    fn kept(&mut self) -> Option<&mut dyn Kept> {
+        None
     }
 
     fn migration(&mut self) -> Option<&mut dyn Migration> {

@@ -8,6 +8,7 @@ mod copier;
 mod devices;
 mod interrupts;
 mod kept;
+mod kept_server;
 mod memory;
 mod migration;
 mod raw;

@@ -16,10 +16,12 @@ use std::time::{Duration, Instant};
 
 use prost::Message;
 use rustix::process::{Signal, pidfd_send_signal};
-use wherry_handover::{Channel, ChannelError, Ended, KeptId, LaunchError, Launched, Launcher, Registry, RegistryError};
+use wherry_handover::{
+    Channel, ChannelError, Ended, Entry, KeptId, LaunchError, Launched, Launcher, Registry, RegistryError,
+};
 use wherry_migration::machine::{Machine, MachineDescription, Refusal};
 use wherry_migration::progress::Job;
-use wherry_migration::update::{self, HandOver, Successor, UpdateError, UpdateOptions};
+use wherry_migration::update::{self, HandOver, Keep, Successor, UpdateError, UpdateOptions};
 use wherry_migration::{Cause, Journey};
 
 use self::saved::SavedHost;
@@ -110,7 +112,7 @@ impl Hosting {
     }
 
     /// What of it goes over.
-    pub(crate) fn entries(&self) -> Vec<wherry_handover::Entry> {
+    pub(crate) fn entries(&self) -> Vec<Entry> {
         self.registry.list()
     }
 
@@ -121,16 +123,17 @@ impl Hosting {
 }
 
 /// A new process has the machine.
-pub(crate) struct Replaced {
+#[derive(Debug)]
+pub struct Replaced {
     /// It.
-    pub(crate) pid: u32,
+    pub pid: u32,
     /// How it went.
-    pub(crate) job: Job,
+    pub job: Job,
 }
 
 /// No new process has the machine.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum ReplaceError {
+pub enum ReplaceError {
     /// There is no launcher.
     #[error("there is nobody who could start a new process: {0}")]
     NoLauncher(String),
@@ -202,21 +205,44 @@ pub(crate) fn replace(
             *hosting.waits.lock().unwrap_or_else(PoisonError::into_inner) = waits.map(Prepared::into_ours);
             Ok(Replaced { pid, job })
         }
-        Err(error) => {
-            // The channel is closed, and it can have nothing of the machine any more but descriptors.
-            let ended = launcher.ended(pid, Instant::now() + END_LIMIT).or_else(|| {
-                tracing::warn!(pid, "the new process does not end by itself");
-                // An error: it has ended after all.
-                let _ = pidfd_send_signal(&pidfd, Signal::KILL);
-                launcher.ended(pid, Instant::now() + END_LIMIT)
-            });
-            Err(match (ended, error) {
-                // It has said why by itself.
-                (_, error @ (UpdateError::Refused(_) | UpdateError::Cancelled)) => error.into(),
-                (Some(ended), error @ UpdateError::RunsHere(_)) => ReplaceError::Ended { error, ended },
-                (_, error) => error.into(),
-            })
-        }
+        Err(error) => Err(given_up(launcher, &Launched { pid, pidfd }, error)),
+    }
+}
+
+/// Has a new process of that program take over, which is told to by that word; it is given what is said of this one beside the machine. One
+/// that does not take over has ended when this returns, or was killed.
+pub fn start_and_hand_over<M: Keep + ?Sized>(
+    launcher: &Launcher,
+    (program, word): (&Path, &str),
+    machine: Arc<M>,
+    host: Vec<u8>,
+    journey: &Journey,
+) -> Result<Replaced, ReplaceError> {
+    let (channel, theirs) = Channel::pair()?;
+    let launched = launcher.launch(program, &[word.into()], theirs.as_fd())?;
+    drop(theirs);
+    let handed = HandOver { machine, entries: Vec::new(), host, channel, hold: &|_| {} };
+    match update::hand_over(handed, UpdateOptions::default(), journey) {
+        Ok(job) => Ok(Replaced { pid: launched.pid, job }),
+        Err(error) => Err(given_up(launcher, &launched, error)),
+    }
+}
+
+/// Waits for the end of a process that did not take over. The channel is closed, and it can have nothing of the machine any more but
+/// descriptors.
+fn given_up(launcher: &Launcher, launched: &Launched, error: UpdateError) -> ReplaceError {
+    let Launched { pid, pidfd } = launched;
+    let ended = launcher.ended(*pid, Instant::now() + END_LIMIT).or_else(|| {
+        tracing::warn!(pid, "the new process does not end by itself");
+        // An error: it has ended after all.
+        let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        launcher.ended(*pid, Instant::now() + END_LIMIT)
+    });
+    match (ended, error) {
+        // It has said why by itself.
+        (_, error @ (UpdateError::Refused(_) | UpdateError::Cancelled)) => error.into(),
+        (Some(ended), error @ UpdateError::RunsHere(_)) => ReplaceError::Ended { error, ended },
+        (_, error) => error.into(),
     }
 }
 

@@ -12,6 +12,9 @@ pub struct DeviceAccel {
     /// UNIX socket to listen on
     #[arg(long, value_name = "SOCKET")]
     pub socket: PathBuf,
+    /// UNIX socket to listen on for `wherry update --control`; without, the process is not replaced under a VM
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
     /// Engines by class; a class that is not named has none. Both ends of a move need the same ones
     #[arg(long, value_name = "CLASS=N,...", default_value = "copy=2,compress=2,crypto=1,compute=1,code=1", value_parser = engines)]
     pub engines: [u16; 5],

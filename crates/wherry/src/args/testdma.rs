@@ -27,6 +27,9 @@ pub struct DeviceTestdma {
     /// UNIX socket to listen on
     #[arg(long, value_name = "SOCKET")]
     pub socket: PathBuf,
+    /// UNIX socket to listen on for `wherry update --control`; without, the process is not replaced under a VM
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
     /// Kinds of interrupts that it has; the driver chooses one
     #[arg(long, value_name = "KIND,...", value_delimiter = ',', default_value = "msix,msi,intx")]
     pub interrupts: Vec<Kind>,

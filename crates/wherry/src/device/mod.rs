@@ -3,8 +3,10 @@
 //! - [`served`] makes a device of `wherry-virtio` one that a vhost-user front end sets up.
 //! - [`accel`] is the accelerator, a PCI function that a vfio-user client sets up.
 //! - [`testdma`] is a PCI function for tests, that a vfio-user client sets up.
+//! - [`process`] is what a process of the latter two is beside its device, and how another one takes its place.
 
 mod accel;
+pub mod process;
 mod served;
 pub mod testdma;
 mod userfaults;
@@ -18,17 +20,28 @@ use wherry_backend::{BackendError, Server};
 use wherry_virtio::blk::Image;
 use wherry_virtio::net::Tap;
 
+use self::process::Sockets;
 use self::served::Served;
 use crate::args::{Device, DeviceBlk, DeviceCommand, DeviceNet};
 use crate::{DID_NOT, HAPPENED};
 
 /// `wherry device`
-pub fn device(options: &Device) -> Result<u8> {
+pub fn device(options: &Device, log: &str) -> Result<u8> {
     match &options.command {
         DeviceCommand::Blk(options) => blk(options),
         DeviceCommand::Net(options) => net(options),
-        DeviceCommand::Accel(options) => accel::serve(options),
-        DeviceCommand::Testdma(options) => testdma::serve(options),
+        DeviceCommand::Accel(options) => {
+            let sockets = Sockets {
+                socket: &options.socket,
+                control: options.control.as_deref(),
+                parent: crate::host::die_with(options.die_with)?,
+            };
+            process::serve(sockets, log, |registry| accel::make(options, registry))
+        }
+        DeviceCommand::Testdma(options) => {
+            let sockets = Sockets { socket: &options.socket, control: options.control.as_deref(), parent: None };
+            process::serve(sockets, log, |registry| testdma::make(options, registry))
+        }
     }
 }
 

@@ -38,9 +38,14 @@ pub struct Process {
 
 impl Process {
     pub fn start(place: &Place, name: &str, more: &[&str]) -> Self {
+        Self::start_with(place, name, more, &[])
+    }
+
+    /// With something in its environment.
+    pub fn start_with(place: &Place, name: &str, more: &[&str], environment: &[(&str, &str)]) -> Self {
         let (socket, log) = (place.path(&format!("{name}.sock")), place.path(&format!("{name}.log")));
         let mut command = place.command(&["device", "testdma", "--socket"]);
-        command.arg(&socket).args(more).stdout(Stdio::piped());
+        command.arg(&socket).args(more).envs(environment.iter().copied()).stdout(Stdio::piped());
         let child = command.stderr(File::create(&log).unwrap()).spawn().unwrap();
         let mut this = Self { child, socket, log };
         wait_for("the device's socket", || {
@@ -71,12 +76,19 @@ impl Process {
     }
 
     /// Has it end, and gives what it says that it has done.
-    pub fn summary(mut self) -> serde_json::Value {
-        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
+    pub fn summary(self) -> serde_json::Value {
+        let pid = self.pid();
+        self.summary_of(pid)
+    }
+
+    /// Likewise, of the process that has taken its place.
+    pub fn summary_of(mut self, pid: u32) -> serde_json::Value {
+        let pid = rustix::process::Pid::from_raw(pid as i32).unwrap();
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         assert_eq!(self.end().code(), Some(0), "{}", self.log());
+        let said = serde_json::from_reader(self.child.stdout.take().unwrap()).unwrap();
         assert!(!self.socket.exists(), "the socket is removed");
-        serde_json::from_reader(self.child.stdout.take().unwrap()).unwrap()
+        said
     }
 }
 

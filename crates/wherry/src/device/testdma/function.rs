@@ -1,10 +1,11 @@
 //! The PCI function: configuration space, registers, scratch page, and the thread that does the DMA.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -14,9 +15,10 @@ use wherry_guest::testdma::{
     self as abi, Form, ID, Interrupt, MAX_MSI_VECTORS, MSIX_BAR, MSIX_BYTES, MSIX_PENDING, REGISTERS_BAR,
     REGISTERS_BYTES, SCRATCH, SCRATCH_BYTES, VERSION, register, status,
 };
+use wherry_handover::{KeptId, Registry};
 use wherry_pci::{BarKind, ConfigError, ConfigSpace, Identity};
 use wherry_vfio_user::payload::{Area, IoFd, pci_irq, pci_region};
-use wherry_vfio_user::server::{Irq, Region, Shared};
+use wherry_vfio_user::server::{Irq, Kept, Region, Shared};
 use wherry_vfio_user::{Bus, Description, Device, Migration};
 
 use super::engine::{Engine, Next};
@@ -44,7 +46,21 @@ pub struct Core {
     /// The doorbell of the registers.
     bell: Arc<OwnedFd>,
     over: AtomicBool,
+    /// Whether the thread is to park, and whether it has: then it touches neither memory nor the bell.
+    parking: Mutex<Parking>,
+    parked: Condvar,
 }
+
+#[derive(Default)]
+struct Parking {
+    wanted: bool,
+    /// There is a thread.
+    begun: bool,
+    done: bool,
+}
+
+/// How long the thread may take to park: an access by message waits for a client as long as that.
+const PARK: Duration = Duration::from_secs(6);
 
 impl Core {
     /// The engine, for the server.
@@ -55,14 +71,67 @@ impl Core {
         engine
     }
 
+    /// What was done so far, as JSON.
+    pub fn summary(&self) -> serde_json::Value {
+        let engine = self.engine();
+        let figures = engine.figures;
+        serde_json::json!({
+            "buffers": figures.buffers,
+            "bytes": figures.bytes,
+            "interrupts": figures.signals,
+            "lost_interrupts": figures.lost,
+            "longest_ns": figures.longest_ns,
+            "faults": figures.faults,
+            "loads": figures.loads,
+        })
+    }
+
     /// Has the thread look again.
     pub fn wake(&self) {
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 
+    fn parking(&self) -> MutexGuard<'_, Parking> {
+        self.parking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the thread park; false if it did not in time.
+    pub fn park(&self) -> bool {
+        let deadline = Instant::now() + PARK;
+        let mut parking = self.parking();
+        parking.wanted = true;
+        self.wake();
+        while parking.begun && !parking.done {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            parking = self.parked.wait_timeout(parking, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// The thread goes on, and looks at everything.
+    pub fn unpark(&self) {
+        self.parking().wanted = false;
+        self.parked.notify_all();
+    }
+
+    /// On the thread: parks, if it is to.
+    fn park_here(&self) {
+        let mut parking = self.parking();
+        while parking.wanted && !self.over.load(Ordering::SeqCst) {
+            parking.done = true;
+            self.parked.notify_all();
+            parking = self.parked.wait(parking).unwrap_or_else(PoisonError::into_inner);
+        }
+        parking.done = false;
+    }
+
     /// The thread: one step after the other.
     fn run(&self, bus: &Bus) {
         while !self.over.load(Ordering::SeqCst) {
+            self.park_here();
             // The lock is not fair.
             while self.wanted.load(Ordering::SeqCst) > 0 {
                 std::thread::yield_now();
@@ -101,22 +170,28 @@ pub struct Testdma {
 }
 
 impl Testdma {
-    /// As it is after a reset.
-    pub fn new(shape: Shape, load: Load, faults: Faults) -> Result<Self> {
+    /// As it is after a reset. What the client has of it goes over to the next process, and comes from the one before: until it goes
+    /// on, its thread is parked then.
+    pub fn new(shape: Shape, load: Load, faults: Faults, registry: &Registry) -> Result<Self> {
         let (config, express) = configuration(&shape).context("making configuration space")?;
-        let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("making an eventfd");
-        let scratch = memfd_create("testdma-scratch", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .and_then(|scratch| ftruncate(&scratch, REGISTERS_BYTES).map(|()| scratch))
-            .and_then(|scratch| {
-                fcntl_add_seals(&scratch, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map(|()| scratch)
-            })
-            .context("making the scratch page")?;
+        let event = || Ok::<_, io::Error>(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let page = || {
+            let page = memfd_create("testdma-scratch", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+            ftruncate(&page, REGISTERS_BYTES)?;
+            fcntl_add_seals(&page, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+            Ok::<_, io::Error>(page)
+        };
+        let scratch =
+            registry.obtain(KeptId::new("testdma/scratch", 0), Ok, page).context("making the scratch page")?;
+        let bell = registry.obtain(KeptId::new("testdma/bell", 0), Ok, event).context("making the doorbell")?;
         let core = Core {
             engine: Mutex::new(Engine::new(load, faults)),
             wanted: AtomicUsize::new(0),
-            wake: event()?,
-            bell: Arc::new(event()?),
+            wake: event().context("making an eventfd")?,
+            bell,
             over: AtomicBool::new(false),
+            parking: Mutex::new(Parking { wanted: registry.succeeds(), ..Parking::default() }),
+            parked: Condvar::new(),
         };
         let core = Arc::new(core);
         Ok(Self {
@@ -126,7 +201,7 @@ impl Testdma {
             shape,
             config,
             express,
-            scratch: Arc::new(scratch),
+            scratch,
             table: vec![0; MSIX_BYTES as usize],
             thread: None,
         })
@@ -135,12 +210,13 @@ impl Testdma {
     /// Starts the thread that does the DMA.
     pub fn start(&mut self, bus: Bus) -> Result<()> {
         let core = self.core.clone();
+        core.parking().begun = true;
         let thread = std::thread::Builder::new().name("testdma".into()).spawn(move || core.run(&bus));
         self.thread = Some(thread.context("starting the thread of the device")?);
         Ok(())
     }
 
-    pub(super) fn core(&self) -> &Arc<Core> {
+    pub fn core(&self) -> &Arc<Core> {
         &self.core
     }
 
@@ -239,25 +315,16 @@ impl Testdma {
         self.config.restore(&saved).map_err(|error| error.to_string())
     }
 
-    /// The engine obeys configuration space.
-    pub(super) fn follow_config(&self, bus: &Bus) {
-        self.core.engine().configure(self.config.bus_master(), self.config.intx_enabled(), bus);
-        self.core.wake();
+    /// Whether it may do DMA, and use its pin.
+    pub(super) fn uses(&self) -> (bool, bool) {
+        (self.config.bus_master(), self.config.intx_enabled())
     }
 
-    /// What was done so far, as JSON.
-    pub fn summary(&self) -> serde_json::Value {
-        let engine = self.core.engine();
-        let figures = engine.figures;
-        serde_json::json!({
-            "buffers": figures.buffers,
-            "bytes": figures.bytes,
-            "interrupts": figures.signals,
-            "lost_interrupts": figures.lost,
-            "longest_ns": figures.longest_ns,
-            "faults": figures.faults,
-            "loads": figures.loads,
-        })
+    /// The engine obeys configuration space.
+    pub(super) fn follow_config(&self, bus: &Bus) {
+        let (master, pin) = self.uses();
+        self.core.engine().configure(master, pin, bus);
+        self.core.wake();
     }
 
     /// Configuration space as it reads now.
@@ -290,6 +357,7 @@ impl Drop for Testdma {
     fn drop(&mut self) {
         self.core.over.store(true, Ordering::SeqCst);
         self.core.wake();
+        self.core.unpark();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -420,6 +488,10 @@ impl Device for Testdma {
     }
 
     fn migration(&mut self) -> Option<&mut dyn Migration> {
+        Some(self)
+    }
+
+    fn kept(&mut self) -> Option<&mut dyn Kept> {
         Some(self)
     }
 }

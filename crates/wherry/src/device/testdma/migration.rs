@@ -2,14 +2,18 @@
 //!
 //! In a P2P state it does no DMA any more, but takes writes to its registers, as it does in `STOP`. The engine is at rest when it
 //! was told so under its lock: no access is under way then, and all that were made are in the log.
+//!
+//! To another process of the same host it goes as it runs ([`Kept`]): its thread is parked. Its scratch page and its doorbell are the
+//! same there, and its interrupts are the server's to carry.
 
 use prost::Message;
 use rustix::io::Errno;
 use wherry_guest::testdma::MSIX_BYTES;
-use wherry_state::{SavedState, UnitId};
-use wherry_vfio_user::server::Moment;
+use wherry_state::{SavedState, Section, UnitId};
+use wherry_vfio_user::server::{Kept, Moment};
 use wherry_vfio_user::{Bus, Migration, State};
 
+use super::engine::{Figures, Progress, Setup};
 use super::faults::Event;
 use super::function::{CONFIG_BYTES, Testdma};
 use super::saved::{SavedPending, SavedTestdma, UNIT};
@@ -38,14 +42,20 @@ impl Testdma {
         Ok(SavedTestdma { config, scratch, table: self.table.clone(), pending, ..state })
     }
 
-    fn take(&mut self, state: &SavedTestdma, bus: &Bus) -> Result<(), String> {
-        let (setup, progress, mut figures) = state.engine()?;
+    /// The engine's part of a state, if it can be this device's.
+    fn check(&self, state: &SavedTestdma) -> Result<(Setup, Progress, Figures), String> {
+        let (setup, progress, figures) = state.engine()?;
         if !self.has(setup.interrupt) || setup.vectors > self.shape.vectors {
             return Err(format!("it uses {:?} with {} vectors, which is not here", setup.interrupt, setup.vectors));
         }
         if state.table.len() as u64 != MSIX_BYTES {
             return Err(format!("an MSI-X table of {} bytes", state.table.len()));
         }
+        Ok((setup, progress, figures))
+    }
+
+    fn take_moved(&mut self, state: &SavedTestdma, bus: &Bus) -> Result<(), String> {
+        let (setup, progress, mut figures) = self.check(state)?;
         self.restore_config(&state.config)?;
         self.set_scratch(&state.scratch).map_err(|error| format!("its scratch page: {error}"))?;
         self.table.clone_from(&state.table);
@@ -63,7 +73,7 @@ impl Testdma {
         if from == State::Resuming {
             std::thread::sleep(self.shape.load_time);
             let loading = self.journey.loading.take().unwrap_or_default();
-            let taken = loading.finish().and_then(|state| self.take(&state, bus));
+            let taken = loading.finish().and_then(|state| self.take_moved(&state, bus));
             taken.map_err(|error| {
                 tracing::warn!("a state is refused: {error}");
                 Errno::INVAL
@@ -150,5 +160,32 @@ impl Migration for Testdma {
             Some(saving) => saving.left(bytes),
             None => Saving::new(self.shape.ballast).left(bytes),
         }
+    }
+}
+
+impl Kept for Testdma {
+    fn rest(&mut self, bus: &Bus) -> Result<Vec<u8>, String> {
+        if !self.core().park() {
+            self.core().unpark();
+            return Err("an access of its client's memory does not end".into());
+        }
+        let state = self.state(bus).map_err(|error| format!("reading its state: {error}"))?;
+        let state = SavedTestdma { scratch: Vec::new(), pending: Vec::new(), ..state };
+        Ok(state.to_section(&UnitId { name: UNIT.into(), instance: 0 }).encode_to_vec())
+    }
+
+    fn take(&mut self, _: &Bus, state: &[u8]) -> Result<(), String> {
+        let section = Section::decode(state).map_err(|error| error.to_string())?;
+        let state = SavedTestdma::from_section(&section).map_err(|error| error.to_string())?;
+        let (setup, progress, figures) = self.check(&state)?;
+        self.restore_config(&state.config)?;
+        self.table.clone_from(&state.table);
+        let (master, pin) = self.uses();
+        self.core().engine().adopt(setup, progress, figures, master, pin);
+        Ok(())
+    }
+
+    fn go_on(&mut self, _: &Bus) {
+        self.core().unpark();
     }
 }

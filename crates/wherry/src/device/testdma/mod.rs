@@ -21,28 +21,25 @@ mod saved;
 mod stream;
 
 use anyhow::{Context, Result};
-use wherry_vfio_user::Server;
+use wherry_handover::Registry;
 use wherry_vfio_user::server::Host;
 
 use self::faults::Faults;
 use self::function::Testdma;
-use crate::HAPPENED;
 use crate::args::DeviceTestdma;
+use crate::device::process::Made;
 use crate::device::userfaults::ProcessFaults;
 
-/// Serves clients until SIGINT or SIGTERM; then says on stdout what was done.
-pub fn serve(options: &DeviceTestdma) -> Result<u8> {
-    let mut device = Testdma::new(options.shape(), options.load(), Faults::new(&options.fault))?;
-    let server = Server::bind(&options.socket).with_context(|| format!("listening on {}", options.socket.display()))?;
+/// Makes the device; in the end it says on stdout what was done.
+pub fn make(options: &DeviceTestdma, registry: &Registry) -> Result<Made> {
+    let mut device = Testdma::new(options.shape(), options.load(), Faults::new(&options.fault), registry)?;
     let mut host = Host::new(&device).context("setting up the server")?;
     host.set_userfaults(Box::new(ProcessFaults::default()));
     let stop = host.stop();
-    device.mischief.set_stop(stop.clone());
+    device.mischief.set_stop(stop);
     let mischief = device.mischief.clone();
     host.set_watcher(Box::new(move |command, moment| mischief.watch(command, moment)));
     device.start(host.bus().clone())?;
-    super::signals(move || stop.stop())?;
-    server.serve(&mut host, &mut device).with_context(|| format!("serving {}", options.socket.display()))?;
-    println!("{}", device.summary());
-    Ok(HAPPENED)
+    let core = device.core().clone();
+    Ok(Made { host, device: Box::new(device), summary: Some(Box::new(move || core.summary())) })
 }
