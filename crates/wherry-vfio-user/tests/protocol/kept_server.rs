@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::client::{Memory, copy};
@@ -225,17 +226,24 @@ fn a_server_that_rests_goes_on_and_who_asks_meanwhile_waits() {
     let chain = Chain::new(true);
     let client = Client::connect(&chain.path(), Options::default(), Arc::new(Memory::new())).unwrap();
     client.dma_map(0, 0x4_0000, None, true, true).unwrap();
+    let done = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| {
             for round in 0..200 {
                 copy(&client, 0x1000, 0x2_0000 + 64 * round, 64).unwrap();
+                done.fetch_add(1, Ordering::SeqCst);
             }
         });
         let mut rounds = 0;
         while !asking.is_finished() {
+            let before = done.load(Ordering::SeqCst);
             drop(chain.rest());
             chain.rest.go_on();
             rounds += 1;
+            // Who rests all the time serves nobody.
+            while done.load(Ordering::SeqCst) == before && !asking.is_finished() {
+                std::thread::yield_now();
+            }
         }
         asking.join().unwrap();
         assert!(rounds > 0);
