@@ -1,4 +1,4 @@
-//! A device in less than 200 lines: it copies memory of its client and interrupts when that is done, and it can be migrated.
+//! A device in less than 150 lines: it copies memory of its client and interrupts when that is done, and it can be migrated.
 //!
 //!     copier --socket-path=/run/copier.sock
 //!
@@ -104,23 +104,8 @@ impl Device for Copier {
     }
 
     fn kept(&mut self) -> Option<&mut dyn Kept> {
-        Some(self)
+        None
     }
-}
-
-/// It does nothing between two messages. BAR 1 is memory that stays, if its file is given to the next process.
-impl Kept for Copier {
-    fn rest(&mut self, _: &Bus) -> Result<Vec<u8>, String> {
-        Ok([&self.config.bytes()[..], &self.page].concat())
-    }
-
-    fn take(&mut self, _: &Bus, state: &[u8]) -> Result<(), String> {
-        let (config, page) = state.split_first_chunk().ok_or("a state without configuration space")?;
-        self.page = page.try_into().map_err(|_| format!("a BAR of {} bytes", page.len()))?;
-        self.config.load(config).map_err(|_| "configuration space of another device".into())
-    }
-
-    fn go_on(&mut self, _: &Bus) {}
 }
 
 /// A copy is over when its message is answered: there is nothing to wait for. All of its state is read when it has stopped; what

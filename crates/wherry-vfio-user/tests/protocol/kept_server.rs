@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use super::client::{Memory, copy};
 use super::copier::Copier;
 use super::raw::{Raw, longs, message, signals, words};
@@ -16,11 +18,65 @@ use super::{BOOL, CONFIG, EVENTFD, MASK, NONE, TRIGGER, UNMASK, event, memory};
 use wherry_vfio_user::client::NoMemory;
 use wherry_vfio_user::payload::pci_irq;
 use wherry_vfio_user::server::kept::Rested;
-use wherry_vfio_user::server::{Host, Rest};
-use wherry_vfio_user::{Bus, Client, Options, Server, State};
+use wherry_vfio_user::server::{self, Host, Rest};
+use wherry_vfio_user::{Bus, Client, Description, Device, Migration, Options, Server, State};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
+}
+
+/// The example, which does nothing between two messages: what it is made of can go to another process as it can be moved.
+struct Kept(Copier);
+
+impl Device for Kept {
+    fn description(&self) -> Description {
+        self.0.description()
+    }
+
+    fn read(&mut self, bus: &Bus, region: u32, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
+        self.0.read(bus, region, offset, data)
+    }
+
+    fn write(&mut self, bus: &Bus, region: u32, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.0.write(bus, region, offset, data)
+    }
+
+    fn reset(&mut self, bus: &Bus) -> Result<(), Errno> {
+        self.0.reset(bus)
+    }
+
+    fn migration(&mut self) -> Option<&mut dyn Migration> {
+        self.0.migration()
+    }
+
+    fn kept(&mut self) -> Option<&mut dyn server::Kept> {
+        Some(self)
+    }
+}
+
+impl server::Kept for Kept {
+    fn rest(&mut self, bus: &Bus) -> Result<Vec<u8>, String> {
+        let mut saved = || {
+            self.0.arc(bus, State::Stop, State::StopCopy)?;
+            let mut state = vec![0; self.0.estimate(bus) as usize];
+            let bytes = self.0.save(bus, &mut state)?;
+            state.truncate(bytes);
+            self.0.arc(bus, State::StopCopy, State::Stop)?;
+            Ok(state)
+        };
+        saved().map_err(|error: Errno| error.to_string())
+    }
+
+    fn take(&mut self, bus: &Bus, state: &[u8]) -> Result<(), String> {
+        let mut load = || {
+            self.0.arc(bus, State::Stop, State::Resuming)?;
+            self.0.load(bus, state)?;
+            self.0.arc(bus, State::Resuming, State::Stop)
+        };
+        load().map_err(|error: Errno| error.to_string())
+    }
+
+    fn go_on(&mut self, _: &Bus) {}
 }
 
 /// Servers of one socket, one after the other.
@@ -33,9 +89,9 @@ struct Chain {
 }
 
 /// A server on a thread of its own; one that comes second begins at rest.
-fn server(listener: &UnixListener, twin: bool, second: bool) -> (Rest, Bus) {
+fn serve(listener: &UnixListener, twin: bool, second: bool) -> (Rest, Bus) {
     let server = Server::on(listener.try_clone().unwrap()).unwrap();
-    let mut device = Copier::new().unwrap();
+    let mut device = Kept(Copier::new().unwrap());
     let mut host = Host::new(&device).unwrap();
     host.set_twin_socket(twin);
     let (rest, bus) = (host.rest(), host.bus().clone());
@@ -50,7 +106,7 @@ impl Chain {
     fn new(twin: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("s")).unwrap();
-        let (rest, bus) = server(&listener, twin, false);
+        let (rest, bus) = serve(&listener, twin, false);
         Self { directory, listener, twin, rest, bus }
     }
 
@@ -66,7 +122,7 @@ impl Chain {
     /// Has another server go on.
     fn next(&mut self) {
         let rested = self.rest();
-        let (rest, bus) = server(&self.listener, self.twin, true);
+        let (rest, bus) = serve(&self.listener, self.twin, true);
         let left = take(&rest, rested).unwrap();
         assert_eq!(left, Vec::<String>::new(), "nobody wants them");
         rest.go_on();
@@ -306,7 +362,7 @@ fn what_another_server_left_is_checked_and_what_is_wrong_is_named() {
     let refused = |twin: bool, change: &dyn Fn(&mut Rested), words: &str| {
         let mut rested = again();
         change(&mut rested);
-        let (rest, _) = server(&chain.listener, twin, true);
+        let (rest, _) = serve(&chain.listener, twin, true);
         let error = take(&rest, rested).unwrap_err();
         assert!(error.contains(words), "{words}: {error}");
     };
