@@ -99,6 +99,9 @@ pub enum End {
     Vanished(Job, ClientError),
 }
 
+/// Mode of the job of a live update.
+const UPDATE: &str = "update";
+
 /// Starts a journey and follows it to its end.
 pub async fn carry(client: &Client, request: &MigrationRequest, show: Show) -> Result<End, ClientError> {
     let events = client.events(ANSWER).await?;
@@ -106,7 +109,9 @@ pub async fn carry(client: &Client, request: &MigrationRequest, show: Show) -> R
     let earlier = client.get::<Job>("/migration", ANSWER).await?.attempt;
     let started = client.put_json("/migration", request, ANSWER).await?;
     let interrupts = signal(SignalKind::interrupt()).ok();
-    follow(client, events, started, |job| earlier.is_empty() || job.attempt != earlier, show, interrupts).await
+    // Updates are jobs, too, and have no number.
+    let is_ours = |job: &Job| (earlier.is_empty() || job.attempt != earlier) && job.mode != UPDATE;
+    follow(client, events, started, is_ours, show, interrupts).await
 }
 
 /// Has something done to the journey under way, and follows it to its end.

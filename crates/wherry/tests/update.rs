@@ -276,8 +276,10 @@ fn a_paused_vm_stays_paused_and_one_that_has_moved_or_was_updated_moves_and_is_u
     for (mode, leg) in [("precopy", 0u32), ("postcopy", 1)] {
         let (from, to) = (leg.to_string(), (leg + 1).to_string());
         let (_there, address) = place.receive(&to, &[]);
-        let output = place.control(&from, &["migrate", "--to", &address, "--mode", mode]);
-        assert_eq!(output.status.code(), Some(0), "{mode}: {}", stderr(&output));
+        let output = place.control(&from, &["migrate", "--to", &address, "--mode", mode, "--json"]);
+        let job = updated(&output, mode);
+        // It is told of this journey, not of the update before.
+        assert!(job["role"] == "source" && job["blackout"]["total_us"].as_u64() > Some(0), "{mode}: {job}");
         wait_for("all of the memory to be there", || (place.ask(&to, "/migration")?["phase"] == "done").then_some(()));
         updated(&place.control(&to, &["update", "--json"]), mode);
         // What the receiver held is its successor's; that lives on when the receiver is dropped.

@@ -22,8 +22,8 @@ use wherry_guest_kernel::params::{DmaInterrupt, DmaLoad, Params};
 use wherry_guest_kernel::pci::Function;
 use wherry_guest_kernel::report::{FailureKind, TestdmaReport};
 use wherry_guest_kernel::testdma::{
-    COMPLETION_BYTES, DESCRIPTOR_BYTES, DESCRIPTORS, DEVICE, Form, ID, Interrupt, LETTER_BYTES, MAX_MSI_VECTORS, MSIX_BAR,
-    REGISTERS_BAR, SCRATCH, VENDOR, VERSION, area, area_bytes, buffer_word, completions, register,
+    COMPLETION_BYTES, DESCRIPTOR_BYTES, DESCRIPTORS, DEVICE, Form, ID, Interrupt, LETTER_BYTES, MAX_MSI_VECTORS,
+    MSIX_BAR, REGISTERS_BAR, SCRATCH, VENDOR, VERSION, area, area_bytes, buffer_word, completions, register,
 };
 use wherry_guest_kernel::{gate, interrupt, mmio};
 

@@ -95,7 +95,7 @@ fn words_that_are_not_parameters_are_named_with_what_would_be_right() {
         ("disk_wait=never", "interrupt or poll"),
         ("testdma=on", "ring or wait"),
         ("testdma_interrupt=pin", "msix, msi or intx"),
-        ("testdma_vectors=17", "from 1 to 16"),
+        ("testdma_vectors=65", "from 1 to 64"),
         ("testdma_entries=3", "power of two"),
         ("testdma_entries=2048", "power of two"),
         ("testdma_buffer=12", "multiple of 8"),
