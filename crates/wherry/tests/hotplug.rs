@@ -10,10 +10,9 @@ use std::os::unix::net::UnixListener;
 
 use serde_json::Value;
 use support::disk::Memory;
-use support::testdma::Process;
+use support::testdma::{Process, load};
 use support::{Place, Vm, assert_alive, kvm, stderr, wait_for};
 use wherry_guest::report::Phase;
-use wherry_guest::snapshot::TestdmaSnapshot;
 
 /// Buffers that show that a device works.
 const BUFFERS: u64 = 500;
@@ -59,15 +58,6 @@ fn devices(place: &Place, api: &str) -> Vec<(String, String)> {
 
 fn present(names: &[&str]) -> Vec<(String, String)> {
     names.iter().map(|name| (name.to_string(), "present".to_string())).collect()
-}
-
-/// What the guest says of its device; nothing was wrong so far.
-fn load(memory: &Memory) -> TestdmaSnapshot {
-    let snapshot = memory.snapshot();
-    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
-    let load = snapshot.testdma.unwrap();
-    assert_eq!((load.errors, load.lost), (0, 0), "{load:?}");
-    load
 }
 
 fn wait_for_more(memory: &Memory, what: &str) {

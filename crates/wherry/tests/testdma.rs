@@ -9,10 +9,9 @@ mod support;
 
 use serde_json::Value;
 use support::disk::Memory;
-use support::testdma::Process;
+use support::testdma::{Process, load, wait_for_more};
 use support::{Place, Vm, kvm, stderr, wait_for};
 use wherry_guest::report::{FailureKind, Phase};
-use wherry_guest::snapshot::TestdmaSnapshot;
 
 const KINDS: [&str; 3] = ["msix", "msi", "intx"];
 /// Buffers and letters that show that the device works.
@@ -33,24 +32,6 @@ fn device(place: &Place, name: &str, more: &[&str]) -> (Process, String) {
 fn run(place: &Place, option: &str, load: &str) -> Vm {
     let cmdline = format!("data=4M rate=1M {load}");
     place.run_guest("0", &["--memory", "64M", "--cmdline", &cmdline, "--device", option], &[])
-}
-
-/// What the guest says of the device; nothing was wrong so far.
-fn load(memory: &Memory) -> TestdmaSnapshot {
-    let snapshot = memory.snapshot();
-    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
-    let load = snapshot.testdma.unwrap();
-    assert_eq!((load.errors, load.lost), (0, 0), "{load:?}");
-    load
-}
-
-/// Waits until so many more have come.
-fn wait_for_more(memory: &Memory, more: u64, what: &str) -> TestdmaSnapshot {
-    let before = load(memory);
-    wait_for(&format!("{more} buffers or letters {what}"), || {
-        let now = load(memory);
-        (now.received >= before.received + more).then_some(now)
-    })
 }
 
 /// Has the guest verify everything once more and end; what guest and device counted agrees.

@@ -12,11 +12,10 @@ use std::process::{Output, Stdio};
 
 use serde_json::Value;
 use support::disk::Memory;
-use support::testdma::{Driver, Process, memory};
+use support::testdma::{Driver, Process, load, memory, wait_for_more};
 use support::update::{Holder, count, own_memory, points, repetitions, updated};
 use support::{Place, kvm, stderr, wait_for};
 use wherry_guest::report::Phase;
-use wherry_guest::snapshot::TestdmaSnapshot;
 use wherry_guest::testdma::{Form, Interrupt};
 use wherry_migration::testpoint::Point;
 use wherry_vfio_user::State;
@@ -72,22 +71,6 @@ impl<'a> Served<'a> {
         assert_eq!((&summary["faults"], &summary["loads"]), (&Value::from(0), &Value::from(0)), "{summary}");
         summary
     }
-}
-
-fn load(memory: &Memory) -> TestdmaSnapshot {
-    let snapshot = memory.snapshot();
-    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
-    let load = snapshot.testdma.unwrap();
-    assert_eq!((load.errors, load.lost), (0, 0), "{load:?}");
-    load
-}
-
-fn wait_for_more(memory: &Memory, more: u64, what: &str) -> TestdmaSnapshot {
-    let before = load(memory);
-    wait_for(&format!("{more} buffers or letters {what}"), || {
-        let now = load(memory);
-        (now.received >= before.received + more).then_some(now)
-    })
 }
 
 fn finish_guest(memory: &Memory, holder: &Holder) {

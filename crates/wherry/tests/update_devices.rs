@@ -10,35 +10,17 @@ use std::fs::File;
 use std::path::PathBuf;
 
 use support::disk::Memory;
-use support::testdma::Process;
+use support::testdma::{Process, load, wait_for_more};
 use support::update::{Holder, count, held, points, repetitions, run_held_at, updated};
 use support::vhost::{Daemon, Program, able};
 use support::{Place, kvm, stderr, wait_for};
 use wherry_guest::disk::BLOCK_BYTES;
 use wherry_guest::report::Phase;
-use wherry_guest::snapshot::TestdmaSnapshot;
 use wherry_migration::testpoint::Point;
 
 /// Buffers and letters that show that the device works.
 const BUFFERS: u64 = 500;
 const LETTERS: u64 = 50;
-
-/// What the guest says of its device; nothing was wrong so far.
-fn load(memory: &Memory) -> TestdmaSnapshot {
-    let snapshot = memory.snapshot();
-    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
-    let load = snapshot.testdma.unwrap();
-    assert_eq!((load.errors, load.lost), (0, 0), "{load:?}");
-    load
-}
-
-fn wait_for_more(memory: &Memory, more: u64, what: &str) -> TestdmaSnapshot {
-    let before = load(memory);
-    wait_for(&format!("{more} buffers or letters {what}"), || {
-        let now = load(memory);
-        (now.received >= before.received + more).then_some(now)
-    })
-}
 
 #[test]
 fn a_device_runs_on_under_updates_and_no_buffer_and_no_interrupt_is_lost() {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use wherry_guest::snapshot::TestdmaSnapshot;
 use wherry_guest::testdma::{
     COMPLETION_BYTES, DESCRIPTOR_BYTES, DESCRIPTORS, Form, Interrupt, LETTER_BYTES, area, area_bytes, buffer_word,
     completions, register,
@@ -18,6 +19,7 @@ use wherry_vfio_user::client::NoMemory;
 use wherry_vfio_user::payload::{pci_irq, pci_region};
 use wherry_vfio_user::{Client, Options, State, VfioUserError};
 
+use super::disk::Memory;
 use super::{LIMIT, Place, wait_for};
 
 /// Where guest RAM lies for the device, and how much there is.
@@ -100,6 +102,24 @@ impl Drop for Process {
             eprintln!("--- log of {} ---\n{}", self.socket.display(), self.log());
         }
     }
+}
+
+/// What the guest says of its device; nothing was wrong so far.
+pub fn load(memory: &Memory) -> TestdmaSnapshot {
+    let snapshot = memory.snapshot();
+    assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+    let load = snapshot.testdma.unwrap();
+    assert_eq!((load.errors, load.lost), (0, 0), "{load:?}");
+    load
+}
+
+/// Waits until so many more have come.
+pub fn wait_for_more(memory: &Memory, more: u64, what: &str) -> TestdmaSnapshot {
+    let before = load(memory);
+    wait_for(&format!("{more} buffers or letters {what}"), || {
+        let now = load(memory);
+        (now.received >= before.received + more).then_some(now)
+    })
 }
 
 pub fn memory() -> File {
