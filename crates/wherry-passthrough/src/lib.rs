@@ -10,6 +10,8 @@
 //! - `stream` is the device's own state, a [`StateStream`](wherry_state::StateStream): in pieces, of which the first can go while
 //!   the device runs (`PRE_COPY`).
 //! - `postcopy` has a device wait for pages that are missing, if it can.
+//! - In a live update the next process goes on with the device, which runs meanwhile: [`Owner::keep`] and [`Owner::rest`] here,
+//!   [`VfioUser::inherit`] there.
 //!
 //! Contract: the owner is hostile. What it says is checked before it is used; what it does not answer in time is an error with
 //! its name; when it goes the guest reads ones, and the machine lives on.
