@@ -22,6 +22,7 @@ fn main() {
         "src/params.rs",
         "src/data.rs",
         "src/disk.rs",
+        "src/edu.rs",
         "src/hotplug.rs",
         "src/ram.rs",
         "src/testdma.rs",

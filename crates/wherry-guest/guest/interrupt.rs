@@ -1,6 +1,7 @@
 //! IDT, local APIC and interrupts.
 //!
-//! An interrupt costs its vCPU a dozen instructions in ring 0: count it, signal its end. Drivers watch the count.
+//! An interrupt costs its vCPU a dozen instructions in ring 0: count it, signal its end. Drivers watch the count. Those of
+//! [`LEVEL_VECTORS`] have not ended until the driver says so: a pin that is still up would interrupt again at once, without end.
 
 use core::sync::atomic::Ordering;
 
@@ -9,6 +10,8 @@ use crate::{gate, mmio, percpu};
 
 /// Vectors for drivers. Those below belong to the processor, the legacy PIC's range and the timer.
 pub const DEVICE_VECTORS: core::ops::Range<u8> = 0x90..0xf0;
+/// Vectors for pins, whose driver calls [`end`]. What has a lower vector waits for that.
+pub const LEVEL_VECTORS: core::ops::Range<u8> = 0xf0..0xff;
 /// Vector of the local APIC's timer.
 pub const TIMER_VECTOR: u8 = 0x40;
 
@@ -16,6 +19,7 @@ const SPURIOUS_VECTOR: u8 = 0xff;
 const IO_APIC: u64 = 0xfec0_0000;
 const LAPIC: u64 = 0xfee0_0000;
 const LAPIC_ID: u64 = LAPIC + 0x20;
+const LAPIC_EOI: u64 = LAPIC + 0xb0;
 const LAPIC_SVR: u64 = LAPIC + 0xf0;
 const LAPIC_ICR_LOW: u64 = LAPIC + 0x300;
 const LAPIC_ICR_HIGH: u64 = LAPIC + 0x310;
@@ -101,6 +105,12 @@ pub fn route_pin(input: u8, vector: u8, apic_id: u32) {
         mmio::write32(IO_APIC, register);
         mmio::write32(IO_APIC + 0x10, 1 << 15 | 1 << 13 | u32::from(vector));
     }
+}
+
+/// Ends the interrupt of this vCPU that is being served, which is one of [`LEVEL_VECTORS`].
+pub fn end() {
+    // SAFETY: a register of the local APIC.
+    unsafe { mmio::write32(LAPIC_EOI, 0) };
 }
 
 /// Frequency of the local APIC's timer in Hz, measured against the TSC for about 2 ms.

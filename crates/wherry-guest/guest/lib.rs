@@ -22,7 +22,7 @@
 //! | [`mmio`], [`port`], [`serial`] | device access, the probe port, text output |
 //! | [`time`] | the TSC and its frequency |
 //! | [`pci`], [`virtio`] | PCI functions, and virtio devices with their rings |
-//! | [`report`], [`params`], [`data`], [`disk`], [`accel`], [`hotplug`], [`ram`], [`testdma`] | shared with the host side of this crate |
+//! | [`report`], [`params`], [`data`], [`disk`], [`accel`], [`edu`], [`hotplug`], [`ram`], [`testdma`] | shared with the host side of this crate |
 //!
 //! Drivers come as modules beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
 //! [`interrupt::count`] for it from ring 3.
@@ -38,6 +38,8 @@ pub mod boot;
 pub mod data;
 #[path = "../src/disk.rs"]
 pub mod disk;
+#[path = "../src/edu.rs"]
+pub mod edu;
 pub mod fault;
 pub mod gate;
 #[path = "../src/hotplug.rs"]

@@ -2,6 +2,9 @@
 
 use crate::gate;
 
+/// Capability ID of MSI.
+pub const MSI_CAPABILITY: u8 = 0x05;
+
 const ADDRESS: u16 = 0xcf8;
 const DATA: u16 = 0xcfc;
 
@@ -66,6 +69,26 @@ impl Function {
         })
     }
 
+    /// Has MSI raise `vector` and those that follow it, 2 to the power of `log` in all, of the vCPU with this local APIC. Gives the
+    /// offset of the capability.
+    ///
+    /// # Errors
+    /// It has no MSI.
+    pub fn connect_msi(self, vector: u8, log: u32, apic_id: u32) -> Result<u8, &'static str> {
+        let at = self.capabilities(MSI_CAPABILITY).next().ok_or("it has no MSI")?;
+        self.write(at + 4, msi_address(apic_id));
+        // With 64-bit addresses the high half comes before the data.
+        let data = if self.read(at) >> 16 & 0x80 != 0 {
+            self.write(at + 8, 0);
+            at + 12
+        } else {
+            at + 8
+        };
+        self.write(data, vector.into());
+        self.write(at, self.read(at) & !(7 << 20) | log << 20 | 1 << 16);
+        Ok(at)
+    }
+
     /// Where a memory BAR lies. `None` if it has no address, or one above what is mapped.
     pub fn bar(self, index: u8) -> Option<u64> {
         let low = self.read(0x10 + index * 4);
@@ -73,4 +96,9 @@ impl Function {
         let address = u64::from(low & !15) | u64::from(high) << 32;
         (low & 1 == 0 && address != 0 && address < crate::ram::BOOT_MAPPED).then_some(address)
     }
+}
+
+/// The address of a message that interrupts the vCPU with this local APIC.
+pub const fn msi_address(apic_id: u32) -> u32 {
+    0xfee0_0000 | apic_id << 12
 }

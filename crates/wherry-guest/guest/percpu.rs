@@ -91,4 +91,5 @@ global_asm!(
     FAULT = const FAULT,
     CPU_INDEX = const CPU_INDEX,
     IRQ_COUNTS = const IRQ_COUNTS,
+    LEVEL_VECTORS = const crate::interrupt::LEVEL_VECTORS.start as u32,
 );

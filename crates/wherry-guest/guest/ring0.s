@@ -222,8 +222,8 @@ interrupt_common:
     and rcx, -4096
     inc dword ptr [rcx + rax * 4 + {IRQ_COUNTS}]
     inc dword ptr [rcx + {IRQ_COUNTS}]      # vector 0 is an exception: all of them
-    cmp eax, 0xff               # spurious: no EOI
-    je 1f
+    cmp eax, {LEVEL_VECTORS}    # their drivers end them; and those that are spurious have no end
+    jae 1f
     mov ecx, 0xfee000b0
     mov dword ptr [rcx], 0
 1:

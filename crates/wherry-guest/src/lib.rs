@@ -9,6 +9,7 @@
 //! - [`params`]: what may stand on its command line
 //! - [`data`]: what its data pages hold
 //! - [`disk`]: what it writes to a disk
+//! - [`edu`]: QEMU's educational device, as its driver sees it
 //! - [`hotplug`]: the ports by which devices come and go
 //! - [`ram`]: which RAM it uses
 //! - [`testdma`]: the test device for DMA, as its driver sees it
@@ -17,6 +18,7 @@
 pub mod accel;
 pub mod data;
 pub mod disk;
+pub mod edu;
 pub mod hotplug;
 pub mod params;
 pub mod ram;

@@ -6,6 +6,7 @@
 use core::fmt;
 
 use crate::accel::{MAX_BYTES, MAX_DEPTH};
+use crate::edu::BUFFER_BYTES;
 use crate::report::{MAX_CPUS, MAX_DISK_DEPTH, RATE_MAX};
 use crate::testdma::{MAX_BUFFER, MAX_ENTRIES, MAX_VECTORS};
 
@@ -126,6 +127,12 @@ pub struct Params {
     pub accel_bytes: u32,
     /// `accel_key=`: handle of a key for AES-256-GCM. `None` (default): nothing is sealed.
     pub accel_key: Option<u32>,
+    /// `edu=`: work with QEMU's educational device, which interrupts so. `None` (default): leave it alone.
+    pub edu: Option<EduInterrupt>,
+    /// `edu_bytes=`: bytes of a buffer. Default 4096.
+    pub edu_bytes: u32,
+    /// `edu_raises=`: interrupts without DMA after each DMA. Default 16.
+    pub edu_raises: u32,
     /// `fault=`: on purpose, for tests of the failure path: `page`, `gp`, `panic` or `registers`, after the fill.
     pub fault: Option<InjectedFault>,
 }
@@ -180,6 +187,16 @@ pub enum AccelBell {
     Poll = 2,
 }
 
+/// How the educational device interrupts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum EduInterrupt {
+    /// By its pin.
+    Intx = 1,
+    /// By MSI.
+    Msi = 2,
+}
+
 /// A failure on request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InjectedFault {
@@ -227,6 +244,9 @@ impl Default for Params {
             accel_depth: 8,
             accel_bytes: 4096,
             accel_key: None,
+            edu: None,
+            edu_bytes: 4096,
+            edu_raises: 16,
             fault: None,
         }
     }
@@ -251,7 +271,8 @@ impl core::error::Error for ParamError<'_> {}
 
 const NAMES: &str = "one of data, from, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
                      disk, disk_depth, disk_wait, testdma, testdma_interrupt, testdma_vectors, testdma_entries, testdma_buffer, \
-                     testdma_pool, testdma_mask, testdma_plug, testdma_eject, accel, accel_bell, accel_depth, accel_bytes, accel_key, fault, each with '=' and a value";
+                     testdma_pool, testdma_mask, testdma_plug, testdma_eject, accel, accel_bell, accel_depth, accel_bytes, accel_key, \
+                     edu, edu_bytes, edu_raises, fault, each with '=' and a value";
 const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
 const PERCENT: &str = "a percentage from 0% to 100%";
 const NUMBER: &str = "a number";
@@ -404,6 +425,21 @@ impl Params {
             "accel_key" => {
                 self.accel_key =
                     Some(number(value).and_then(|n| u32::try_from(n).ok()).ok_or("a handle, a number of 32 bits")?);
+            }
+            "edu" => {
+                self.edu = Some(match value {
+                    "msi" => EduInterrupt::Msi,
+                    "intx" => EduInterrupt::Intx,
+                    _ => return Err("msi or intx"),
+                })
+            }
+            "edu_bytes" => {
+                self.edu_bytes = size(value)
+                    .filter(|n| n.is_multiple_of(8) && (16..=u64::from(BUFFER_BYTES)).contains(n))
+                    .ok_or("a number of bytes from 16 to 4K, a multiple of 8")? as u32;
+            }
+            "edu_raises" => {
+                self.edu_raises = number(value).filter(|n| *n <= 1 << 20).ok_or("a number up to 1048576")? as u32;
             }
             "fault" => {
                 self.fault = Some(match value {

@@ -159,6 +159,8 @@ pub enum FailureKind {
     Testdma = 10,
     /// The accelerator does not do what it should, or an interrupt of it was lost.
     Accel = 11,
+    /// The educational device does not do what it should, or an interrupt of it was lost.
+    Edu = 12,
 }
 
 impl FailureKind {
@@ -177,6 +179,7 @@ impl FailureKind {
             9 => Self::Disk,
             10 => Self::Testdma,
             11 => Self::Accel,
+            12 => Self::Edu,
             _ => return None,
         })
     }
@@ -292,6 +295,8 @@ pub struct Header {
     pub testdma: TestdmaReport,
     /// The load of the accelerator.
     pub accel: AccelReport,
+    /// The load of the educational device.
+    pub edu: EduReport,
 }
 
 /// The disk load of vCPU 0.
@@ -438,6 +443,53 @@ pub struct AccelReport {
     /// Its number.
     pub first_job: AtomicU64,
     /// Guest physical address of the word that was wrong.
+    pub first_at: AtomicU64,
+    /// The word that should be there.
+    pub first_expected: AtomicU64,
+    /// The word that was there.
+    pub first_found: AtomicU64,
+}
+
+/// The load of QEMU's educational device, of vCPU 0.
+#[repr(C)]
+pub struct EduReport {
+    /// 1 when there is such a load.
+    pub present: AtomicU32,
+    /// How it interrupts: 1 INTx, 2 MSI.
+    pub interrupt: AtomicU32,
+    /// Bytes of a buffer.
+    pub bytes: AtomicU32,
+    /// 1 when the device no longer answers.
+    pub gone: AtomicU32,
+    /// Times that the device was told to interrupt: DMA, factorials, and the register for it.
+    pub asked: AtomicU64,
+    /// Those of them whose interrupt came.
+    pub answered: AtomicU64,
+    /// Of those, DMA.
+    pub dmas: AtomicU64,
+    /// Buffers that came back from the device as they had gone there.
+    pub verified: AtomicU64,
+    /// Buffers that still held that when their turn came again.
+    pub rechecked: AtomicU64,
+    /// Those that were wrong, and whatever else was.
+    pub errors: AtomicU64,
+    /// Interrupts of the device.
+    pub interrupts: AtomicU64,
+    /// Those that came though nothing was raised, or a second time for the same.
+    pub spurious: AtomicU64,
+    /// Those that did not come within a second of what was raised.
+    pub lost: AtomicU64,
+    /// Times that the device did not do within a minute what it was told.
+    pub stalled: AtomicU64,
+    /// Longest time from one interrupt to the next, in ns. DMA alone takes 100 ms.
+    pub longest_ns: AtomicU64,
+    /// Longest time from a write to the register that interrupts to that interrupt, in ns.
+    pub latency_ns: AtomicU64,
+    /// Guest physical address of the buffers.
+    pub pool_gpa: AtomicU64,
+    /// Number of the first buffer that was wrong.
+    pub first_sequence: AtomicU64,
+    /// Guest physical address of the first word of it that was.
     pub first_at: AtomicU64,
     /// The word that should be there.
     pub first_expected: AtomicU64,
@@ -602,7 +654,9 @@ const _: () = {
     assert!(size_of::<TestdmaReport>() == 152);
     assert!(offset_of!(Header, accel) == 760);
     assert!(size_of::<AccelReport>() == 216);
-    assert!(size_of::<Header>() == 976);
+    assert!(offset_of!(Header, edu) == 976);
+    assert!(size_of::<EduReport>() == 152);
+    assert!(size_of::<Header>() == 1128);
     assert!(size_of::<Control>() == 48);
     assert!(size_of::<VerifyError>() == 56);
     assert!(size_of::<Fault>() == 48);

@@ -6,9 +6,9 @@
 use core::mem::offset_of;
 
 use crate::report::{
-    AccelReport, CpuPage, DiskReport, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS, MAX_ERRORS,
-    MAX_EXTENTS, MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, TestdmaReport, VERSION,
-    VerifyError, touch_bucket_start,
+    AccelReport, CpuPage, DiskReport, EduReport, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS,
+    MAX_ERRORS, MAX_EXTENTS, MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, TestdmaReport,
+    VERSION, VerifyError, touch_bucket_start,
 };
 
 /// Why there is no snapshot.
@@ -223,6 +223,8 @@ pub struct Snapshot {
     pub testdma: Option<TestdmaSnapshot>,
     /// The load of the accelerator, if there is one.
     pub accel: Option<AccelSnapshot>,
+    /// The load of the educational device, if there is one.
+    pub edu: Option<EduSnapshot>,
 }
 
 /// The disk load; the fields are those of [`DiskReport`].
@@ -314,6 +316,32 @@ pub struct TestdmaSnapshot {
     pub plugged: bool,
 }
 
+/// The load of the educational device; the fields are those of [`EduReport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are documented at `report::EduReport`")]
+pub struct EduSnapshot {
+    pub interrupt: u32,
+    pub bytes: u32,
+    pub gone: bool,
+    pub asked: u64,
+    pub answered: u64,
+    pub dmas: u64,
+    pub verified: u64,
+    pub rechecked: u64,
+    pub errors: u64,
+    pub interrupts: u64,
+    pub spurious: u64,
+    pub lost: u64,
+    pub stalled: u64,
+    pub longest_ns: u64,
+    pub latency_ns: u64,
+    pub pool_gpa: u64,
+    pub first_sequence: u64,
+    pub first_at: u64,
+    pub first_expected: u64,
+    pub first_found: u64,
+}
+
 /// Words at offsets in a page.
 struct Words<'a>(&'a [u8]);
 
@@ -369,6 +397,7 @@ impl Snapshot {
             disk: disk(&header),
             testdma: testdma(&header),
             accel: accel(&header),
+            edu: edu(&header),
             cpus: pages.take(cpus).map(|page| CpuSnapshot::decode(&Words(page))).collect(),
         })
     }
@@ -509,6 +538,34 @@ fn testdma(header: &Words<'_>) -> Option<TestdmaSnapshot> {
         first_found: long(offset_of!(TestdmaReport, first_found)),
         masked: short(offset_of!(TestdmaReport, masked)) != 0,
         plugged: short(offset_of!(TestdmaReport, plugged)) != 0,
+    })
+}
+
+fn edu(header: &Words<'_>) -> Option<EduSnapshot> {
+    let at = |field: usize| offset_of!(Header, edu) + field;
+    let long = |field: usize| header.u64(at(field));
+    let short = |field: usize| header.u32(at(field));
+    (short(offset_of!(EduReport, present)) == 1).then(|| EduSnapshot {
+        interrupt: short(offset_of!(EduReport, interrupt)),
+        bytes: short(offset_of!(EduReport, bytes)),
+        gone: short(offset_of!(EduReport, gone)) != 0,
+        asked: long(offset_of!(EduReport, asked)),
+        answered: long(offset_of!(EduReport, answered)),
+        dmas: long(offset_of!(EduReport, dmas)),
+        verified: long(offset_of!(EduReport, verified)),
+        rechecked: long(offset_of!(EduReport, rechecked)),
+        errors: long(offset_of!(EduReport, errors)),
+        interrupts: long(offset_of!(EduReport, interrupts)),
+        spurious: long(offset_of!(EduReport, spurious)),
+        lost: long(offset_of!(EduReport, lost)),
+        stalled: long(offset_of!(EduReport, stalled)),
+        longest_ns: long(offset_of!(EduReport, longest_ns)),
+        latency_ns: long(offset_of!(EduReport, latency_ns)),
+        pool_gpa: long(offset_of!(EduReport, pool_gpa)),
+        first_sequence: long(offset_of!(EduReport, first_sequence)),
+        first_at: long(offset_of!(EduReport, first_at)),
+        first_expected: long(offset_of!(EduReport, first_expected)),
+        first_found: long(offset_of!(EduReport, first_found)),
     })
 }
 

@@ -14,7 +14,6 @@
 
 mod job;
 
-use core::cell::UnsafeCell;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::{AtomicU32, AtomicU64, fence};
 
@@ -29,6 +28,7 @@ use wherry_guest_kernel::pci::Function;
 use wherry_guest_kernel::report::{AccelReport, FailureKind};
 use wherry_guest_kernel::{interrupt, mmio};
 
+use crate::handed::Handed;
 use job::{Job, Wrong};
 
 const MSIX_CAPABILITY: u8 = 0x11;
@@ -117,24 +117,8 @@ fn half(at: u64) -> &'static AtomicU32 {
     unsafe { &*(at as *const AtomicU32) }
 }
 
-struct Handed(UnsafeCell<Option<Accel>>);
-
-// SAFETY: only vCPU 0 uses it.
-unsafe impl Sync for Handed {}
-
-static HANDED: Handed = Handed(UnsafeCell::new(None));
-
-/// Keeps the load until vCPU 0 works. Called by vCPU 0.
-pub fn put(accel: Accel) {
-    // SAFETY: vCPU 0 alone comes here and to `take`, and holds no reference in between.
-    unsafe { *HANDED.0.get() = Some(accel) };
-}
-
-/// What [`put`] was given. Called by vCPU 0.
-pub fn take() -> Option<Accel> {
-    // SAFETY: as for `put`.
-    unsafe { (*HANDED.0.get()).take() }
-}
+/// The load, until vCPU 0 works.
+pub static HANDED: Handed<Accel> = Handed::new();
 
 impl Accel {
     /// Finds the device and sets it up, or fails and halts. `None` if there is to be no such load.

@@ -3,7 +3,6 @@
 //! The disk is divided into blocks. A table in RAM has the generation that each block was last written with; a block is
 //! written with the next one, or read and compared with it, and is part of at most one request. It is vCPU 0's.
 
-use core::cell::UnsafeCell;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::{AtomicU64, compiler_fence};
 
@@ -14,6 +13,8 @@ use wherry_guest_kernel::params::{DiskWait, Params};
 use wherry_guest_kernel::report::{DiskReport, FailureKind, MAX_DISK_DEPTH};
 use wherry_guest_kernel::virtio::{Device, EVENT_INDEX, Part, RING_BYTES, Ring, VERSION_1};
 use wherry_guest_kernel::{interrupt, mmio};
+
+use crate::handed::Handed;
 
 const KIND: u16 = 2;
 const FEATURE_FLUSH: u64 = 1 << 9;
@@ -75,24 +76,8 @@ fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
 }
 
-struct Handed(UnsafeCell<Option<Disk>>);
-
-// SAFETY: only vCPU 0 uses it.
-unsafe impl Sync for Handed {}
-
-static HANDED: Handed = Handed(UnsafeCell::new(None));
-
-/// Keeps the load until vCPU 0 works. Called by vCPU 0.
-pub fn put(disk: Disk) {
-    // SAFETY: vCPU 0 alone comes here and to `take`, and holds no reference in between.
-    unsafe { *HANDED.0.get() = Some(disk) };
-}
-
-/// What [`put`] was given. Called by vCPU 0.
-pub fn take() -> Option<Disk> {
-    // SAFETY: as for `put`.
-    unsafe { (*HANDED.0.get()).take() }
-}
+/// The load, until vCPU 0 works.
+pub static HANDED: Handed<Disk> = Handed::new();
 
 impl Disk {
     /// Finds the device and sets it up, or fails and halts. `None` if there is to be no disk load.

@@ -10,6 +10,8 @@
 mod accel;
 mod canary;
 mod disk;
+mod edu;
+mod handed;
 mod setup;
 mod testdma;
 mod worker;

@@ -6,6 +6,7 @@ use core::sync::atomic::Ordering::{Relaxed, Release};
 
 use crate::accel::{self, Accel};
 use crate::disk::{self, Disk};
+use crate::edu::{self, Edu};
 use crate::testdma::{self, Testdma};
 use wherry_guest_kernel::boot::BootInfo;
 use wherry_guest_kernel::data::ENTRY_BYTES;
@@ -147,13 +148,16 @@ fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     let mut ram = Allocator::new(boot.memory_map());
     header.ram_bytes.store(ram.total(), Relaxed);
     if let Some(disk) = Disk::set_up(&setup.params, &mut ram, setup.tsc_hz) {
-        disk::put(disk);
+        disk::HANDED.put(disk);
     }
     if let Some(testdma) = Testdma::set_up(&setup.params, &mut ram, setup.tsc_hz) {
-        testdma::put(testdma);
+        testdma::HANDED.put(testdma);
     }
     if let Some(accel) = Accel::set_up(&setup.params, &mut ram, setup.tsc_hz) {
-        accel::put(accel);
+        accel::HANDED.put(accel);
+    }
+    if let Some(edu) = Edu::set_up(&setup.params, &mut ram, setup.tsc_hz) {
+        edu::HANDED.put(edu);
     }
     let copies = if setup.params.shadow == Shadow::Full { 2 } else { 1 };
     let wanted = setup.params.data.unwrap_or((ram.free() / 2 / copies).min(DEFAULT_DATA));

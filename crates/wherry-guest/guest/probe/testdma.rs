@@ -11,7 +11,6 @@
 //! Memory is looked at after an interrupt alone. One that does not come within ten looks, 100 ms apart, is lost: so a jump of the
 //! clock, as a move can make it, is none.
 
-use core::cell::UnsafeCell;
 use core::sync::atomic::Ordering::{Relaxed, SeqCst};
 use core::sync::atomic::{AtomicU64, compiler_fence, fence};
 
@@ -27,7 +26,8 @@ use wherry_guest_kernel::testdma::{
 };
 use wherry_guest_kernel::{gate, interrupt, mmio};
 
-const MSI_CAPABILITY: u8 = 0x05;
+use crate::handed::Handed;
+
 const MSIX_CAPABILITY: u8 = 0x11;
 /// The first of its vectors. MSI wants a multiple of their number.
 const VECTOR: u8 = interrupt::DEVICE_VECTORS.start + 0x10;
@@ -89,24 +89,8 @@ fn add(counter: &AtomicU64, n: u64) {
     counter.store(counter.load(Relaxed).wrapping_add(n), Relaxed);
 }
 
-struct Handed(UnsafeCell<Option<Testdma>>);
-
-// SAFETY: only vCPU 0 uses it.
-unsafe impl Sync for Handed {}
-
-static HANDED: Handed = Handed(UnsafeCell::new(None));
-
-/// Keeps the load until vCPU 0 works. Called by vCPU 0.
-pub fn put(testdma: Testdma) {
-    // SAFETY: vCPU 0 alone comes here and to `take`, and holds no reference in between.
-    unsafe { *HANDED.0.get() = Some(testdma) };
-}
-
-/// What [`put`] was given. Called by vCPU 0.
-pub fn take() -> Option<Testdma> {
-    // SAFETY: as for `put`.
-    unsafe { (*HANDED.0.get()).take() }
-}
+/// The load, until vCPU 0 works.
+pub static HANDED: Handed<Testdma> = Handed::new();
 
 impl Testdma {
     /// Finds the device and sets it up, or fails and halts. `None` if there is to be no such load.
@@ -354,13 +338,8 @@ impl Testdma {
                 if self.vectors > MAX_MSI_VECTORS {
                     return Err("MSI has at most 32 vectors");
                 }
-                let at = function.capabilities(MSI_CAPABILITY).next().ok_or("it has no MSI")?;
-                self.messages = at.into();
-                function.write(at + 4, 0xfee0_0000 | apic_id << 12);
-                function.write(at + 8, 0);
-                function.write(at + 12, VECTOR.into());
                 let used = self.vectors.next_power_of_two().ilog2();
-                function.write(at, function.read(at) & !(7 << 20) | used << 20 | 1 << 16);
+                self.messages = function.connect_msi(VECTOR, used, apic_id)?.into();
             }
             _ => interrupt::route_pin(function.pin_input(), VECTOR, apic_id),
         }

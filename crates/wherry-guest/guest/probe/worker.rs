@@ -17,6 +17,7 @@ use wherry_guest_kernel::{gate, interrupt, port, serial, time};
 use crate::accel::{self, Accel};
 use crate::canary::{self, Canary, Lost};
 use crate::disk::{self, Disk};
+use crate::edu::{self, Edu};
 use crate::setup::Setup;
 use crate::testdma::{self, Testdma};
 
@@ -62,6 +63,8 @@ pub struct Worker {
     testdma: Option<Testdma>,
     /// vCPU 0's, if there is one.
     accel: Option<Accel>,
+    /// vCPU 0's, if there is one.
+    edu: Option<Edu>,
 }
 
 /// The load in force, from the control words.
@@ -133,9 +136,10 @@ impl Worker {
             timer_hz: 0,
             canary: Canary::set(cpu),
             next_canary: 0,
-            disk: if cpu == 0 { disk::take() } else { None },
-            testdma: if cpu == 0 { testdma::take() } else { None },
-            accel: if cpu == 0 { accel::take() } else { None },
+            disk: if cpu == 0 { disk::HANDED.take() } else { None },
+            testdma: if cpu == 0 { testdma::HANDED.take() } else { None },
+            accel: if cpu == 0 { accel::HANDED.take() } else { None },
+            edu: if cpu == 0 { edu::HANDED.take() } else { None },
         };
         if setup.params.idle == Idle::Halt || worker.rests() {
             worker.timer_hz = interrupt::measure_timer(setup.tsc_hz);
@@ -184,6 +188,7 @@ impl Worker {
             let mut busy = self.disk.as_mut().is_some_and(|disk| disk.work(now));
             busy |= self.testdma.as_mut().is_some_and(|testdma| testdma.work(now));
             busy |= self.accel.as_mut().is_some_and(|accel| accel.work(now));
+            busy |= self.edu.as_mut().is_some_and(|edu| edu.work(now));
             let dirty_due = now >= self.load.next_dirty && self.load.dirty_interval != u64::MAX;
             let verify_due = now >= self.load.next_verify && self.load.verify_permille != 0;
             if now >= self.next_canary {
@@ -212,7 +217,9 @@ impl Worker {
 
     /// Whether it halts while a device has nothing for it.
     fn rests(&self) -> bool {
-        self.testdma.as_ref().is_some_and(Testdma::rests) || self.accel.as_ref().is_some_and(Accel::rests)
+        self.testdma.as_ref().is_some_and(Testdma::rests)
+            || self.accel.as_ref().is_some_and(Accel::rests)
+            || self.edu.is_some()
     }
 
     /// Halts until an interrupt, or until something is due: for a tenth of a second at most, so that control words are seen. Not
@@ -578,7 +585,8 @@ impl Worker {
             let now = self.tick();
             let disk = self.disk.as_mut().is_some_and(|disk| disk.finish(now));
             let accel = self.accel.as_mut().is_some_and(|accel| accel.finish(now));
-            if !self.testdma.as_mut().is_some_and(Testdma::finish) && !disk && !accel {
+            let edu = self.edu.as_mut().is_some_and(|edu| edu.finish(now));
+            if !self.testdma.as_mut().is_some_and(Testdma::finish) && !disk && !accel && !edu {
                 break;
             }
         }
@@ -589,8 +597,9 @@ impl Worker {
         let disk_errors = self.disk.as_ref().map_or(0, Disk::errors);
         let dma_errors = self.testdma.as_ref().map_or(0, Testdma::errors);
         let accel_errors = self.accel.as_ref().map_or(0, Accel::errors);
+        let edu_errors = self.edu.as_ref().map_or(0, Edu::errors);
         let own_errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed);
-        let errors = own_errors + disk_errors + dma_errors + accel_errors;
+        let errors = own_errors + disk_errors + dma_errors + accel_errors + edu_errors;
         serial::line(format_args!(
             "vCPU {} finished: {} pages dirtied, {} verified, {errors} errors, largest gap {} us",
             self.cpu,

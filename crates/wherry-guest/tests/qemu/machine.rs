@@ -1,7 +1,9 @@
 //! A QEMU process that runs the probe, and its RAM.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,9 @@ use wherry_guest::snapshot::Snapshot;
 
 /// Longest wait for anything: an emulated guest on a busy machine is slow.
 const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Among the arguments of a machine: without KVM, even where it is there.
+pub const EMULATED: &str = "emulated";
 
 /// A running machine; ended with its files when dropped.
 pub struct Machine {
@@ -25,10 +30,15 @@ impl Machine {
     /// Starts the probe with this command line in a machine that has `low_mib` of its RAM below 4 GiB, the rest above.
     /// `None` without QEMU.
     pub fn start_split(cpus: u32, memory_mib: u32, low_mib: u32, line: &str) -> Option<Self> {
+        Self::start_with(cpus, memory_mib, low_mib, line, &[])
+    }
+
+    /// The same, with more arguments.
+    pub fn start_with(cpus: u32, memory_mib: u32, low_mib: u32, line: &str, more: &[&str]) -> Option<Self> {
         let files = tempfile::tempdir().unwrap();
         let kernel = files.path().join("probe.elf");
         std::fs::write(&kernel, PROBE_ELF).unwrap();
-        let kvm = File::options().read(true).write(true).open("/dev/kvm").is_ok();
+        let kvm = !more.contains(&EMULATED) && File::options().read(true).write(true).open("/dev/kvm").is_ok();
         let qemu = Command::new("qemu-system-x86_64")
             .args(["-accel", if kvm { "kvm" } else { "tcg" }])
             .args(["-machine", &format!("q35,memory-backend=ram,max-ram-below-4g={low_mib}M")])
@@ -39,6 +49,8 @@ impl Machine {
             .arg(kernel)
             .args(["-append", line])
             .args(["-serial", &format!("file:{}", files.path().join("serial").display())])
+            .args(more.iter().filter(|word| **word != EMULATED))
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", files.path().join("monitor").display())])
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn();
@@ -95,6 +107,28 @@ impl Machine {
     /// Everything the guest printed.
     pub fn serial(&self) -> String {
         std::fs::read_to_string(self.files.path().join("serial")).unwrap_or_default()
+    }
+
+    /// Writes a dword of the configuration space of a device of bus 0, behind the guest's back.
+    pub fn write_config(&self, device: u32, offset: u32, value: u32) {
+        let mut monitor = UnixStream::connect(self.files.path().join("monitor")).unwrap();
+        monitor.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut answers = BufReader::new(monitor.try_clone().unwrap()).lines();
+        let mut ask = |command: &str| {
+            monitor.write_all(format!("{command}\n").as_bytes()).unwrap();
+            let answer = answers.by_ref().map(|line| line.expect("waited in vain for QEMU's monitor"));
+            // Events and its greeting come in between.
+            let answer = answer.into_iter().find(|line| line.contains("\"return\"") || line.contains("\"error\""));
+            let answer = answer.expect("QEMU's monitor was closed");
+            assert!(answer.contains("{\"return\""), "{command}: {answer}");
+        };
+        ask(r#"{"execute": "qmp_capabilities"}"#);
+        let address = 1 << 31 | device << 11 | offset;
+        for (port, value) in [(0xcf8, address), (0xcfc, value)] {
+            ask(&format!(
+                r#"{{"execute": "human-monitor-command", "arguments": {{"command-line": "o /w {port:#x} {value:#x}"}}}}"#
+            ));
+        }
     }
 
     /// Waits until the report says what is expected.

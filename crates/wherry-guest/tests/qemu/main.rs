@@ -4,6 +4,7 @@
 //! emulation.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail by panicking")]
 
+mod edu;
 mod machine;
 
 use std::mem::offset_of;

@@ -2,7 +2,8 @@
 
 use proptest::prelude::*;
 use wherry_guest::params::{
-    AccelBell, AccelLoad, DiskWait, DmaInterrupt, DmaLoad, Idle, InjectedFault, Params, Pattern, Shadow, Write,
+    AccelBell, AccelLoad, DiskWait, DmaInterrupt, DmaLoad, EduInterrupt, Idle, InjectedFault, Params, Pattern, Shadow,
+    Write,
 };
 use wherry_guest::report::RATE_MAX;
 
@@ -20,7 +21,7 @@ fn every_parameter_is_understood() {
                 cpus=2 idle=halt tsc_khz=2600000 run=1500 disk=1G disk_depth=64 disk_wait=poll testdma=wait \
                 testdma_interrupt=intx testdma_vectors=16 testdma_entries=2 testdma_buffer=64K testdma_pool=1M \
                 testdma_mask=on testdma_plug=on testdma_eject=500 accel=wait accel_bell=poll accel_depth=256 accel_bytes=1M \
-                accel_key=7 fault=gp";
+                accel_key=7 edu=intx edu_bytes=64 edu_raises=5 fault=gp";
     let expected = Params {
         data: Some(512 << 20),
         from: 3 << 30,
@@ -53,6 +54,9 @@ fn every_parameter_is_understood() {
         accel_depth: 256,
         accel_bytes: 1 << 20,
         accel_key: Some(7),
+        edu: Some(EduInterrupt::Intx),
+        edu_bytes: 64,
+        edu_raises: 5,
         fault: Some(InjectedFault::Gp),
     };
     assert_eq!(Params::parse(line), Ok(expected));
