@@ -94,6 +94,12 @@ impl Device for Fake {
         Ok(self.0.lock().unwrap().take().expect("it served").into_iter().collect())
     }
 
+    fn pause(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
+        self.rest(deadline)
+    }
+
+    fn go_on(&self) {}
+
     fn release(&self) {}
 
     fn announce(&self, _address: [u8; 6]) -> Result<(), String> {
@@ -105,6 +111,14 @@ impl Device for Fake {
     }
 
     fn restore(&self, _state: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn keep(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn take(&self, _kept: &[u8]) -> Result<(), String> {
         Ok(())
     }
 }

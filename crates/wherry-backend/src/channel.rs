@@ -2,7 +2,7 @@
 //!
 //! No answer is asked for: a front end that waits for one of ours would wait for ever.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{SendFlags, SocketType};
 
@@ -30,5 +30,11 @@ impl Channel {
         if let Err(error) = rustix::net::send(&self.0, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             tracing::warn!(%error, "telling a front end that the configuration has changed");
         }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

@@ -49,6 +49,14 @@ impl Driver {
         }
     }
 
+    pub(crate) fn call(&self, ring: u16) -> Option<Arc<EventFd>> {
+        self.calls.get(usize::from(ring)).and_then(|call| call.load_full())
+    }
+
+    pub(crate) fn error(&self, ring: u16) -> Option<Arc<EventFd>> {
+        self.errors.get(usize::from(ring)).and_then(|error| error.load_full())
+    }
+
     pub(crate) fn set_error(&self, ring: u16, event: Option<Arc<EventFd>>) {
         if let Some(error) = self.errors.get(usize::from(ring)) {
             error.store(event);
@@ -57,7 +65,7 @@ impl Driver {
 
     /// Something in this ring was used.
     pub fn ring(&self, index: u16) {
-        if let Some(event) = self.calls.get(usize::from(index)).and_then(|call| call.load_full()) {
+        if let Some(event) = self.call(index) {
             // It fails only if the counter is full: then nobody has listened for very long.
             let _ = event.write(1);
         }
@@ -107,6 +115,13 @@ pub trait Device: Send + Sync {
     /// served, and the entry of the available ring with which to go on.
     fn rest(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String>;
 
+    /// [`rest`](Self::rest) for another process of this host, which goes on with the same files at once: what was written may
+    /// still be on its way to the medium.
+    fn pause(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String>;
+
+    /// Serves on, after it has failed to come to rest.
+    fn go_on(&self);
+
     /// Rings were served, and none is now: others may use what belongs to the device.
     fn release(&self);
 
@@ -118,4 +133,10 @@ pub trait Device: Send + Sync {
 
     /// Takes the state of such a device. At rest.
     fn restore(&self, state: &[u8]) -> Result<(), String>;
+
+    /// What a device in another process of this host has to know that goes on with what this one is connected to. At rest.
+    fn keep(&self) -> Vec<u8>;
+
+    /// Takes what [`keep`](Self::keep) gave. At rest; what it is connected to is still in use by the other process.
+    fn take(&self, kept: &[u8]) -> Result<(), String>;
 }

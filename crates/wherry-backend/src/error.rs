@@ -26,6 +26,9 @@ pub enum BackendError {
     /// has to end, without waiting for the device.
     #[error("the front end has gone before all memory was there, and the device cannot come to rest: {0}")]
     Abandoned(String),
+    /// It was at rest for another process, which did not take over, and cannot go on.
+    #[error("serving on, where no other process has: {0}")]
+    GoOn(String),
     /// A request that cannot be done, and has no answer that could say so.
     #[error("{request}: {reason}")]
     Refused {

@@ -64,6 +64,12 @@ impl Parts {
         Ok(Self { map: Arc::new(map.map_err(|e| e.to_string())?), rings, entries })
     }
 
+    /// Bytes, offset, rings, entries.
+    pub(crate) fn described(&self) -> (u64, u64, u16, u16) {
+        let offset = self.map.file_offset().map_or(0, |offset| offset.start());
+        (self.map.size() as u64, offset, self.rings, self.entries)
+    }
+
     pub(crate) fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.map.file_offset().map(|offset| offset.file().as_fd())
     }

@@ -4,6 +4,7 @@
 //! - [`Device`] is what a device implements; [`RingGiven`] is a ring that it is to serve, [`Driver`] how the guest is told.
 //! - [`InFlight`] notes which requests are under way, in memory that the front end keeps: a process that takes over goes on
 //!   with them.
+//! - [`kept`]: how another process goes on with a front end that stays connected; `saved` is what it is told.
 //! - `wire` are messages, `payload` what is in them, `session` what they do, `memory` guest memory, `log` what was written to it, `faults` how memory
 //!   is used that is not there yet, `state` how the state of a device travels.
 //!
@@ -20,9 +21,11 @@ mod device;
 mod error;
 mod faults;
 mod inflight;
+pub mod kept;
 mod log;
 mod memory;
 mod payload;
+mod saved;
 mod server;
 mod session;
 mod state;

@@ -5,6 +5,7 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use arc_swap::ArcSwapOption;
@@ -28,6 +29,11 @@ impl DirtyLog {
         let map = MmapRegion::from_file(FileOffset::new(file, offset), size);
         self.map.store(Some(map.map_err(|e| format!("mapping a log of {bytes} bytes: {e}"))?.into()));
         Ok(())
+    }
+
+    /// The bitmap: its file, bytes, and where it begins.
+    pub(crate) fn map(&self) -> Option<Arc<MmapRegion>> {
+        self.map.load_full()
     }
 
     /// Whether what is written from now on is noted.

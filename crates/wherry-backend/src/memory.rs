@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{FileOffset, GuestAddress};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryRegion};
 use wherry_memory::{GRANULE, GuestMemory, GuestRegion, WriteLog, Written};
 
 use crate::log::DirtyLog;
@@ -153,6 +153,11 @@ impl Region {
     /// Where it is mapped here.
     pub(crate) fn base(&self) -> u64 {
         self.map.as_ptr() as u64
+    }
+
+    /// The file that it is a part of.
+    pub(crate) fn file(&self) -> Option<&File> {
+        self.map.file_offset().map(FileOffset::file)
     }
 
     /// From now on it may be touched.

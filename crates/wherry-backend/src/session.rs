@@ -18,15 +18,15 @@ use crate::log::DirtyLog;
 use crate::memory::{MOST_SLOTS, Place, Regions};
 use crate::payload::{configuration, in_flight, known, pair, slot, table, words};
 use crate::state::{receive, send};
-use crate::wire::{Connection, Event, Message, Request};
+use crate::wire::{Connection, Event, Message, Read, Request};
 
 /// Features of the transport and of the protocol: logging, the protocol's own, virtio 1.
-const LOG_ALL: u64 = 1 << 26;
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 const VERSION_1: u64 = 1 << 32;
 
 /// Features of the protocol (bits).
-mod protocol {
+pub(crate) mod protocol {
     pub(super) const MQ: u64 = 1 << 0;
     pub(super) const LOG_SHMFD: u64 = 1 << 1;
     pub(super) const RARP: u64 = 1 << 2;
@@ -38,7 +38,7 @@ mod protocol {
     pub(super) const RESET_DEVICE: u64 = 1 << 13;
     pub(super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub(super) const DEVICE_STATE: u64 = 1 << 19;
-    pub(super) const ALL: u64 = MQ
+    pub(crate) const ALL: u64 = MQ
         | LOG_SHMFD
         | RARP
         | REPLY_ACK
@@ -69,35 +69,37 @@ enum Answer {
 
 /// One ring as the front end has set it up.
 #[derive(Default)]
-struct Ring {
-    size: u16,
-    next: u16,
+pub(crate) struct Ring {
+    pub(crate) size: u16,
+    pub(crate) next: u16,
     /// Descriptors, used, available: addresses of the front end.
-    addresses: Option<[u64; 3]>,
-    kick: Option<Arc<EventFd>>,
+    pub(crate) addresses: Option<[u64; 3]>,
+    pub(crate) kick: Option<Arc<EventFd>>,
     /// It has been rung: a ring is served from the first time on.
-    rung: bool,
-    enabled: bool,
+    pub(crate) rung: bool,
+    pub(crate) enabled: bool,
 }
 
 /// What one front end has set.
 pub(crate) struct Session<'a> {
-    connection: Connection<'a>,
-    device: &'a dyn Device,
-    features: u64,
-    protocol: u64,
-    regions: Regions,
-    log: Arc<DirtyLog>,
-    rings: Vec<Ring>,
-    driver: Arc<Driver>,
-    in_flight: Option<Parts>,
-    postcopy: Option<Postcopy>,
+    pub(crate) connection: Connection<'a>,
+    pub(crate) device: &'a dyn Device,
+    pub(crate) features: u64,
+    pub(crate) protocol: u64,
+    pub(crate) regions: Regions,
+    pub(crate) log: Arc<DirtyLog>,
+    pub(crate) rings: Vec<Ring>,
+    pub(crate) driver: Arc<Driver>,
+    pub(crate) in_flight: Option<Parts>,
+    pub(crate) postcopy: Option<Postcopy>,
     /// Where a state comes from.
-    state: Option<OwnedFd>,
+    pub(crate) state: Option<OwnedFd>,
     /// Where the front end hears requests of ours.
-    channel: Option<Channel>,
+    pub(crate) channel: Option<Channel>,
     /// The device serves rings.
-    serves: bool,
+    pub(crate) serves: bool,
+    /// Rings were served in the process before, and are to be served on.
+    pub(crate) served_before: bool,
 }
 
 impl<'a> Session<'a> {
@@ -117,18 +119,21 @@ impl<'a> Session<'a> {
             state: None,
             channel: None,
             serves: false,
+            served_before: false,
         }
     }
 
     /// Until the front end goes, or the process is to end.
     pub(crate) fn run(&mut self) -> Result<(), BackendError> {
-        let result = loop {
-            match self.step() {
-                Ok(true) => {}
-                Ok(false) => break Ok(()),
-                Err(error) => break Err(error),
+        let before = std::mem::take(&mut self.served_before);
+        let mut result = self.serve_on(before);
+        while result.is_ok() {
+            result = match self.step() {
+                Ok(true) => Ok(()),
+                Ok(false) => break,
+                Err(error) => Err(error),
             }
-        };
+        }
         // Its memory goes after this.
         if self.serves && self.is_listening() {
             // Nobody will bring what is missing. It must not be read as zeros, which might be written to a disk.
@@ -141,10 +146,14 @@ impl<'a> Session<'a> {
 
     /// Waits for a message, or for the first ring of a bell. False: there is nothing more to wait for.
     fn step(&mut self) -> Result<bool, BackendError> {
+        if let Some(rest) = self.connection.called() {
+            return self.rest_for(rest).map(|()| true);
+        }
         let silent = |ring: &&mut Ring| !ring.rung && (ring.enabled || self.features & PROTOCOL_FEATURES == 0);
         let mut silent: Vec<_> = self.rings.iter_mut().filter(silent).collect();
         let bells: Vec<_> = silent.iter().map(|ring| ring.kick.clone()).collect();
         match self.connection.wait(&bells, self.device.changed())? {
+            Event::Called => Ok(true),
             Event::Changed => {
                 if let Some(channel) = self.channel.as_ref().filter(|_| self.has(protocol::CONFIG)) {
                     channel.config_changed();
@@ -157,8 +166,13 @@ impl<'a> Session<'a> {
                 Ok(true)
             }
             Event::Message => match self.connection.read()? {
-                Some(message) => self.obey(message).map(|()| true),
-                None => Ok(false),
+                Read::Message(message) => {
+                    let obeyed = self.obey(message).map(|()| true);
+                    self.connection.note_obstacle(self.obstacle());
+                    obeyed
+                }
+                Read::Called => Ok(true),
+                Read::Over => Ok(false),
             },
         }
     }
@@ -186,7 +200,7 @@ impl<'a> Session<'a> {
         self.protocol & feature != 0
     }
 
-    fn offered(&self) -> u64 {
+    pub(crate) fn offered(&self) -> u64 {
         self.device.features() | VERSION_1 | PROTOCOL_FEATURES | LOG_ALL
     }
 
@@ -444,8 +458,8 @@ impl<'a> Session<'a> {
         Ok(Answer::Says(pair(index, next.into())))
     }
 
-    /// Serves all rings that are to be served. The device is at rest.
-    fn serve(&mut self) -> Result<(), String> {
+    /// The rings that are to be served.
+    pub(crate) fn given(&self) -> Result<Vec<RingGiven>, String> {
         let enabled = self.features & PROTOCOL_FEATURES == 0;
         let mut given = Vec::new();
         for (index, ring) in (0u16..).zip(&self.rings) {
@@ -473,6 +487,12 @@ impl<'a> Session<'a> {
                 },
             });
         }
+        Ok(given)
+    }
+
+    /// Serves all rings that are to be served. The device is at rest.
+    pub(crate) fn serve(&mut self) -> Result<(), String> {
+        let given = self.given()?;
         if given.is_empty() {
             return Ok(());
         }
@@ -501,13 +521,19 @@ impl<'a> Session<'a> {
     }
 
     fn try_rest(&mut self) -> Result<(), String> {
-        for (index, next) in self.device.rest(Instant::now() + LOOK)? {
+        let rings = self.device.rest(Instant::now() + LOOK)?;
+        self.rested(rings);
+        Ok(())
+    }
+
+    /// The device is at rest: where to go on.
+    pub(crate) fn rested(&mut self, rings: Vec<(u16, u16)>) {
+        for (index, next) in rings {
             if let Some(ring) = self.rings.get_mut(usize::from(index)) {
                 ring.next = next;
             }
         }
         self.serves = false;
-        Ok(())
     }
 
     fn config(&self, message: &Message) -> Result<Answer, String> {
@@ -581,7 +607,7 @@ fn says(number: u64) -> Answer {
 }
 
 #[expect(unsafe_code, reason = "the type of eventfds takes no other kind of descriptor")]
-fn adopt(fd: OwnedFd) -> EventFd {
+pub(crate) fn adopt(fd: OwnedFd) -> EventFd {
     // SAFETY: the descriptor is ours, and is given away. One of another kind only fails to be read and written.
     unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
+use wherry_handover::Rest;
 use wherry_socket::descriptors;
 
 use crate::BackendError;
@@ -129,6 +130,78 @@ pub(crate) enum Event {
     Rung(Vec<usize>),
     /// The device has said that its configuration is another one.
     Changed,
+    /// It is to come to rest.
+    Called,
+}
+
+/// What a front end has sent.
+pub(crate) enum Read {
+    Message(Message),
+    /// Not all of a message, and the back end is to come to rest.
+    Called,
+    /// Nothing more: the front end has gone, or the process is to end.
+    Over,
+}
+
+/// Why a wait has ended.
+#[derive(PartialEq, Eq)]
+enum Ready {
+    Socket,
+    Called,
+    Quit,
+}
+
+/// What has come of a message.
+#[derive(Debug, Default)]
+pub(crate) struct Partial {
+    /// Of its header, and then of its payload.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
+    /// When its first byte had come here.
+    since: Option<Instant>,
+}
+
+impl Partial {
+    /// What another process had got of it.
+    pub(crate) fn of(bytes: Vec<u8>, fds: Vec<OwnedFd>) -> Result<Self, BackendError> {
+        let since = (!bytes.is_empty()).then(Instant::now);
+        let this = Self { bytes, fds, since };
+        let due = this.missing()?;
+        if due == 0 || this.bytes.is_empty() && !this.fds.is_empty() || this.fds.len() > MOST_DESCRIPTORS {
+            let (bytes, fds) = (this.bytes.len(), this.fds.len());
+            return Err(BackendError::Protocol(format!(
+                "{bytes} bytes and {fds} descriptors are no part of a message"
+            )));
+        }
+        Ok(this)
+    }
+
+    fn word(&self, at: usize) -> u32 {
+        let word = self.bytes.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+        word.map_or(0, u32::from_ne_bytes)
+    }
+
+    /// Bytes that are to be read next: of the header, or else of the payload. None are missing of a message that is whole.
+    fn missing(&self) -> Result<usize, BackendError> {
+        let Some(payload) = self.bytes.len().checked_sub(HEADER) else { return Ok(HEADER - self.bytes.len()) };
+        let (number, flags, bytes) = (self.word(0), self.word(4), self.word(8) as usize);
+        let wrong = |what: String| BackendError::Protocol(format!("request {number}: {what}"));
+        if flags & 3 != VERSION || flags & REPLY != 0 {
+            return Err(wrong(format!("flags {flags:#x}")));
+        }
+        if bytes > MOST_PAYLOAD {
+            return Err(wrong(format!("a payload of {bytes} bytes; {MOST_PAYLOAD} are possible")));
+        }
+        bytes.checked_sub(payload).ok_or_else(|| wrong(format!("{payload} bytes of a payload of {bytes}")))
+    }
+
+    /// It is whole.
+    fn take(&mut self) -> Message {
+        let Self { mut bytes, fds, .. } = std::mem::take(self);
+        let head = Self { bytes: bytes.clone(), ..Self::default() };
+        let (number, flags) = (head.word(0), head.word(4));
+        Message { number, needs_reply: flags & NEED_REPLY != 0, payload: bytes.split_off(HEADER), fds }
+    }
 }
 
 /// A connection to a front end.
@@ -136,15 +209,49 @@ pub(crate) struct Connection<'a> {
     stream: UnixStream,
     /// Readable when the process is to end.
     quit: &'a EventFd,
+    /// What has the back end come to rest, if anything has.
+    rest: Option<&'a Rest>,
+    partial: Partial,
 }
 
 impl<'a> Connection<'a> {
-    pub(crate) fn new(stream: UnixStream, quit: &'a EventFd) -> Result<Self, BackendError> {
+    pub(crate) fn new(stream: UnixStream, quit: &'a EventFd, rest: Option<&'a Rest>) -> Result<Self, BackendError> {
         stream.set_nonblocking(true).map_err(|source| BackendError::Os { what: "preparing a connection", source })?;
-        Ok(Self { stream, quit })
+        Ok(Self { stream, quit, rest, partial: Partial::default() })
     }
 
-    /// Waits for a message, for a change of the configuration if there may be one, or for bells.
+    /// What has come of the next message.
+    pub(crate) fn partial(&self) -> &Partial {
+        &self.partial
+    }
+
+    /// Goes on with a message of which another process has read a part.
+    pub(crate) fn set_partial(&mut self, partial: Partial) {
+        self.partial = partial;
+    }
+
+    /// What the back end is to come to rest by, if it is to.
+    pub(crate) fn called(&self) -> Option<&'a Rest> {
+        self.rest.filter(|rest| rest.is_wanted())
+    }
+
+    /// Says why the back end cannot go over to another process now, if it cannot.
+    pub(crate) fn note_obstacle(&self, why: Option<String>) {
+        if let Some(rest) = self.rest {
+            rest.note_obstacle(why);
+        }
+    }
+
+    /// Whether it is called, when it seems so: it may have been before.
+    fn is_called(&self) -> bool {
+        let called = self.called().is_some();
+        if let (false, Some(rest)) = (called, self.rest) {
+            rest.heard();
+        }
+        called
+    }
+
+    /// Waits for a message, for a change of the configuration if there may be one, for bells, or to be called.
     pub(crate) fn wait(
         &self,
         bells: &[Option<Arc<EventFd>>],
@@ -157,76 +264,69 @@ impl<'a> Connection<'a> {
             ];
             let there = || bells.iter().enumerate().filter_map(|(n, bell)| Some((n, bell.as_deref()?)));
             events.extend(there().map(|(_, bell)| PollFd::from_borrowed_fd(borrow(bell), PollFlags::IN)));
+            let others = events.len();
             events.extend(changed.map(|changed| PollFd::from_borrowed_fd(borrow(changed), PollFlags::IN)));
+            events.extend(self.rest.map(|rest| PollFd::new(rest.event(), PollFlags::IN)));
             match poll(&mut events, None) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
                 Err(error) => return Err(BackendError::os("waiting for a message")(error)),
             }
-            if events[..2].iter().any(|event| !event.revents().is_empty()) {
+            let is_ready = |event: &PollFd<'_>| !event.revents().is_empty();
+            if self.rest.is_some() && events.last().is_some_and(is_ready) && self.is_called() {
+                return Ok(Event::Called);
+            }
+            if events[..2].iter().any(is_ready) {
                 return Ok(Event::Message);
             }
-            if let (Some(changed), Some(event)) = (changed, events.last())
-                && !event.revents().is_empty()
+            if let Some(changed) = changed
+                && is_ready(&events[others])
             {
                 let _ = changed.read();
                 return Ok(Event::Changed);
             }
-            let rung = there().zip(&events[2..]).filter(|(_, event)| !event.revents().is_empty());
-            return Ok(Event::Rung(rung.map(|((n, _), _)| n).collect()));
+            let rung = there().zip(&events[2..]).filter(|(_, event)| is_ready(event));
+            let rung: Vec<_> = rung.map(|((n, _), _)| n).collect();
+            if !rung.is_empty() {
+                return Ok(Event::Rung(rung));
+            }
         }
     }
 
-    /// The next message. None: the front end has gone, or the process is to end.
-    pub(crate) fn read(&self) -> Result<Option<Message>, BackendError> {
-        let mut fds = Vec::new();
-        let mut header = [0; HEADER];
-        if !self.fill(&mut header, &mut fds, true)? {
-            return Ok(None);
-        }
-        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
-        let (number, flags, bytes) = (word(0), word(4), word(8) as usize);
-        let wrong = |what: String| BackendError::Protocol(format!("request {number}: {what}"));
-        if flags & 3 != VERSION || flags & REPLY != 0 {
-            return Err(wrong(format!("flags {flags:#x}")));
-        }
-        if bytes > MOST_PAYLOAD {
-            return Err(wrong(format!("a payload of {bytes} bytes; {MOST_PAYLOAD} are possible")));
-        }
-        let mut payload = vec![0; bytes];
-        self.fill(&mut payload, &mut fds, false)?;
-        Ok(Some(Message { number, needs_reply: flags & NEED_REPLY != 0, payload, fds }))
-    }
-
-    /// Reads bytes, and whatever descriptors come with them. False: the end, where a message may begin.
-    fn fill(&self, bytes: &mut [u8], fds: &mut Vec<OwnedFd>, begins: bool) -> Result<bool, BackendError> {
-        let mut got = 0;
-        let mut deadline = (!begins).then(|| Instant::now() + LIMIT);
-        while got < bytes.len() {
-            match descriptors::receive(&self.stream, &mut bytes[got..], fds) {
+    /// The next message.
+    pub(crate) fn read(&mut self) -> Result<Read, BackendError> {
+        loop {
+            let missing = self.partial.missing()?;
+            if missing == 0 {
+                return Ok(Read::Message(self.partial.take()));
+            }
+            let mut piece = vec![0; missing];
+            match descriptors::receive(&self.stream, &mut piece, &mut self.partial.fds) {
                 Ok(came) => {
-                    if came.cut || fds.len() > MOST_DESCRIPTORS {
+                    if came.cut || self.partial.fds.len() > MOST_DESCRIPTORS {
                         let most = MOST_DESCRIPTORS;
                         return Err(BackendError::Protocol(format!("more than {most} descriptors with a message")));
                     }
                     match came.bytes {
-                        0 if begins && got == 0 => return Ok(false),
+                        0 if self.partial.bytes.is_empty() => return Ok(Read::Over),
                         0 => return Err(BackendError::Protocol("it went in the middle of a message".into())),
-                        more => got += more,
+                        more => self.partial.bytes.extend(&piece[..more]),
                     }
-                    deadline.get_or_insert_with(|| Instant::now() + LIMIT);
+                    self.partial.since.get_or_insert_with(Instant::now);
                 }
                 Err(Errno::AGAIN) => {
-                    if !self.ready(PollFlags::IN, deadline)? {
-                        return Ok(false);
+                    let deadline = self.partial.since.map(|since| since + LIMIT);
+                    match self.ready(PollFlags::IN, self.rest, deadline)? {
+                        Ready::Socket => {}
+                        Ready::Called => return Ok(Read::Called),
+                        Ready::Quit => return Ok(Read::Over),
                     }
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::CONNRESET) => return Ok(false),
+                Err(Errno::CONNRESET) => return Ok(Read::Over),
                 Err(error) => return Err(BackendError::os("reading a message")(error)),
             }
         }
-        Ok(true)
     }
 
     /// Answers a request.
@@ -244,7 +344,8 @@ impl<'a> Connection<'a> {
             match descriptors::send(&self.stream, &[IoSlice::new(&message[sent..])], with) {
                 Ok(bytes) => sent += bytes,
                 Err(Errno::AGAIN) => {
-                    if !self.ready(PollFlags::OUT, deadline)? {
+                    // A back end comes to rest between two messages: what is answered is answered whole.
+                    if self.ready(PollFlags::OUT, None, deadline)? == Ready::Quit {
                         return Ok(());
                     }
                 }
@@ -255,19 +356,25 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
-    /// Waits until the socket is ready. False: the process is to end.
-    fn ready(&self, event: PollFlags, deadline: Option<Instant>) -> Result<bool, BackendError> {
+    /// Waits until the socket is ready, or, for whoever comes to rest then, until that is wanted.
+    fn ready(&self, event: PollFlags, rest: Option<&Rest>, deadline: Option<Instant>) -> Result<Ready, BackendError> {
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         if left == Some(Duration::ZERO) {
             return Err(BackendError::Protocol(format!("the rest of a message does not come or go within {LIMIT:?}")));
         }
         let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
         let quit = borrow(self.quit);
-        let mut events = [PollFd::new(&self.stream, event), PollFd::from_borrowed_fd(quit, PollFlags::IN)];
+        let mut events = vec![PollFd::new(&self.stream, event), PollFd::from_borrowed_fd(quit, PollFlags::IN)];
+        events.extend(rest.map(|rest| PollFd::new(rest.event(), PollFlags::IN)));
         match poll(&mut events, left.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => Ok(events[1].revents().is_empty()),
-            Err(error) => Err(BackendError::os("waiting for a message")(error)),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(BackendError::os("waiting for a message")(error)),
         }
+        if !events[1].revents().is_empty() {
+            return Ok(Ready::Quit);
+        }
+        let called = events.get(2).is_some_and(|event| !event.revents().is_empty());
+        Ok(if called && self.is_called() { Ready::Called } else { Ready::Socket })
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! - [`Registry`]: the descriptors that go over, by name and index. A process that takes over *claims* each of them, or refuses to
 //!   start. A [`Shelf`] is what of it belongs to one part of the process.
+//! - [`Rest`]: how the thread of a server comes to rest, and what the one in the other process takes.
 //! - [`Channel`]: the local socket on which descriptors and state go, in parcels.
 //! - [`RunWord`]: the word in shared memory that decides which of the two runs.
 //! - [`Launcher`]: a small process that starts the successor, so that one in a sandbox need not.
@@ -29,11 +30,13 @@
 mod channel;
 mod launcher;
 mod registry;
+mod rest;
 mod shelf;
 mod word;
 
 pub use channel::{Channel, ChannelError, MOST_BODY, MOST_DESCRIPTORS, Parcel};
 pub use launcher::{Ended, LaunchError, Launched, Launcher, serve};
 pub use registry::{Entry, KeptId, Registry, RegistryError};
+pub use rest::{Call, Claim, Copies, Descriptor, Rest, Rested};
 pub use shelf::Shelf;
 pub use word::{RunWord, Who, WordError};

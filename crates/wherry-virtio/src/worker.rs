@@ -143,6 +143,12 @@ impl Worker {
         }
     }
 
+    /// Takes no more requests, and waits until those under way have ended; what was written may be on its way to the medium.
+    pub fn finish(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.quiesce();
+        self.rest(deadline)
+    }
+
     /// See [`crate::Device::start`].
     pub fn start(&self) {
         self.shared.order(|control| {

@@ -140,12 +140,26 @@ pub enum DeviceCommand {
     Testdma(DeviceTestdma),
 }
 
-/// Options of `device blk`.
+/// Where a device is served, and where its process is asked to be replaced.
 #[derive(Debug, Args)]
-pub struct DeviceBlk {
+pub struct DeviceSockets {
     /// UNIX socket to listen on
     #[arg(long, value_name = "SOCKET")]
     pub socket: PathBuf,
+    /// UNIX socket to listen on for `wherry update --control`; without, the process is not replaced under a VM
+    #[arg(long, value_name = "SOCKET")]
+    pub control: Option<PathBuf>,
+    /// For programs that start this one: end when the process PID, the parent, ends.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub die_with: Option<i32>,
+}
+
+/// Options of `device blk`.
+#[derive(Debug, Args)]
+pub struct DeviceBlk {
+    /// Where it is served.
+    #[command(flatten)]
+    pub sockets: DeviceSockets,
     /// Disk image, a file or block device; with `,ro` it is only read. It is locked while a guest uses it
     #[arg(long, value_name = "FILE[,ro]", value_parser = raw_disk)]
     pub image: wherry_vmm::config::DiskConfig,
@@ -154,9 +168,9 @@ pub struct DeviceBlk {
 /// Options of `device net`.
 #[derive(Debug, Args)]
 pub struct DeviceNet {
-    /// UNIX socket to listen on
-    #[arg(long, value_name = "SOCKET")]
-    pub socket: PathBuf,
+    /// Where it is served.
+    #[command(flatten)]
+    pub sockets: DeviceSockets,
     /// Tap device
     #[arg(long, value_name = "TAP")]
     pub tap: String,

@@ -14,6 +14,8 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use support::update::repetitions;
+use support::vhost::BackEnd;
 use support::{Place, wait_for};
 use vhost::{Client, event, fd, lend, memfd, pair, table, words};
 use vmm_sys_util::eventfd::EventFd;
@@ -174,4 +176,84 @@ fn packets_go_both_ways_and_a_second_front_end_goes_on_where_the_first_has_stopp
 fn next(client: &Client, ring: u32) -> u16 {
     let answer = client.ask(11, &pair(ring, 0), &[]).0;
     u16::from_ne_bytes([answer[4], answer[5]])
+}
+
+/// Whether the network device has taken all that the tap had for it.
+fn has_read(pid: u32) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    let is_tap = |path: &std::path::PathBuf| std::fs::read_link(path).is_ok_and(|to| to.ends_with("net/tun"));
+    let mut fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().map(|entry| entry.unwrap().path());
+    let tap = fds.find(is_tap).expect("it has its tap open");
+    let number = tap.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let tap = pidfd_getfd(pidfd, number, PidfdGetfdFlags::empty()).unwrap();
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(&tap, PollFlags::IN)], Some(&now)).unwrap() == 0
+}
+
+#[test]
+fn the_process_is_replaced_again_and_again_and_every_packet_goes_through_once() {
+    let test = "the_process_is_replaced_again_and_again_and_every_packet_goes_through_once";
+    if let Some(what) = wherry_netlab::missing() {
+        println!("SKIPPED {test}: {what}");
+        return;
+    }
+    let network = Network::new().unwrap();
+    let peer = TapPeer::make(network.left(), "tap0", ETHERTYPE).unwrap();
+    let place = Place::new();
+    let mut device = BackEnd::network(&place, "net", network.left(), "tap0", "02:00:5e:10:00:01");
+    wait_for("the tap to pass frames", || peer.is_ready(network.left()).unwrap().then_some(()));
+    let memory = memfd(MIB);
+    let stream = UnixStream::connect(&device.socket).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let client = Client { stream };
+    let features = client.agree();
+    assert!(client.order(2, &words(&[features & !(1 << 29)]), &[]));
+    assert!(client.order(5, &table(0, MIB, USER), &fd(&memory)));
+    let mut receives = Ring::start(&client, &memory, RECEIVE, 0);
+    let mut transmits = Ring::start(&client, &memory, TRANSMIT, 0);
+    let mut number = 0u8;
+    let mut both_ways = |receives: &mut Ring, transmits: &mut Ring| {
+        number = number.wrapping_add(1);
+        let entry = transmits.made % 8;
+        let packet = [vec![0; HEADER], frame(number)].concat();
+        transmits.put(Ring::buffer(entry), &packet);
+        transmits.give(packet.len() as u32, false);
+        receives.give(2048, true);
+        peer.send(&frame(!number)).unwrap();
+        transmits.take();
+        let mut bytes = [0; 2000];
+        let got = peer.receive(&mut bytes, Duration::from_secs(20)).unwrap().unwrap();
+        assert_eq!(bytes[..got], frame(number), "lost, doubled, or out of turn");
+        assert_eq!(receives.take()[HEADER..], frame(!number), "lost, doubled, or out of turn");
+    };
+    for n in 0..repetitions(5) {
+        let asked = device.asking(&[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let pid = device.now.pid;
+        // Until it is replaced, and for a while.
+        while !device.now.has_ended() {
+            both_ways(&mut receives, &mut transmits);
+        }
+        (0..20).for_each(|_| both_ways(&mut receives, &mut transmits));
+        let job = support::update::updated(&asked.wait_with_output().unwrap(), &format!("update {n} of {pid}"));
+        println!("{}", job["job"]["blackout"]);
+        device.is_now(&job, "which was replaced");
+    }
+    // One that waits in the device for a buffer is not lost, nor those behind it.
+    for packet in 200..203 {
+        peer.send(&frame(packet)).unwrap();
+        if packet == 200 {
+            wait_for("the device to take the packet", || has_read(device.now.pid).then_some(()));
+        }
+    }
+    device.update("with a packet that waits");
+    for packet in 200..203 {
+        receives.give(2048, true);
+        assert_eq!(receives.take()[HEADER..], frame(packet));
+    }
+    both_ways(&mut receives, &mut transmits);
+    assert_eq!((next(&client, RECEIVE), next(&client, TRANSMIT)), (receives.seen, transmits.seen));
+    drop(client);
+    device.finish();
 }

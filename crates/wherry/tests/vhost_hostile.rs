@@ -113,6 +113,12 @@ impl Device for Traitor {
         Ok(self.rings.lock().unwrap().clone())
     }
 
+    fn pause(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
+        self.rest(deadline)
+    }
+
+    fn go_on(&self) {}
+
     fn release(&self) {}
 
     fn announce(&self, _: [u8; 6]) -> Result<(), String> {
@@ -124,6 +130,14 @@ impl Device for Traitor {
     }
 
     fn restore(&self, _: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn keep(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn take(&self, _: &[u8]) -> Result<(), String> {
         Ok(())
     }
 }

@@ -41,6 +41,12 @@ pub struct Fake {
     /// It was asked to.
     pub asked: AtomicBool,
     pub changed: Bell,
+    /// Features that it does not have, unlike others.
+    pub lacks: u64,
+    /// Something in its configuration.
+    pub size: u8,
+    /// It takes nothing of another process.
+    pub refuses: bool,
 }
 
 /// An eventfd that nobody has rung.
@@ -78,7 +84,7 @@ impl Device for Fake {
     }
 
     fn features(&self) -> u64 {
-        1 << 29
+        1 << 29 & !self.lacks
     }
 
     fn rings(&self) -> (u16, u16) {
@@ -86,7 +92,9 @@ impl Device for Fake {
     }
 
     fn config(&self) -> Vec<u8> {
-        (0..64).collect()
+        let mut config: Vec<u8> = (0..64).collect();
+        config[63] += self.size;
+        config
     }
 
     fn changed(&self) -> Option<&EventFd> {
@@ -131,6 +139,15 @@ impl Device for Fake {
         Ok(given.rings.iter().map(|ring| (ring.index, ring.next + 3)).collect())
     }
 
+    fn pause(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
+        let soon = Instant::now() + Duration::from_millis(100);
+        self.rest(deadline.min(soon))
+    }
+
+    fn go_on(&self) {
+        self.note("go on");
+    }
+
     fn release(&self) {
         self.note("release");
     }
@@ -147,6 +164,15 @@ impl Device for Fake {
     fn restore(&self, state: &[u8]) -> Result<(), String> {
         *self.state.lock().unwrap() = state.to_vec();
         if state.first() == Some(&7) { Ok(()) } else { Err("another device's".into()) }
+    }
+
+    fn keep(&self) -> Vec<u8> {
+        vec![9; 3]
+    }
+
+    fn take(&self, kept: &[u8]) -> Result<(), String> {
+        assert_eq!(kept, [9; 3]);
+        if self.refuses { Err("it does not fit".into()) } else { Ok(()) }
     }
 }
 
@@ -278,6 +304,10 @@ impl Client {
 
     pub fn number(&self, request: u32, payload: &[u8]) -> u64 {
         u64::from_ne_bytes(self.ask(request, payload, &[]).0.try_into().unwrap())
+    }
+
+    pub fn number_with(&self, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u64 {
+        u64::from_ne_bytes(self.ask(request, payload, fds).0.try_into().unwrap())
     }
 
     /// Whether it was done.

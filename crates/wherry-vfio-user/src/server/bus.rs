@@ -12,12 +12,12 @@ use vm_memory::VolatileMemory;
 use super::device::Irq;
 use super::dma::{Log, Maps, Piece};
 use super::irqs::Irqs;
-use super::kept::Copies;
 use super::saved::SavedMap;
 use crate::error::VfioUserError;
 use crate::link::Link;
 use crate::message::Command;
 use crate::payload::DmaAccess;
+use wherry_handover::Copies;
 
 /// A device could not reach the client's memory.
 #[derive(Debug, thiserror::Error)]

@@ -14,9 +14,9 @@ use rustix::io::Errno;
 use rustix::mm::ProtFlags;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
-use super::kept::Copies;
 use super::saved::{SavedLog, SavedMap};
 use crate::payload::{DmaMap, DmaUnmap, LoggingReport, LoggingStart, Malformed};
+use wherry_handover::Copies;
 
 /// Pages of maps and of logs are at least this long.
 pub(super) const PAGE: u64 = 4096;

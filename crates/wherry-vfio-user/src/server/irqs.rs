@@ -7,9 +7,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::device::Irq;
-use super::kept::{Claim, Copies};
 use super::saved::SavedVector;
 use crate::payload::{IrqSet, irq_flags};
+use wherry_handover::{Claim, Copies};
 
 #[derive(Default)]
 struct Vector {

@@ -1,25 +1,18 @@
 //! A server that outlives the process: another one goes on with its client, who does not notice.
 //!
-//! ```text
-//!   old process, its server's thread              new process, its server's thread
-//!   Rest::begin     comes to rest                 Rest::begin     before it serves: it waits
-//!   Rest::wait      what it knows   -- over some socket -->  Rest::take
-//!                                                 Rest::go_on     serves the client
-//! ```
+//! How its thread comes to rest and what another one takes is [`wherry_handover::Rest`].
 //!
-//! Until the new one goes on, the old one can ([`Rest::go_on`]): what [`Rest::wait`] gave is then forgotten, its descriptors are copies.
 //! At rest the device touches nothing outside, all commands that have come whole are answered, nothing that we asked is without its
 //! reply, and nobody reads the socket. What has come of a command is state, and so is the number of each request that was given up.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use prost::Message;
-use rustix::event::{EventfdFlags, eventfd};
+use wherry_handover::{Claim, Copies, Rest, Rested};
 
 use super::bus::{Bus, Way};
 use super::device::Device;
@@ -48,150 +41,27 @@ pub trait Kept {
     fn go_on(&mut self, bus: &Bus);
 }
 
-/// A descriptor that the next process needs.
-#[derive(Debug)]
-pub struct Descriptor {
-    /// What it is for.
-    pub name: String,
-    /// Which one of that name.
-    pub index: u32,
-    /// A copy of it.
-    pub fd: OwnedFd,
-}
+/// What clients are told of a device.
+#[derive(Clone, Debug)]
+pub struct Offer(SavedDescription);
 
-/// What a server at rest knows.
-#[derive(Debug)]
-pub struct Rested {
-    /// Its state.
-    pub state: Vec<u8>,
-    /// Of its client: connection, memory, interrupts.
-    pub descriptors: Vec<Descriptor>,
-}
-
-/// Gives each descriptor of the process before, by name and index, once.
-pub type Claim = Box<dyn FnMut(&str, u32) -> Option<OwnedFd> + Send>;
-
-/// Has a server come to rest, from any other thread.
-#[derive(Clone)]
-pub struct Rest(Arc<Resting>);
-
-struct Resting {
-    wanted: AtomicBool,
-    /// Calls the server while it has no client.
-    event: OwnedFd,
-    inner: Mutex<Inner>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Inner {
-    /// The client that is served now.
-    link: Option<Arc<Link>>,
-    /// How often it was to go on: whoever rests may see that late, when he is to rest again.
-    turn: u64,
-    obstacle: Option<String>,
-    rested: Option<Result<Rested, String>>,
-    order: Option<(Vec<u8>, Claim)>,
-    taken: Option<Result<(), String>>,
-}
-
-impl Rest {
-    pub(super) fn new() -> io::Result<Self> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let (wanted, inner, changed) = Default::default();
-        Ok(Self(Arc::new(Resting { wanted, event, inner, changed })))
+impl Offer {
+    /// As bytes, for [`check`](Self::check) in another process.
+    pub fn encode(&self) -> Vec<u8> {
+        self.0.encode_to_vec()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether clients that were told that of a device can go on with this one.
+    pub fn check(&self, told: &[u8]) -> Result<(), String> {
+        let told =
+            SavedDescription::decode(told).map_err(|error| format!("what clients know of the device: {error}"))?;
+        self.fits(&told)
     }
 
-    /// Tells the server to come to rest, without waiting for it.
-    pub fn begin(&self) {
-        let inner = self.lock();
-        self.0.wanted.store(true, Ordering::SeqCst);
-        let _ = rustix::io::write(&self.0.event, &1_u64.to_ne_bytes());
-        if let Some(link) = &inner.link {
-            link.call();
-        }
-    }
-
-    /// Waits until it is at rest. An error says why it is not. Either way it goes on when it is [told to](Self::go_on).
-    pub fn wait(&self, deadline: Instant) -> Result<Rested, String> {
-        let what = "its client, or the device, did not come to rest between two messages";
-        self.answer(deadline, |inner| inner.rested.take()).unwrap_or_else(|| Err(what.into()))
-    }
-
-    /// At rest in a new process: takes what the process before knew.
-    pub fn take(&self, state: Vec<u8>, claim: Claim, deadline: Instant) -> Result<(), String> {
-        self.lock().order = Some((state, claim));
-        self.0.changed.notify_all();
-        self.answer(deadline, |inner| inner.taken.take()).unwrap_or_else(|| Err("it was not taken in time".into()))
-    }
-
-    fn answer<T>(&self, deadline: Instant, mut take: impl FnMut(&mut Inner) -> Option<T>) -> Option<T> {
-        let mut inner = self.lock();
-        loop {
-            if let Some(answer) = take(&mut inner) {
-                return Some(answer);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return None;
-            }
-            inner = self.0.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// The server serves on, or begins to.
-    pub fn go_on(&self) {
-        let mut inner = self.lock();
-        self.0.wanted.store(false, Ordering::SeqCst);
-        inner.turn += 1;
-        (inner.rested, inner.order, inner.taken) = (None, None, None);
-        self.0.changed.notify_all();
-    }
-
-    /// Why it cannot go over to another process now, if it cannot.
-    pub fn obstacle(&self) -> Option<String> {
-        self.lock().obstacle.clone()
-    }
-
-    pub(super) fn is_wanted(&self) -> bool {
-        self.0.wanted.load(Ordering::SeqCst)
-    }
-
-    pub(super) fn event(&self) -> &OwnedFd {
-        &self.0.event
-    }
-
-    /// Notes the client that is served.
-    pub(super) fn serve(&self, link: Option<Arc<Link>>) {
-        self.lock().link = link;
-    }
-
-    /// Says what it came to, and waits until the server is to go on; `take` is what is done with an order.
-    fn settle(&self, rested: Result<Rested, String>, mut take: impl FnMut(Vec<u8>, Claim) -> Result<(), String>) {
-        // What called us is known.
-        let _ = rustix::io::read(&self.0.event, &mut [0; 8]);
-        let mut inner = self.lock();
-        if !self.is_wanted() {
-            // Whoever wanted it has given up.
-            return;
-        }
-        let turn = inner.turn;
-        inner.rested = Some(rested);
-        self.0.changed.notify_all();
-        while self.is_wanted() && inner.turn == turn {
-            if let Some((state, claim)) = inner.order.take() {
-                drop(inner);
-                let taken = take(state, claim);
-                inner = self.lock();
-                inner.taken = Some(taken);
-                self.0.changed.notify_all();
-            } else {
-                inner = self.0.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
-            }
+    fn fits(&self, told: &SavedDescription) -> Result<(), String> {
+        match self.0.difference(told) {
+            Some(what) => Err(format!("the device has other {what} here, which its client knows already")),
+            None => Ok(()),
         }
     }
 }
@@ -211,19 +81,12 @@ pub(super) struct Served<'a> {
     pub(super) extensions: Extensions,
 }
 
-/// Collects copies of descriptors.
-#[derive(Default)]
-pub(super) struct Copies(pub(super) Vec<Descriptor>);
-
-impl Copies {
-    pub(super) fn add(&mut self, name: &str, index: u32, fd: impl AsFd) -> io::Result<()> {
-        let fd = fd.as_fd().try_clone_to_owned()?;
-        self.0.push(Descriptor { name: name.into(), index, fd });
-        Ok(())
-    }
-}
-
 impl Host {
+    /// What its clients are told of its device.
+    pub fn offer(&self) -> Offer {
+        Offer(SavedDescription::of(&self.description))
+    }
+
     /// What has it come to rest, so that another process can go on.
     pub fn rest(&self) -> Rest {
         self.rest.clone()
@@ -243,11 +106,7 @@ impl Host {
 
     /// Says whether it can go over; called when that may have changed.
     pub(super) fn note_obstacle(&self) {
-        let why = self.why_not();
-        let mut inner = self.rest.lock();
-        if inner.obstacle != why {
-            inner.obstacle = why;
-        }
+        self.rest.note_obstacle(self.why_not());
     }
 
     /// Comes to rest between two clients, until it is to go on. In a new process: the client of the one before, if it had one.
@@ -309,7 +168,7 @@ impl Host {
         let irqs = self.bus.irqs().save(&mut copies).map_err(copying)?;
         let description = Some(SavedDescription::of(&self.description));
         let saved = SavedServer { device: state, description, irqs, client };
-        Ok(Some(Rested { state: saved.encode_to_vec(), descriptors: copies.0 }))
+        Ok(Some(Rested { state: saved.encode_to_vec(), descriptors: copies.into_inner() }))
     }
 
     fn save_client(&self, served: Served<'_>, copies: &mut Copies) -> io::Result<Option<SavedClient>> {
@@ -355,11 +214,7 @@ impl Host {
     /// Takes what the process before knew.
     fn take(&mut self, device: &mut dyn Device, state: &[u8], mut claim: Claim) -> Result<Option<Resumed>, String> {
         let saved = SavedServer::decode(state).map_err(|error| format!("the state of a server: {error}"))?;
-        let ours = SavedDescription::of(&self.description);
-        let theirs = saved.description.unwrap_or_default();
-        if let Some(what) = ours.difference(&theirs) {
-            return Err(format!("the device has other {what} here, which its client knows already"));
-        }
+        self.offer().fits(&saved.description.unwrap_or_default())?;
         let resumed = saved.client.map(|client| self.take_client(client, &mut claim)).transpose()?;
         self.bus.irqs().load(&saved.irqs, &mut claim)?;
         let kept = device.kept().ok_or("this kind of device is not carried")?;

@@ -35,7 +35,8 @@ use wherry_socket::SocketFile;
 pub use bus::{Bus, DmaError, Word};
 pub use device::{Description, Device, Irq, Migration, Region, Shared};
 pub use image::Image;
-pub use kept::{Kept, Rest};
+pub use kept::Kept;
+pub use wherry_handover::Rest;
 
 use crate::capabilities::{Capabilities, Extensions, TwinSocket};
 use crate::error::VfioUserError;
@@ -243,9 +244,10 @@ impl Host {
         if !self.stop.serve(Some(link.clone())) {
             return Ok(());
         }
-        self.rest.serve(Some(link.clone()));
+        let called = link.clone();
+        self.rest.call_by(Some(Arc::new(move || called.call())));
         let result = session::run(self, link.clone(), known, device);
-        self.rest.serve(None);
+        self.rest.call_by(None);
         // Before everything is closed: the last answer may not have been read.
         if result.is_err() && !self.stop.is_stopped() {
             link.close_politely(self.limit.min(Duration::from_millis(200)));
@@ -299,7 +301,7 @@ impl Server {
             let called = !events[1].revents().is_empty();
             if called {
                 // It may have been meant for the client before.
-                let _ = rustix::io::read(rest.event(), &mut [0; 8]);
+                rest.heard();
             }
             if rest.is_wanted() {
                 continue;

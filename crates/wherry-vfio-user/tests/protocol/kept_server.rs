@@ -15,9 +15,9 @@ use super::client::{Memory, copy};
 use super::copier::Copier;
 use super::raw::{Raw, longs, message, signals, words};
 use super::{BOOL, CONFIG, EVENTFD, MASK, NONE, TRIGGER, UNMASK, event, memory};
+use wherry_handover::Rested;
 use wherry_vfio_user::client::NoMemory;
 use wherry_vfio_user::payload::pci_irq;
-use wherry_vfio_user::server::kept::Rested;
 use wherry_vfio_user::server::{self, Host, Rest};
 use wherry_vfio_user::{Bus, Client, Description, Device, Migration, Options, Server, State};
 

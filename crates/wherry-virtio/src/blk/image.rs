@@ -127,6 +127,18 @@ impl Image {
         Ok(self.sectors.swap(sectors, Ordering::AcqRel) < sectors)
     }
 
+    /// Is of this size, as it was in the process before, even if the file has become larger. An error if it is smaller, and for an
+    /// image that is not raw and has another size.
+    pub fn keep_size(&self, sectors: u64) -> Result<(), ImageError> {
+        let now = self.sectors();
+        if sectors > now || sectors != now && self.qcow2.is_some() || sectors == 0 {
+            let path = self.path.clone();
+            return Err(ImageError::Unfit { path, reason: "it has not the size that its guest knows" });
+        }
+        self.sectors.store(sectors, Ordering::Release);
+        Ok(())
+    }
+
     pub(super) fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }

@@ -16,6 +16,7 @@ mod tests;
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
@@ -76,6 +77,12 @@ impl Blk {
         // Writing zeroes may free the space.
         put(0x38, &[1]);
         Ok(Self { worker, image, instance, carried, config })
+    }
+
+    /// Comes to rest, like [`Serving::drain`], for whoever goes on with the same open image on this host: what was written may be on
+    /// its way to the medium.
+    pub fn finish(&self, deadline: Instant) -> Result<(), UnitError> {
+        self.worker.finish(deadline)
     }
 
     /// The image.

@@ -59,6 +59,11 @@ const FEATURES: u64 = RING_FEATURES
     | 1 << VIRTIO_NET_F_CTRL_VQ
     | 1 << VIRTIO_NET_F_GUEST_ANNOUNCE;
 
+/// Whether a packet has a length that one from a tap can have.
+fn is_packet(packet: &[u8]) -> bool {
+    (HEADER + 1..=LONGEST).contains(&packet.len())
+}
+
 /// What device and thread share.
 struct Shared {
     mac: [u8; 6],
@@ -90,6 +95,21 @@ impl Net {
         });
         let worker = Worker::spawn(format!("virtio-net-{instance}"), Packets::new(tap, shared.clone()))?;
         Ok(Self { worker, shared, instance })
+    }
+
+    /// The packet that was read from the tap and waits for buffers of the driver, behind its header; empty if none does. At rest.
+    pub fn waiting(&self) -> Vec<u8> {
+        self.shared.held.lock().unwrap_or_else(PoisonError::into_inner).packet.clone()
+    }
+
+    /// Has the driver receive such a packet before all others. At rest, without rings.
+    pub fn set_waiting(&self, packet: Vec<u8>) -> Result<(), UnitError> {
+        if !packet.is_empty() && !is_packet(&packet) {
+            return Err(UnitError::failed(format!("a waiting packet of {} bytes", packet.len())));
+        }
+        let held = Held { packet, heads: Vec::new() };
+        *self.shared.held.lock().unwrap_or_else(PoisonError::into_inner) = held;
+        Ok(())
     }
 }
 
@@ -173,7 +193,7 @@ impl Device for Net {
         if saved.offloads & !GUEST_OFFLOADS != 0 {
             return Err(UnitError::failed(format!("offloads {:#x}, which this device does not have", saved.offloads)));
         }
-        let waits = (HEADER + 1..=LONGEST).contains(&saved.packet.len());
+        let waits = is_packet(&saved.packet);
         let nothing = saved.packet.is_empty() && saved.buffers.is_empty();
         if !waits && !nothing {
             return Err(UnitError::failed(format!("a waiting packet of {} bytes", saved.packet.len())));

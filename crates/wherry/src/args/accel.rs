@@ -6,15 +6,14 @@ use clap::Args;
 use wherry_accel::abi::class;
 use wherry_accel::keys::KeyKind;
 
+use super::DeviceSockets;
+
 /// Options of `device accel`.
 #[derive(Debug, Args)]
 pub struct DeviceAccel {
-    /// UNIX socket to listen on
-    #[arg(long, value_name = "SOCKET")]
-    pub socket: PathBuf,
-    /// UNIX socket to listen on for `wherry update --control`; without, the process is not replaced under a VM
-    #[arg(long, value_name = "SOCKET")]
-    pub control: Option<PathBuf>,
+    /// Where it is served.
+    #[command(flatten)]
+    pub sockets: DeviceSockets,
     /// Engines by class; a class that is not named has none. Both ends of a move need the same ones
     #[arg(long, value_name = "CLASS=N,...", default_value = "copy=2,compress=2,crypto=1,compute=1,code=1", value_parser = engines)]
     pub engines: [u16; 5],
@@ -24,9 +23,6 @@ pub struct DeviceAccel {
     /// Look at a polled ring so long after its latest descriptor, before its client has to ring for it
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub poll: u32,
-    /// For programs that start this one: end when the process PID, the parent, ends.
-    #[arg(long, value_name = "PID", hide = true)]
-    pub die_with: Option<i32>,
     /// Give the client privilege: it may raise priorities above 0, and set slices, deadlines and heartbeats of engines
     #[arg(long)]
     pub privileged: bool,

@@ -1,11 +1,11 @@
 //! Options of `device testdma`.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use wherry_guest::testdma::{Interrupt, MAX_VECTORS};
 
+use super::DeviceSockets;
 use crate::device::testdma::faults::{Fault, HELP};
 use crate::device::testdma::options::{Load, Pattern, Shape};
 
@@ -24,12 +24,9 @@ pub enum Kind {
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub struct DeviceTestdma {
-    /// UNIX socket to listen on
-    #[arg(long, value_name = "SOCKET")]
-    pub socket: PathBuf,
-    /// UNIX socket to listen on for `wherry update --control`; without, the process is not replaced under a VM
-    #[arg(long, value_name = "SOCKET")]
-    pub control: Option<PathBuf>,
+    /// Where it is served.
+    #[command(flatten)]
+    pub sockets: DeviceSockets,
     /// Kinds of interrupts that it has; the driver chooses one
     #[arg(long, value_name = "KIND,...", value_delimiter = ',', default_value = "msix,msi,intx")]
     pub interrupts: Vec<Kind>,

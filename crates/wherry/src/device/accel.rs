@@ -14,6 +14,7 @@ use wherry_vfio_user::server;
 use crate::args::DeviceAccel;
 use crate::device::process::Made;
 use crate::device::userfaults::ProcessFaults;
+use crate::device::vfio_user;
 
 /// Makes the device.
 pub fn make(options: &DeviceAccel, registry: &Registry) -> Result<Made> {
@@ -28,8 +29,8 @@ pub fn make(options: &DeviceAccel, registry: &Registry) -> Result<Made> {
         keys: given.keys,
     };
     let bell = |number| registry.obtain::<_, io::Error>(KeptId::new("accel/bell", number), Ok, Bells::event);
-    let function = AccelFunction::with_bells(model, Bells::of(bell).context("making the doorbells")?)?;
-    let mut host = server::Host::new(&function).context("setting up the server")?;
+    let device = AccelFunction::with_bells(model, Bells::of(bell).context("making the doorbells")?)?;
+    let mut host = server::Host::new(&device).context("setting up the server")?;
     host.set_userfaults(Box::new(ProcessFaults::default()));
-    Ok(Made { host, device: Box::new(function), summary: None })
+    Ok(vfio_user::made(host, Box::new(device), None))
 }

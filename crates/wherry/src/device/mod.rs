@@ -1,97 +1,40 @@
 //! `wherry device`: processes that serve one device each for the VMs of other processes.
 //!
-//! - [`served`] makes a device of `wherry-virtio` one that a vhost-user front end sets up.
+//! - [`back_end`] are disks and network devices, which a vhost-user front end sets up; [`served`] makes a device of `wherry-virtio` one
+//!   of those.
 //! - [`accel`] is the accelerator, a PCI function that a vfio-user client sets up.
 //! - [`testdma`] is a PCI function for tests, that a vfio-user client sets up.
-//! - [`process`] is what a process of the latter two is beside its device, and how another one takes its place.
+//! - [`vfio_user`] is what the latter two have in common.
+//! - [`process`] is what each process is beside its device, and how another one takes its place.
 
 mod accel;
+mod back_end;
 pub mod process;
 mod served;
 pub mod testdma;
 mod userfaults;
-
-use std::path::Path;
-use std::process::exit;
-use std::sync::Arc;
+mod vfio_user;
 
 use anyhow::{Context, Result};
-use wherry_backend::{BackendError, Server};
-use wherry_virtio::blk::Image;
-use wherry_virtio::net::Tap;
 
-use self::process::Sockets;
-use self::served::Served;
-use crate::args::{Device, DeviceBlk, DeviceCommand, DeviceNet};
-use crate::{DID_NOT, HAPPENED};
+use crate::args::{Device, DeviceCommand};
 
 /// `wherry device`
 pub fn device(options: &Device, log: &str) -> Result<u8> {
     match &options.command {
-        DeviceCommand::Blk(options) => blk(options),
-        DeviceCommand::Net(options) => net(options),
+        DeviceCommand::Blk(options) => {
+            process::serve(&options.sockets, log, |registry| back_end::blk(options, registry))
+        }
+        DeviceCommand::Net(options) => {
+            process::serve(&options.sockets, log, |registry| back_end::net(options, registry))
+        }
         DeviceCommand::Accel(options) => {
-            let sockets = Sockets {
-                socket: &options.socket,
-                control: options.control.as_deref(),
-                parent: crate::host::die_with(options.die_with)?,
-            };
-            process::serve(sockets, log, |registry| accel::make(options, registry))
+            process::serve(&options.sockets, log, |registry| accel::make(options, registry))
         }
         DeviceCommand::Testdma(options) => {
-            let sockets = Sockets { socket: &options.socket, control: options.control.as_deref(), parent: None };
-            process::serve(sockets, log, |registry| testdma::make(options, registry))
+            process::serve(&options.sockets, log, |registry| testdma::make(options, registry))
         }
     }
-}
-
-fn blk(options: &DeviceBlk) -> Result<u8> {
-    let image = Arc::new(Image::open(&options.image.path, options.image.read_only)?);
-    let device = Arc::new(Served::blk(image).context("making the disk")?);
-    let its = device.clone();
-    hangups(move || its.look_again())?;
-    serve(&options.socket, &device)
-}
-
-fn net(options: &DeviceNet) -> Result<u8> {
-    let tap = Arc::new(Tap::open(&options.tap)?);
-    serve(&options.socket, &Served::net(tap, options.mac).context("making the network device")?)
-}
-
-/// Serves front ends until SIGINT or SIGTERM.
-fn serve(socket: &Path, device: &Served) -> Result<u8> {
-    let server = Arc::new(Server::bind(socket)?);
-    let signalled = server.clone();
-    signals(move || signalled.stop())?;
-    match server.run(device) {
-        Ok(()) => Ok(HAPPENED),
-        Err(error @ BackendError::Abandoned(_)) => {
-            eprintln!("error: {error}");
-            server.remove();
-            // The device's thread cannot be waited for.
-            exit(DID_NOT.into())
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Has each SIGHUP do something, rather than end the process.
-fn hangups(mut work: impl FnMut() + Send + 'static) -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let runtime = crate::runtime()?;
-    let mut hangup = {
-        let _guard = runtime.enter();
-        signal(SignalKind::hangup()).context("listening for SIGHUP")?
-    };
-    let wait = move || {
-        runtime.block_on(async {
-            while hangup.recv().await.is_some() {
-                work();
-            }
-        });
-    };
-    std::thread::Builder::new().name("hangups".into()).spawn(wait).context("starting the thread for SIGHUP")?;
-    Ok(())
 }
 
 /// Has SIGINT and SIGTERM end a server.

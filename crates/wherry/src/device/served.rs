@@ -32,16 +32,26 @@ const COMMANDS: u64 =
 const LOCK_LIMIT: Duration = Duration::from_secs(1);
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
-/// What a device is connected to.
-enum Medium {
-    Image(Arc<Image>),
-    Tap(Arc<Tap>),
+/// What a device is, and what it is connected to.
+enum Its {
+    Disk(Blk, Arc<Image>),
+    Network(Net, Arc<Tap>),
+}
+
+/// What the process has to know that goes on with the device.
+#[derive(Clone, PartialEq, Message)]
+struct SavedServed {
+    /// Size of the disk, as the guest knows it.
+    #[prost(uint64, tag = "1")]
+    sectors: u64,
+    /// The packet that waits for buffers of the driver.
+    #[prost(bytes = "vec", tag = "2")]
+    packet: Vec<u8>,
 }
 
 /// The device.
 pub struct Served {
-    device: Box<dyn Device>,
-    medium: Medium,
+    its: Its,
     features: u64,
     rings: u16,
     changed: EventFd,
@@ -53,7 +63,7 @@ impl Served {
         let device = Blk::new(image.clone(), 0)?;
         let features = device.features();
         let changed = EventFd::new(EFD_NONBLOCK)?;
-        Ok(Self { device: Box::new(device), medium: Medium::Image(image), features, rings: 1, changed })
+        Ok(Self { its: Its::Disk(device, image), features, rings: 1, changed })
     }
 
     /// A network device.
@@ -61,12 +71,37 @@ impl Served {
         let device = Net::new(tap.clone(), mac, 0)?;
         let features = device.features() & !COMMANDS;
         let changed = EventFd::new(EFD_NONBLOCK)?;
-        Ok(Self { device: Box::new(device), medium: Medium::Tap(tap), features, rings: 2, changed })
+        Ok(Self { its: Its::Network(device, tap), features, rings: 2, changed })
+    }
+
+    fn device(&self) -> &dyn Device {
+        match &self.its {
+            Its::Disk(device, _) => device,
+            Its::Network(device, _) => device,
+        }
+    }
+
+    /// It has given back what it has taken: has it let go of its rings. Where to go on with each.
+    ///
+    /// A buffer for packets that waits in the device was not given back: it is there for whoever serves the ring next, and so is the
+    /// packet that it waits with.
+    fn let_go(&self) -> Result<Vec<(u16, u16)>, String> {
+        let device = self.device();
+        let next = device.serving().positions().into_iter().map(|(index, position)| (index, position.used)).collect();
+        match &self.its {
+            Its::Disk(device, _) => device.reset(),
+            Its::Network(device, _) => {
+                let packet = device.waiting();
+                device.reset();
+                device.set_waiting(packet).map_err(|e| e.to_string())?;
+            }
+        }
+        Ok(next)
     }
 
     /// Looks whether a disk has grown; its front end is told then.
     pub fn look_again(&self) {
-        let Medium::Image(image) = &self.medium else { return };
+        let Its::Disk(_, image) = &self.its else { return };
         match image.grow() {
             Ok(true) => {
                 tracing::info!(image = %image.path().display(), sectors = image.sectors(), "the disk has grown");
@@ -80,7 +115,7 @@ impl Served {
 
 impl backend::Device for Served {
     fn name(&self) -> &str {
-        self.device.kind().name
+        self.device().kind().name
     }
 
     fn features(&self) -> u64 {
@@ -88,12 +123,12 @@ impl backend::Device for Served {
     }
 
     fn rings(&self) -> (u16, u16) {
-        (self.rings, self.device.ring_sizes().first().copied().unwrap_or(0))
+        (self.rings, self.device().ring_sizes().first().copied().unwrap_or(0))
     }
 
     fn config(&self) -> Vec<u8> {
         let mut config = vec![0; CONFIG];
-        self.device.read_config(0, &mut config);
+        self.device().read_config(0, &mut config);
         config
     }
 
@@ -102,7 +137,7 @@ impl backend::Device for Served {
     }
 
     fn write_config(&self, offset: u32, content: &[u8]) -> Result<(), String> {
-        self.device.write_config(offset.into(), content);
+        self.device().write_config(offset.into(), content);
         Ok(())
     }
 
@@ -113,7 +148,7 @@ impl backend::Device for Served {
         rings: Vec<backend::RingGiven>,
         driver: Arc<backend::Driver>,
     ) -> Result<(), String> {
-        if let Medium::Image(image) = &self.medium {
+        if let Its::Disk(_, image) = &self.its {
             lock(image).map_err(|e| e.to_string())?;
         }
         let given = |ring: backend::RingGiven| RingGiven {
@@ -131,40 +166,54 @@ impl backend::Device for Served {
         };
         let rings = rings.into_iter().map(given).collect();
         let interrupts = Interrupts::new(Arc::new(Front(driver)));
-        self.device.activate(Activation { memory, features, rings, interrupts }).map_err(|e| e.to_string())?;
-        self.device.start();
+        self.device().activate(Activation { memory, features, rings, interrupts }).map_err(|e| e.to_string())?;
+        self.device().start();
         Ok(())
     }
 
     fn rest(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
-        self.device.serving().drain(deadline).map_err(|e| e.to_string())?;
-        // A buffer for packets that waits in the device was not given back: it is there for whoever serves the ring next.
-        let next =
-            self.device.serving().positions().into_iter().map(|(index, position)| (index, position.used)).collect();
-        self.device.reset();
-        Ok(next)
+        self.device().serving().drain(deadline).map_err(|e| e.to_string())?;
+        self.let_go()
+    }
+
+    fn pause(&self, deadline: Instant) -> Result<Vec<(u16, u16)>, String> {
+        let finished = match &self.its {
+            Its::Disk(device, _) => device.finish(deadline),
+            // It has nothing that takes time.
+            Its::Network(device, _) => device.serving().drain(deadline),
+        };
+        finished.map_err(|e| e.to_string())?;
+        self.let_go()
+    }
+
+    fn go_on(&self) {
+        self.device().start();
     }
 
     fn release(&self) {
-        if let Medium::Image(image) = &self.medium
-            && let Err(error) = image.unlock()
-        {
-            tracing::warn!(%error, "a disk image stays locked");
+        match &self.its {
+            Its::Disk(_, image) => {
+                if let Err(error) = image.unlock() {
+                    tracing::warn!(%error, "a disk image stays locked");
+                }
+            }
+            // It is the packet of a guest that has gone.
+            Its::Network(device, _) => drop(device.set_waiting(Vec::new())),
         }
     }
 
     fn announce(&self, address: [u8; 6]) -> Result<(), String> {
-        match &self.medium {
-            Medium::Tap(tap) => {
+        match &self.its {
+            Its::Network(_, tap) => {
                 wherry_virtio::net::announce(tap, address);
                 Ok(())
             }
-            Medium::Image(_) => Err("a disk announces nothing".into()),
+            Its::Disk(..) => Err("a disk announces nothing".into()),
         }
     }
 
     fn save(&self) -> Vec<u8> {
-        self.device.save(SavedTransport::default()).encode_to_vec()
+        self.device().save(SavedTransport::default()).encode_to_vec()
     }
 
     fn restore(&self, state: &[u8]) -> Result<(), String> {
@@ -172,7 +221,23 @@ impl backend::Device for Served {
         if section.unit != self.name() {
             return Err(format!("the state of a {:.80}; this is a {}", section.unit, self.name()));
         }
-        self.device.restore(&section).map(drop).map_err(|e| e.to_string())
+        self.device().restore(&section).map(drop).map_err(|e| e.to_string())
+    }
+
+    fn keep(&self) -> Vec<u8> {
+        let saved = match &self.its {
+            Its::Disk(_, image) => SavedServed { sectors: image.sectors(), ..SavedServed::default() },
+            Its::Network(device, _) => SavedServed { packet: device.waiting(), ..SavedServed::default() },
+        };
+        saved.encode_to_vec()
+    }
+
+    fn take(&self, kept: &[u8]) -> Result<(), String> {
+        let saved = SavedServed::decode(kept).map_err(|e| format!("the state of a {}: {e}", self.name()))?;
+        match &self.its {
+            Its::Disk(_, image) => image.keep_size(saved.sectors).map_err(|e| e.to_string()),
+            Its::Network(device, _) => device.set_waiting(saved.packet).map_err(|e| e.to_string()),
+        }
     }
 }
 

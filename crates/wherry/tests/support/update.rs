@@ -41,6 +41,10 @@ impl Holder {
         // An error: it has ended.
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
+
+    pub fn terminate(&self) {
+        pidfd_send_signal(&self.pidfd, Signal::TERM).unwrap();
+    }
 }
 
 impl Drop for Holder {

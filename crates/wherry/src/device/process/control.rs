@@ -15,14 +15,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use prost::Message;
-use wherry_handover::{Channel, Registry};
+use wherry_handover::{Channel, Registry, Rest};
 use wherry_migration::update::UpdateError;
 use wherry_migration::{Cause, Journey};
-use wherry_vfio_user::server::Rest;
 use wherry_vmm::api::types::{UpdateInfo, UpdateMode, UpdateRequest};
 use wherry_vmm::update::{ReplaceError, Replaced, start_and_hand_over};
 
-use super::machine::DeviceMachine;
+use super::machine::{DeviceMachine, Unit};
 use super::{Control, SavedProcess, TAKE_OVER};
 use crate::{DID_NOT, HAPPENED};
 
@@ -55,9 +54,9 @@ pub fn ask(path: &Path, request: &UpdateRequest, limit: Duration) -> Result<Upda
 }
 
 /// Serves the control socket from a thread of its own.
-pub fn start(control: Control, registry: Arc<Registry>, saved: SavedProcess, rest: Rest) -> Result<()> {
+pub fn start(control: Control, registry: Arc<Registry>, saved: SavedProcess, (unit, rest): (Unit, Rest)) -> Result<()> {
     let program = std::env::current_exe().context("finding this program")?;
-    let machine = DeviceMachine::new(rest, registry)?;
+    let machine = DeviceMachine::new(unit, rest, registry)?;
     let serving = Serving { control, saved, program, machine };
     let work = move || {
         loop {

@@ -6,20 +6,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use wherry_fault::FaultService;
-use wherry_handover::{KeptId, Registry};
+use wherry_handover::{KeptId, Registry, Rest, Rested};
 use wherry_memory::{BlockId, DirtySource, FreePages, Ram};
 use wherry_migration::machine::{Machine, MachineDescription, MachineError, VcpuThread};
 use wherry_migration::update::Keep;
 use wherry_state::{Saved, Section, StateError, StateStream, StateUnit, UnitError, UnitId, Units};
-use wherry_vfio_user::server::Rest;
-use wherry_vfio_user::server::kept::{Rested, SCHEMA};
 
-/// Name of the unit.
-const UNIT: &str = "device-server";
 /// What the names of a client's descriptors begin with.
 const CLIENT: &str = "client/";
 /// How long taking a state may take: a step of the device's, and maps of a client's memory.
 const TAKE: Duration = Duration::from_secs(10);
+
+/// What a server writes of itself: the name of its state unit, and the newest schema.
+#[derive(Clone, Copy, Debug)]
+pub struct Unit {
+    pub name: &'static str,
+    pub schema: u32,
+}
 
 /// The device.
 pub struct DeviceMachine {
@@ -29,9 +32,9 @@ pub struct DeviceMachine {
 }
 
 impl DeviceMachine {
-    /// Over the server that comes to rest by this.
-    pub fn new(rest: Rest, registry: Arc<Registry>) -> Result<Arc<Self>> {
-        let unit = Arc::new(ServerUnit { rest, registry, inner: Mutex::default() });
+    /// Over the server that is this unit, and comes to rest by this.
+    pub fn new(unit: Unit, rest: Rest, registry: Arc<Registry>) -> Result<Arc<Self>> {
+        let unit = Arc::new(ServerUnit { unit, rest, registry, inner: Mutex::default() });
         let units = Arc::new(Units::new(vec![unit.clone()])?);
         let ram = Arc::new(Ram::from_blocks(Vec::new()).context("making a machine without memory")?);
         Ok(Arc::new(Self { ram, units, unit }))
@@ -114,6 +117,7 @@ struct Inner {
 
 /// The server, with its device and its client.
 struct ServerUnit {
+    unit: Unit,
     rest: Rest,
     registry: Arc<Registry>,
     inner: Mutex<Inner>,
@@ -137,7 +141,7 @@ impl ServerUnit {
 
 impl StateUnit for ServerUnit {
     fn id(&self) -> UnitId {
-        UnitId::new(UNIT, 0)
+        UnitId::new(self.unit.name, 0)
     }
 
     fn depends_on(&self) -> &[&str] {
@@ -145,7 +149,7 @@ impl StateUnit for ServerUnit {
     }
 
     fn schema(&self) -> u32 {
-        SCHEMA
+        self.unit.schema
     }
 
     /// What is under way goes over as it is.
@@ -170,12 +174,13 @@ impl StateUnit for ServerUnit {
     fn save(&self) -> Result<Saved, UnitError> {
         let UnitId { name, instance } = self.id();
         let bytes = std::mem::take(&mut self.inner().state);
-        Ok(Saved::Section(Section { unit: name, instance, schema: SCHEMA, bytes }))
+        Ok(Saved::Section(Section { unit: name, instance, schema: self.unit.schema, bytes }))
     }
 
     fn restore(&self, section: &Section) -> Result<(), UnitError> {
-        if !(1..=SCHEMA).contains(&section.schema) {
-            return Err(StateError::Schema { unit: section.id(), found: section.schema, known: SCHEMA }.into());
+        let known = self.unit.schema;
+        if !(1..=known).contains(&section.schema) {
+            return Err(StateError::Schema { unit: section.id(), found: section.schema, known }.into());
         }
         let registry = self.registry.clone();
         let claim = move |name: &str, index| registry.claim(&KeptId::new(format!("{CLIENT}{name}"), index));

@@ -1,4 +1,4 @@
-//! A process that serves a vfio-user device, and how another one takes its place under a running VM.
+//! A process that serves a device, and how another one takes its place under a running VM.
 //!
 //! - this file: the process, from its start or from the moment at which it takes over, to its end.
 //! - [`control`]: the socket at which an update is asked for (`wherry update --control`).
@@ -28,17 +28,16 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result};
 use clap::Parser;
 use prost::Message;
-use wherry_handover::{Channel, KeptId, Launcher, Registry};
+use wherry_handover::{Channel, KeptId, Launcher, Registry, Rest};
 use wherry_migration::Journey;
 use wherry_migration::machine::{Machine, MachineDescription, Refusal};
 use wherry_migration::update::{self, Successor, UpdateOptions};
 use wherry_socket::SocketFile;
-use wherry_vfio_user::server::{Host, Rest};
-use wherry_vfio_user::{Device, Server, Stop};
 
 pub use self::control::ask;
 use self::machine::DeviceMachine;
-use crate::args::{Cli, Command, DeviceCommand};
+pub use self::machine::Unit;
+use crate::args::{Cli, Command, DeviceCommand, DeviceSockets};
 use crate::{HAPPENED, host};
 
 /// The word by which a new process is told to take over; its standard input is the channel.
@@ -50,20 +49,29 @@ const CONTROL: &str = "control";
 const LAUNCHER: &str = "launcher";
 const PARENT: &str = "parent";
 
+/// Says whether clients that were told so much of a device can go on with another one.
+pub type Fits = Box<dyn Fn(&[u8]) -> Result<(), String> + Send>;
+
 /// A device, ready to be served.
 pub struct Made {
-    pub host: Host,
-    pub device: Box<dyn Device>,
-    /// What it says on stdout in the end.
-    pub summary: Option<Box<dyn Fn() -> serde_json::Value + Send>>,
+    /// The state unit that its server is.
+    pub unit: Unit,
+    /// What its clients are told of it.
+    pub offer: Vec<u8>,
+    /// Whether clients that were told that can go on with it.
+    pub fits: Fits,
+    /// Makes a server at a socket.
+    pub begin: Box<dyn FnOnce(UnixListener) -> Result<Begun> + Send>,
 }
 
-/// Where a device is served, and where its process is asked to be replaced.
-pub struct Sockets<'a> {
-    pub socket: &'a Path,
-    pub control: Option<&'a Path>,
-    /// The process with which this one is to end, if there is one: a pidfd.
-    pub parent: Option<Arc<OwnedFd>>,
+/// A server.
+pub struct Begun {
+    /// Has it come to rest.
+    pub rest: Rest,
+    /// Ends it.
+    pub stop: Box<dyn FnOnce() + Send>,
+    /// Serves clients until it is ended.
+    pub run: Box<dyn FnOnce() -> Result<()> + Send>,
 }
 
 /// What a process is beside its device, as the next one is told.
@@ -78,6 +86,9 @@ struct SavedProcess {
     /// Path of the control socket.
     #[prost(bytes = "vec", tag = "3")]
     control: Vec<u8>,
+    /// What clients were told of the device; nothing, if that is looked at later only.
+    #[prost(bytes = "vec", tag = "4")]
+    offer: Vec<u8>,
 }
 
 /// A device that is served, and what its process is.
@@ -87,8 +98,9 @@ struct Process {
     /// With it, the process can be replaced.
     control: Option<Control>,
     serving: JoinHandle<Result<()>>,
+    unit: Unit,
     rest: Rest,
-    stop: Stop,
+    stop: Box<dyn FnOnce() + Send>,
     /// Removed in the end.
     files: Vec<SocketFile>,
 }
@@ -127,21 +139,22 @@ impl Control {
 }
 
 /// Serves a device until SIGINT or SIGTERM, or until another process does.
-pub fn serve(sockets: Sockets<'_>, log: &str, make: impl FnOnce(&Registry) -> Result<Made>) -> Result<u8> {
+pub fn serve(sockets: &DeviceSockets, log: &str, make: impl FnOnce(&Registry) -> Result<Made>) -> Result<u8> {
     // Before there are threads, and anything else of a client's.
-    let launcher = sockets.control.map(|_| host::launcher(log));
+    let parent = host::die_with(sockets.die_with)?;
+    let launcher = sockets.control.as_ref().map(|_| host::launcher(log));
     let registry = Registry::new();
     let made = make(&registry)?;
     let listening = |path: &Path| SocketFile::bind(path).with_context(|| format!("listening on {}", path.display()));
-    let (listener, file) = listening(sockets.socket)?;
+    let (listener, file) = listening(&sockets.socket)?;
     let mut files = vec![file];
     let mut control = None;
-    if let (Some(path), Some(launcher)) = (sockets.control, launcher) {
+    if let (Some(path), Some(launcher)) = (&sockets.control, launcher) {
         let (socket, file) = listening(path)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
             .with_context(|| format!("protecting {}", path.display()))?;
         files.push(file);
-        control = Some(Control::new(socket, launcher, &registry, &listener, sockets.parent)?);
+        control = Some(Control::new(socket, launcher, &registry, &listener, parent)?);
     }
     let bytes = |path: &Path| -> Result<Vec<u8>> {
         let path = std::path::absolute(path).with_context(|| format!("finding {}", path.display()))?;
@@ -149,8 +162,9 @@ pub fn serve(sockets: Sockets<'_>, log: &str, make: impl FnOnce(&Registry) -> Re
     };
     let saved = SavedProcess {
         arguments: std::env::args_os().map(OsString::into_vec).collect(),
-        socket: bytes(sockets.socket)?,
-        control: sockets.control.map(bytes).transpose()?.unwrap_or_default(),
+        socket: bytes(&sockets.socket)?,
+        control: sockets.control.as_deref().map(bytes).transpose()?.unwrap_or_default(),
+        offer: made.offer.clone(),
     };
     Process::begin(registry, saved, control, listener, files, made)?.wait()
 }
@@ -177,31 +191,23 @@ impl Process {
         files: Vec<SocketFile>,
         made: Made,
     ) -> Result<Self> {
-        let Made { mut host, mut device, summary } = made;
-        let server = Server::on(listener).context("setting up the socket")?;
-        let (rest, stop) = (host.rest(), host.stop());
+        let unit = made.unit;
+        let Begun { rest, stop, run } = (made.begin)(listener).context("setting up the socket")?;
         if registry.succeeds() {
             rest.begin();
         }
         let socket = PathBuf::from(OsString::from_vec(saved.socket.clone()));
-        let work = move || {
-            let served = server.serve(&mut host, &mut *device);
-            served.with_context(|| format!("serving {}", socket.display()))?;
-            if let Some(summary) = summary {
-                println!("{}", summary());
-            }
-            Ok(())
-        };
+        let work = move || run().with_context(|| format!("serving {}", socket.display()));
         let serving = std::thread::Builder::new().name("serve".into()).spawn(work).context("starting a thread")?;
-        Ok(Self { registry, saved, control, serving, rest, stop, files })
+        Ok(Self { registry, saved, control, serving, unit, rest, stop, files })
     }
 
     /// Until the device is not served any more.
     fn wait(self) -> Result<u8> {
-        let Self { registry, saved, control, serving, rest, stop, files } = self;
-        super::signals(move || stop.stop())?;
+        let Self { registry, saved, control, serving, unit, rest, stop, files } = self;
+        super::signals(stop)?;
         if let Some(control) = control {
-            control::start(control, registry, saved, rest)?;
+            control::start(control, registry, saved, (unit, rest))?;
         }
         let served =
             serving.join().map_err(|_| anyhow::anyhow!("the thread that serves has panicked; this is a bug"))?;
@@ -236,14 +242,18 @@ impl Heir {
         let made = match &device.command {
             DeviceCommand::Testdma(options) => super::testdma::make(options, registry)?,
             DeviceCommand::Accel(options) => super::accel::make(options, registry)?,
-            _ => anyhow::bail!("this kind of device is not carried"),
+            DeviceCommand::Blk(options) => super::back_end::blk(options, registry)?,
+            DeviceCommand::Net(options) => super::back_end::net(options, registry)?,
         };
+        if !saved.offer.is_empty() {
+            (made.fits)(&saved.offer).map_err(|why| anyhow::anyhow!("the device is another one here: {why}"))?;
+        }
         if let Some(parent) = &parent {
             host::watch_parent(parent.clone())?;
         }
         let control = Control::new(socket, launcher, registry, &listener, parent)?;
         let process = Process::begin(registry.clone(), saved, Some(control), listener, files, made)?;
-        let machine = DeviceMachine::new(process.rest.clone(), registry.clone())?;
+        let machine = DeviceMachine::new(process.unit, process.rest.clone(), registry.clone())?;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(process);
         Ok(machine)
     }

@@ -29,6 +29,7 @@ use self::function::Testdma;
 use crate::args::DeviceTestdma;
 use crate::device::process::Made;
 use crate::device::userfaults::ProcessFaults;
+use crate::device::vfio_user;
 
 /// Makes the device; in the end it says on stdout what was done.
 pub fn make(options: &DeviceTestdma, registry: &Registry) -> Result<Made> {
@@ -41,5 +42,5 @@ pub fn make(options: &DeviceTestdma, registry: &Registry) -> Result<Made> {
     host.set_watcher(Box::new(move |command, moment| mischief.watch(command, moment)));
     device.start(host.bus().clone())?;
     let core = device.core().clone();
-    Ok(Made { host, device: Box::new(device), summary: Some(Box::new(move || core.summary())) })
+    Ok(vfio_user::made(host, Box::new(device), Some(Box::new(move || core.summary()))))
 }
