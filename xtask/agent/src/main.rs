@@ -15,6 +15,7 @@ mod network;
 mod ping;
 mod qemu;
 mod serial;
+mod vfio;
 mod wherry;
 
 use std::path::PathBuf;
@@ -58,6 +59,8 @@ enum Command {
         #[arg(long)]
         vhost: bool,
     },
+    /// Pass devices of this machine through.
+    Vfio,
     /// Run a Linux guest in QEMU with its root on a disk of `wherry device blk`, and have QEMU migrate it.
     QemuFrontEnd {
         /// Our program.
@@ -87,6 +90,7 @@ fn main() -> ExitCode {
         Command::Linux { full, kernel, label } => linux::run(full, &kernel, &label),
         Command::Blk => blk::run(),
         Command::Devices { full, vhost } => devices::run(full, vhost),
+        Command::Vfio => vfio::run(),
         Command::QemuFrontEnd { wherry, kernel, initrd, image, directory, moves } => {
             front_end::run(&qemu::Parts { wherry, kernel, initrd, image, directory }, moves)
         }

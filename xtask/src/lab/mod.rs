@@ -17,6 +17,7 @@ mod packages;
 mod qemu;
 mod report;
 mod root;
+mod vfio;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -60,6 +61,8 @@ pub enum Lab {
         #[arg(long, default_value_t = 20)]
         moves: u32,
     },
+    /// Devices behind an IOMMU, passed through by VFIO.
+    Vfio,
     /// Measure the disk of a guest of Wherry beside that of one of QEMU, in the same machine.
     Blk,
     /// Boot the outer machine with the present Wherry and run a shell script of yours in it.
@@ -102,6 +105,7 @@ pub fn run(lab: Lab) -> Result<Tally> {
         Lab::Linux { full } => linux::run(full),
         Lab::Devices { full, vhost } => devices::run(full, vhost),
         Lab::QemuFrontEnd { moves } => front_end::run(moves),
+        Lab::Vfio => vfio::run(),
         Lab::Blk => blk::run(),
         Lab::Direct => direct(),
         Lab::Kvm => {

@@ -27,12 +27,22 @@ pub struct Machine {
     pub iommu: bool,
     /// Further devices, in the words of QEMU's `-device`.
     pub devices: Vec<String>,
+    /// What is behind them, in QEMU's own words: it stands before them.
+    pub behind: Vec<String>,
 }
 
 impl Machine {
     /// A machine that runs this kernel.
     pub fn new(kernel: PathBuf, initrd: PathBuf) -> Self {
-        Self { kernel, initrd, cmdline: String::new(), memory: 3072, iommu: false, devices: Vec::new() }
+        Self {
+            kernel,
+            initrd,
+            cmdline: String::new(),
+            memory: 3072,
+            iommu: false,
+            devices: Vec::new(),
+            behind: Vec::new(),
+        }
     }
 
     /// QEMU's arguments; the serial port is its standard output, and goes to `log` as well.
@@ -77,6 +87,7 @@ impl Machine {
         if self.iommu {
             arguments.extend(["-device".to_owned(), "intel-iommu,intremap=on,caching-mode=on".to_owned()]);
         }
+        arguments.extend(self.behind.iter().cloned());
         for device in &self.devices {
             arguments.extend(["-device".to_owned(), device.clone()]);
         }
