@@ -45,6 +45,10 @@ impl Holder {
     pub fn terminate(&self) {
         pidfd_send_signal(&self.pidfd, Signal::TERM).unwrap();
     }
+
+    pub fn hang_up(&self) {
+        pidfd_send_signal(&self.pidfd, Signal::HUP).unwrap();
+    }
 }
 
 impl Drop for Holder {

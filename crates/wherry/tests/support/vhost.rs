@@ -149,7 +149,13 @@ impl<'a> BackEnd<'a> {
 
     /// Descriptors, threads, and memory of its own in KiB.
     pub fn figures(&self) -> (usize, usize, u64) {
-        (count(self.now.pid, "fd"), count(self.now.pid, "task"), own_memory(self.now.pid))
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.now.pid)).unwrap().flatten();
+        // The kernel has threads of its own for disk I/O, which come and go.
+        let kernel = |task: &std::fs::DirEntry| {
+            std::fs::read_to_string(task.path().join("comm")).map_or(true, |name| name.starts_with("iou-"))
+        };
+        let threads = tasks.filter(|task| !kernel(task)).count();
+        (count(self.now.pid, "fd"), threads, own_memory(self.now.pid))
     }
 
     /// Asks it to end, and waits until it has, without a trace.
