@@ -20,10 +20,11 @@ use wherry_handover::{Claim, Copies, Rest, Rested};
 
 use crate::channel::Channel;
 use crate::device::Device;
+use crate::features::{LOG_ALL, protocol};
 use crate::inflight::Parts;
 use crate::memory::{Described, Place};
 use crate::saved::{SavedBackEnd, SavedFrontEnd, SavedInFlight, SavedOffer, SavedPart, SavedRegion, SavedRing};
-use crate::session::{LOG_ALL, Ring, Session, adopt, protocol};
+use crate::session::{Ring, Session, adopt};
 use crate::wire::{Connection, Partial, borrow};
 use crate::{BackendError, payload};
 

@@ -20,6 +20,7 @@ mod channel;
 mod device;
 mod error;
 mod faults;
+mod features;
 mod inflight;
 pub mod kept;
 mod log;

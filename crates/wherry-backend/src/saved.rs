@@ -1,7 +1,7 @@
 //! What a back end knows, as it goes to another process of the same host: schema [`SCHEMA`](crate::kept::SCHEMA).
 
 use crate::Device;
-use crate::session::protocol;
+use crate::features::protocol;
 
 /// All of it.
 #[derive(Clone, PartialEq, prost::Message)]

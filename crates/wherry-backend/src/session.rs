@@ -13,43 +13,13 @@ use crate::BackendError;
 use crate::channel::Channel;
 use crate::device::{Device, Driver, RingGiven};
 use crate::faults::Postcopy;
+use crate::features::{LOG_ALL, PROTOCOL_FEATURES, VERSION_1, protocol};
 use crate::inflight::Parts;
 use crate::log::DirtyLog;
 use crate::memory::{MOST_SLOTS, Place, Regions};
 use crate::payload::{configuration, in_flight, known, pair, slot, table, words};
 use crate::state::{receive, send};
 use crate::wire::{Connection, Event, Message, Read, Request};
-
-/// Features of the transport and of the protocol: logging, the protocol's own, virtio 1.
-pub(crate) const LOG_ALL: u64 = 1 << 26;
-const PROTOCOL_FEATURES: u64 = 1 << 30;
-const VERSION_1: u64 = 1 << 32;
-
-/// Features of the protocol (bits).
-pub(crate) mod protocol {
-    pub(super) const MQ: u64 = 1 << 0;
-    pub(super) const LOG_SHMFD: u64 = 1 << 1;
-    pub(super) const RARP: u64 = 1 << 2;
-    pub(super) const REPLY_ACK: u64 = 1 << 3;
-    pub(super) const BACKEND_REQ: u64 = 1 << 5;
-    pub(super) const PAGEFAULT: u64 = 1 << 8;
-    pub(super) const CONFIG: u64 = 1 << 9;
-    pub(super) const INFLIGHT_SHMFD: u64 = 1 << 12;
-    pub(super) const RESET_DEVICE: u64 = 1 << 13;
-    pub(super) const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
-    pub(super) const DEVICE_STATE: u64 = 1 << 19;
-    pub(crate) const ALL: u64 = MQ
-        | LOG_SHMFD
-        | RARP
-        | REPLY_ACK
-        | BACKEND_REQ
-        | PAGEFAULT
-        | CONFIG
-        | INFLIGHT_SHMFD
-        | RESET_DEVICE
-        | CONFIGURE_MEM_SLOTS
-        | DEVICE_STATE;
-}
 
 /// Between two looks whether the device has come to rest.
 const LOOK: Duration = Duration::from_secs(1);

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use support::{Client, Fake, event, fd, lend, memfd, pair, start_ring, table, until, words};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use wherry_backend::{Server, kept};
 use wherry_handover::{Rest, Rested};
 
@@ -140,7 +140,9 @@ fn a_front_end_does_not_notice_that_its_back_end_is_another_one() {
         assert_eq!(client.number(17, &[]), 2, "it answers");
     }
     silent.write(1).unwrap();
-    until("the other ring to be served", || chain.device.served(|given| given.rings.len()) == 2);
+    until("the other ring to be served", || {
+        chain.device.given.lock().unwrap().as_ref().is_some_and(|given| given.rings.len() == 2)
+    });
     chain.device.served(|given| assert_eq!((given.rings[0].size, given.rings[0].next), (16, 40_000)));
     chain.device.served(|given| given.driver.failed("a test", &"fails"));
     assert_eq!(error.read().unwrap(), 1);
@@ -275,16 +277,8 @@ fn a_log_requests_under_way_a_state_and_the_channel_go_over() {
     chain.next();
     chain.device.served(|given| given.memory.write_obj(1u8, GuestAddress(17 << 12)).unwrap());
     assert!(!marked(17));
-    // What the device has said and nobody was told goes over, too.
-    let rested = {
-        chain.rest.begin();
-        chain.rest.wait(soon()).unwrap()
-    };
-    let (device, server, rest) = serve(&chain.listener, Fake::default(), true);
-    device.changed.0.write(1).unwrap();
-    take(&rest, rested).unwrap();
-    rest.go_on();
-    (chain.device, chain.server, chain.rest) = (device, server, rest);
+    // The front end hears of another configuration.
+    chain.device.changed.0.write(1).unwrap();
     let mut told = [0; 12];
     std::io::Read::read_exact(&mut &ours, &mut told).unwrap();
     assert_eq!(told[..4], 2u32.to_ne_bytes());
@@ -293,7 +287,9 @@ fn a_log_requests_under_way_a_state_and_the_channel_go_over() {
 #[test]
 fn what_is_served_to_nobody_goes_over_and_the_next_front_end_finds_it() {
     let mut chain = Chain::new();
+    chain.device.changed.0.write(1).unwrap();
     chain.next();
+    assert_eq!(chain.device.changed.0.read().unwrap(), 1, "nobody was told of the configuration");
     let client = chain.client();
     let (_memory, _kick) = set_up(&client);
     chain.device.served(|_| ());
@@ -380,4 +376,37 @@ fn a_state_that_does_not_fit_is_refused_and_says_why() {
     assert!(kept::check(&Fake { lacks: 1 << 29, ..Fake::default() }, &told).unwrap_err().contains("lacking"));
     assert!(kept::check(&Fake::default(), b"nonsense").is_err());
     assert_eq!(client.number(17, &[]), 2);
+}
+
+#[test]
+fn memory_in_many_regions_goes_over_and_comes_and_goes_on_there() {
+    const REGIONS: u64 = 100;
+    let mut chain = Chain::new();
+    let client = chain.client();
+    client.agree();
+    let file = memfd(MIB);
+    // From the last to the first, each with a page of the file.
+    let region = |n: u64| words(&[0, n << 20, 4096, USER + (n << 20), (n << 12) % MIB]);
+    for n in (0..REGIONS).rev() {
+        assert!(client.order(37, &region(n), &fd(&file)));
+    }
+    chain.next();
+    for n in 10..20 {
+        assert!(client.order(38, &region(n), &[]), "region {n} is known");
+    }
+    assert!(!client.order(38, &region(15), &[]));
+    assert!(!client.order(37, &region(50), &fd(&file)), "it is there");
+    assert!(client.order(37, &region(REGIONS), &fd(&file)));
+    chain.next();
+    let ring = memfd(MIB);
+    assert!(client.order(37, &words(&[0, 1 << 40, MIB, USER + (1 << 40), 0]), &fd(&ring)));
+    let _kick = start_ring(&client, 0, USER + (1 << 40), 0);
+    chain.next();
+    chain.device.served(|given| {
+        assert_eq!(given.memory.num_regions() as u64, REGIONS - 10 + 1 + 1);
+        given.memory.write_obj(77u64, GuestAddress(60 << 20)).unwrap();
+    });
+    let mut bytes = [0; 8];
+    std::fs::File::from(file).read_exact_at(&mut bytes, 60 << 12).unwrap();
+    assert_eq!(u64::from_le_bytes(bytes), 77);
 }

@@ -14,6 +14,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::disk::Memory;
+use support::update::repetitions;
+use support::vhost::BackEnd;
 use support::{Place, kvm, wait_for};
 use wherry_guest::PROBE_ELF;
 use wherry_guest::disk::BLOCK_BYTES;
@@ -34,19 +36,16 @@ impl Drop for Process {
 }
 
 /// A back end, and a QEMU with its guest.
-struct Machine {
+struct Machine<'a> {
     qemu: Process,
     qmp: BufReader<UnixStream>,
-    _back_end: Process,
+    back_end: BackEnd<'a>,
 }
 
-impl Machine {
-    fn start(place: &Place, name: &str, image: &Path, kernel: &Path, incoming: bool) -> Self {
-        let (disk, control) = (place.path(&format!("{name}.disk")), place.path(&format!("{name}.qmp")));
-        let mut back_end = place.command(&["device", "blk", "--socket"]);
-        back_end.arg(&disk).arg("--image").arg(image).stdout(Stdio::null()).stderr(Stdio::inherit());
-        let back_end = Process(back_end.spawn().unwrap());
-        wait_for("the back end", || disk.exists().then_some(()));
+impl<'a> Machine<'a> {
+    fn start(place: &'a Place, name: &str, image: &Path, kernel: &Path, incoming: bool) -> Self {
+        let control = place.path(&format!("{name}.qmp"));
+        let back_end = BackEnd::disk(place, &format!("{name}.disk"), image, &[]);
         let mut qemu = Command::new(PROGRAM);
         // KVM may offer an MSR that no vCPU takes; QEMU ends at that.
         qemu.args(["-accel", "kvm", "-cpu", "host,arch-capabilities=off", "-nodefaults", "-display", "none"])
@@ -55,7 +54,7 @@ impl Machine {
             .args(["-append", "data=16M rate=4M disk=32M disk_depth=64 disk_wait=interrupt", "-kernel"])
             .arg(kernel)
             .arg("-chardev")
-            .arg(format!("socket,id=disk,path={}", disk.display()))
+            .arg(format!("socket,id=disk,path={}", back_end.socket.display()))
             .args(["-device", "vhost-user-blk-pci,chardev=disk,num-queues=1,queue-size=256,disable-legacy=on", "-qmp"])
             .arg(format!("unix:{},server=on,wait=off", control.display()))
             .stdin(Stdio::null())
@@ -67,7 +66,7 @@ impl Machine {
         let qemu = Process(qemu.spawn().unwrap());
         let stream = wait_for("QEMU's socket", || UnixStream::connect(&control).ok());
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-        let mut this = Self { qemu, qmp: BufReader::new(stream), _back_end: back_end };
+        let mut this = Self { qemu, qmp: BufReader::new(stream), back_end };
         this.line();
         this.execute("qmp_capabilities", Value::Null);
         this
@@ -132,30 +131,48 @@ impl Machine {
     }
 }
 
+/// Whether there are QEMU and KVM; says what is skipped if not.
+fn able(test: &str) -> bool {
+    let there = Command::new(PROGRAM).arg("--version").stdout(Stdio::null()).status().is_ok();
+    if !there {
+        println!("SKIPPED {test}: {PROGRAM} is not installed (Debian package qemu-system-x86)");
+    }
+    there && kvm(test)
+}
+
+/// A guest whose disk works.
+fn begin<'a>(place: &'a Place, image: &Path, kernel: &Path) -> (Machine<'a>, Memory) {
+    File::create(image).unwrap().set_len(IMAGE).unwrap();
+    std::fs::write(kernel, PROBE_ELF).unwrap();
+    let here = Machine::start(place, "0", image, kernel, false);
+    let memory = here.memory();
+    wait_for("the probe guest to start its disk", || {
+        let snapshot: Snapshot = memory.try_snapshot()?;
+        assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
+        snapshot.disk.filter(|disk| disk.completed() > 0)
+    });
+    memory.wait_for_requests("before anything happens");
+    (here, memory)
+}
+
+fn finish(memory: &Memory, image: &Path) {
+    memory.finish();
+    wait_for("the guest to have compared everything", || (memory.snapshot().phase() == Phase::Finished).then_some(()));
+    let compared = memory.compare(&File::open(image).unwrap(), 1);
+    assert!(compared > IMAGE / BLOCK_BYTES / 8, "only {compared} blocks were ever written");
+}
+
 #[test]
 fn a_disk_of_our_back_end_moves_with_a_guest_of_qemu_by_precopy_and_postcopy() {
     let test = "a_disk_of_our_back_end_moves_with_a_guest_of_qemu_by_precopy_and_postcopy";
-    if Command::new(PROGRAM).arg("--version").stdout(Stdio::null()).status().is_err() {
-        println!("SKIPPED {test}: {PROGRAM} is not installed (Debian package qemu-system-x86)");
-        return;
-    }
-    if !kvm(test) {
+    if !able(test) {
         return;
     }
     // `WHERRY_QEMU_MOVES`: how many moves in each way, 2 unless told.
     let moves = std::env::var("WHERRY_QEMU_MOVES").ok().and_then(|moves| moves.parse().ok()).unwrap_or(2);
     let place = Place::new();
     let (image, kernel) = (place.path("disk"), place.path("probe.elf"));
-    File::create(&image).unwrap().set_len(IMAGE).unwrap();
-    std::fs::write(&kernel, PROBE_ELF).unwrap();
-    let mut here = Machine::start(&place, "0", &image, &kernel, false);
-    let mut memory = here.memory();
-    wait_for("the probe guest to start its disk", || {
-        let snapshot: Snapshot = memory.try_snapshot()?;
-        assert!(snapshot.failure.is_none(), "{:?}", snapshot.failure);
-        snapshot.disk.filter(|disk| disk.completed() > 0)
-    });
-    memory.wait_for_requests("before the first move");
+    let (mut here, mut memory) = begin(&place, &image, &kernel);
     let ways = [("precopy", false, false), ("postcopy", true, false), ("postcopy with preemption", true, true)];
     for (leg, (way, postcopy, preempt)) in ways.into_iter().cycle().take(3 * moves).enumerate() {
         let mut there = Machine::start(&place, &(leg + 1).to_string(), &image, &kernel, true);
@@ -164,8 +181,32 @@ fn a_disk_of_our_back_end_moves_with_a_guest_of_qemu_by_precopy_and_postcopy() {
         here = there;
         memory.wait_for_requests(&format!("after move {leg}, by {way}"));
     }
-    memory.finish();
-    wait_for("the guest to have compared everything", || (memory.snapshot().phase() == Phase::Finished).then_some(()));
-    let compared = memory.compare(&File::open(&image).unwrap(), 1);
-    assert!(compared > IMAGE / BLOCK_BYTES / 8, "only {compared} blocks were ever written");
+    finish(&memory, &image);
+}
+
+#[test]
+fn the_process_of_our_back_end_is_replaced_under_a_guest_of_qemu_which_then_moves() {
+    let test = "the_process_of_our_back_end_is_replaced_under_a_guest_of_qemu_which_then_moves";
+    if !able(test) {
+        return;
+    }
+    let place = Place::new();
+    let (image, kernel) = (place.path("disk"), place.path("probe.elf"));
+    let (mut here, mut memory) = begin(&place, &image, &kernel);
+    for n in 0..repetitions(3) {
+        let job = here.back_end.update(&format!("update {n}"));
+        println!("{}", job["job"]["blackout"]);
+        memory.wait_for_requests(&format!("after update {n}"));
+    }
+    for (leg, postcopy) in [false, true].into_iter().enumerate() {
+        let mut there = Machine::start(&place, &(leg + 1).to_string(), &image, &kernel, true);
+        there.back_end.update("before the guest comes");
+        here.migrate(&mut there, postcopy, false);
+        memory = there.memory();
+        here = there;
+        memory.wait_for_requests(&format!("after move {leg}"));
+        here.back_end.update("when it has come");
+        memory.wait_for_requests("after that");
+    }
+    finish(&memory, &image);
 }
