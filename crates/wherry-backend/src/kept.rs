@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use prost::Message;
 use vmm_sys_util::eventfd::EventFd;
-use wherry_handover::{Claim, Copies, Rest, Rested};
+use wherry_handover::{Claim, Copies, Rest, Rested, Urgent};
 
 use crate::channel::Channel;
 use crate::device::Device;
@@ -128,6 +128,7 @@ impl Session<'_> {
 
     /// Comes to rest for another process, until it is to go on here.
     pub(crate) fn rest_for(&mut self, rest: &Rest) -> Result<(), BackendError> {
+        let _urgent = Urgent::new();
         let changed = take_changed(self.device);
         let served = self.serves;
         let rested = self.pause(changed);

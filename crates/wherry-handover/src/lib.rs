@@ -5,6 +5,7 @@
 //! - [`Rest`]: how the thread of a server comes to rest, and what the one in the other process takes.
 //! - [`Channel`]: the local socket on which descriptors and state go, in parcels.
 //! - [`RunWord`]: the word in shared memory that decides which of the two runs.
+//! - [`Urgent`]: a thread that goes before others in the meantime.
 //! - [`Launcher`]: a small process that starts the successor, so that one in a sandbox need not.
 //!
 //! Nothing here knows of a virtual machine: a device process is replaced in the same way. `examples/counter.rs` is a program that
@@ -32,6 +33,7 @@ mod launcher;
 mod registry;
 mod rest;
 mod shelf;
+mod urgent;
 mod word;
 
 pub use channel::{Channel, ChannelError, MOST_BODY, MOST_DESCRIPTORS, Parcel};
@@ -39,4 +41,5 @@ pub use launcher::{Ended, LaunchError, Launched, Launcher, serve};
 pub use registry::{Entry, KeptId, Registry, RegistryError};
 pub use rest::{Call, Claim, Copies, Descriptor, Rest, Rested};
 pub use shelf::Shelf;
+pub use urgent::Urgent;
 pub use word::{RunWord, Who, WordError};

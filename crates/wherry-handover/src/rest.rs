@@ -18,6 +18,8 @@ use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 
+use crate::Urgent;
+
 /// A descriptor that the next process needs.
 #[derive(Debug)]
 pub struct Descriptor {
@@ -168,6 +170,8 @@ impl Rest {
     /// Server: says what it came to, and waits until it is to go on; `take` is what is done with an order.
     pub fn settle(&self, rested: Result<Rested, String>, mut take: impl FnMut(Vec<u8>, Claim) -> Result<(), String>) {
         self.heard();
+        // Whoever is served waits for this thread.
+        let _urgent = Urgent::new();
         let mut inner = self.lock();
         if !self.is_wanted() {
             // Whoever wanted it has given up.
