@@ -425,3 +425,121 @@ fn memory_in_many_regions_goes_over_and_comes_and_goes_on_there() {
     std::fs::File::from(file).read_exact_at(&mut bytes, 60 << 12).unwrap();
     assert_eq!(u64::from_le_bytes(bytes), 77);
 }
+
+/// What comes with a request of [`talk`].
+#[derive(Clone, Copy)]
+enum With {
+    Nothing,
+    Memory,
+    Log,
+    Event,
+    Socket,
+    /// The memory that the back end has made.
+    InFlight,
+}
+
+/// All that a front end asks for from its first message to the end of its ring: the answers, and the features that its device
+/// served with. `between` is called before each request, with its number.
+fn talk(client: &Client, mut between: impl FnMut(usize)) -> Vec<Vec<u8>> {
+    const FEATURES: u64 = 1 << 29 | 1 << 32 | 1 << 30;
+    let head = |offset: u32, bytes: u32| {
+        let mut part = [offset, bytes, 0].map(u32::to_ne_bytes).concat();
+        part.resize(12 + bytes as usize, 0);
+        part
+    };
+    let mut rings = words(&[0, 0]);
+    rings.extend([2u16, 64].iter().flat_map(|half| half.to_ne_bytes()));
+    rings.extend([0; 4]);
+    // Number, payload, whether the answer is more than that it was done, and what comes with it.
+    let requests: Vec<(u32, Vec<u8>, bool, With)> = vec![
+        (1, vec![], true, With::Nothing),
+        (15, vec![], true, With::Nothing),
+        (16, words(&[client.number(15, &[])]), false, With::Nothing),
+        (2, words(&[FEATURES]), false, With::Nothing),
+        (3, vec![], false, With::Nothing),
+        (21, vec![], false, With::Socket),
+        (17, vec![], true, With::Nothing),
+        (36, vec![], true, With::Nothing),
+        (24, head(8, 16), true, With::Nothing),
+        (25, head(3, 2), false, With::Nothing),
+        (25, head(0, 2), false, With::Nothing),
+        (37, words(&[0, 0, MIB, USER, 0]), false, With::Memory),
+        (37, words(&[0, 4 * MIB, MIB, USER + 4 * MIB, 0]), false, With::Memory),
+        (37, words(&[0, 4 * MIB, MIB, USER + 4 * MIB, 0]), false, With::Memory),
+        (31, rings.clone(), true, With::Nothing),
+        (32, rings, false, With::InFlight),
+        (8, pair(1, 32), false, With::Nothing),
+        (10, pair(1, 5), false, With::Nothing),
+        (9, words(&[1, USER, USER + 0x1000, USER + 0x2000, 0]), false, With::Nothing),
+        (13, words(&[1]), false, With::Event),
+        (14, words(&[1]), false, With::Event),
+        (12, words(&[1]), false, With::Event),
+        (18, pair(1, 1), false, With::Nothing),
+        (8, pair(1, 16), false, With::Nothing),
+        (6, words(&[4096, 0]), true, With::Log),
+        (2, words(&[FEATURES | 1 << 26]), false, With::Nothing),
+        (38, words(&[0, 4 * MIB, MIB, USER + 4 * MIB, 0]), false, With::Nothing),
+        (38, words(&[0, 4 * MIB, MIB, USER + 4 * MIB, 0]), false, With::Nothing),
+        (18, pair(1, 0), false, With::Nothing),
+        (18, pair(1, 1), false, With::Nothing),
+        (2, words(&[FEATURES]), false, With::Nothing),
+        (34, vec![], false, With::Nothing),
+        (200, vec![], false, With::Nothing),
+        (11, pair(1, 0), true, With::Nothing),
+    ];
+    let (memory, log, event, (socket, _ours)) = (memfd(MIB), memfd(4096), event(), UnixStream::pair().unwrap());
+    let mut in_flight = Vec::new();
+    let mut answers = Vec::new();
+    for (n, (number, mut payload, says, with)) in requests.into_iter().enumerate() {
+        between(n);
+        let fds = match with {
+            With::Nothing => vec![],
+            With::Memory => vec![memory.as_fd()],
+            With::Log => vec![log.as_fd()],
+            With::Event => vec![lend(&event)],
+            With::Socket => vec![socket.as_fd()],
+            With::InFlight => {
+                payload.clone_from(answers.last().unwrap());
+                in_flight.iter().map(OwnedFd::as_fd).collect()
+            }
+        };
+        if number == 16 {
+            // That answers can be asked for is what it says.
+            client.send(number, 1, &payload, &fds);
+            continue;
+        }
+        client.send(number, 1 | if says { 0 } else { support::NEED_REPLY }, &payload, &fds);
+        let (mut answer, came) = client.answer(number).unwrap_or_else(|| panic!("no answer to request {number}"));
+        if number == 31 {
+            in_flight = came;
+        }
+        if number == 11 {
+            // How far it was served depends on how often it came to rest.
+            answer.truncate(4);
+        }
+        answers.push(answer);
+    }
+    answers
+}
+
+#[test]
+fn a_front_end_is_answered_in_the_same_way_whichever_message_its_back_end_is_replaced_before() {
+    let chain = Chain::new();
+    let mut requests = 0;
+    let expected = talk(&chain.client(), |n| requests = n + 1);
+    assert!(expected.iter().filter(|answer| **answer == 1u64.to_ne_bytes()).count() >= 5, "what is refused is");
+    for at in 0..requests {
+        let mut chain = Chain::new();
+        let client = chain.client();
+        let answers = talk(&client, |n| {
+            if n == at {
+                chain.next();
+            }
+        });
+        assert_eq!(answers, expected, "replaced before request {at}");
+    }
+    // And before each of them.
+    let mut chain = Chain::new();
+    let client = chain.client();
+    assert_eq!(talk(&client, |_| chain.next()), expected);
+}

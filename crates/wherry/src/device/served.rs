@@ -296,3 +296,50 @@ impl InFlight for Noted {
         self.0.given(heads, used);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn what_another_process_took_is_read_and_written_as_ever() {
+        let example = SavedServed { sectors: 1 << 40, packet: b"packet".to_vec() };
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/served-1.bin");
+        if std::env::var_os("WHERRY_NEW_GOLDEN").is_some() && !path.exists() {
+            std::fs::write(&path, example.encode_to_vec()).unwrap();
+        }
+        let golden = std::fs::read(&path).unwrap();
+        assert_eq!(example.encode_to_vec(), golden, "the bytes of schema 1 of a back end have changed");
+        assert_eq!(SavedServed::decode(&golden[..]).unwrap(), example);
+    }
+
+    #[test]
+    fn a_disk_is_as_large_as_its_guest_knows_and_no_larger_than_its_image() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let served = || {
+            let image = Image::open(file.path(), false).unwrap();
+            Served::blk(Arc::new(image)).unwrap()
+        };
+        let size = |served: &Served| {
+            let mut sectors = [0; 8];
+            sectors.copy_from_slice(&backend::Device::config(served)[..8]);
+            u64::from_le_bytes(sectors)
+        };
+        file.as_file().set_len(1 << 20).unwrap();
+        let kept = backend::Device::keep(&served());
+        file.as_file().set_len(1 << 21).unwrap();
+        let next = served();
+        assert_eq!(size(&next), 4096);
+        backend::Device::take(&next, &kept).unwrap();
+        assert_eq!(size(&next), 2048);
+        next.look_again();
+        assert_eq!(size(&next), 4096);
+        file.as_file().set_len(1 << 19).unwrap();
+        let error = backend::Device::take(&served(), &kept).unwrap_err();
+        assert!(error.contains("the size that its guest knows"), "{error}");
+        assert!(backend::Device::take(&served(), b"nonsense").is_err());
+        assert!(backend::Device::take(&served(), &[]).is_err(), "a disk without a size");
+    }
+}
