@@ -1,10 +1,13 @@
 //! BARs: parts that are mapped into the guest, parts that only ring, and the rest, which is answered by messages.
 
+#![expect(unsafe_code, reason = "maps memory of devices")]
+
 use std::io;
 use std::ops::Range;
+use std::ptr::{NonNull, null_mut};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use vm_memory::{FileOffset, MmapRegion};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use wherry_pci::bus::{Bus, BusDevice, BusError};
 use wherry_pci::{BarTarget, Doorbell, Doorbells};
 
@@ -16,10 +19,52 @@ const PAGE: u64 = 4096;
 /// What a hypervisor does for memory of a device that the guest is to reach directly.
 pub trait GuestMaps: Send + Sync {
     /// Shows memory to the guest at an address. It stays mapped as long as it is shown. The number by which it is taken away.
-    fn map(&self, address: u64, memory: &Arc<MmapRegion>) -> io::Result<u32>;
+    fn map(&self, address: u64, memory: &Arc<DeviceMemory>) -> io::Result<u32>;
 
     /// Takes it away: when this returns no vCPU reaches it.
     fn unmap(&self, map: u32);
+}
+
+/// Memory of a device that this process has mapped, to show it to a guest. Nothing here reads or writes it.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    start: NonNull<u8>,
+    size: usize,
+}
+
+// SAFETY: it is an address and a size; the mapping belongs to the process.
+unsafe impl Send for DeviceMemory {}
+// SAFETY: likewise.
+unsafe impl Sync for DeviceMemory {}
+
+impl DeviceMemory {
+    /// Maps a part of a file, which is whole pages.
+    fn map(file: impl std::os::fd::AsFd, offset: u64, size: u64) -> io::Result<Self> {
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a mapping at an address that the kernel chooses.
+        let start = unsafe { mmap(null_mut(), size as usize, access, MapFlags::SHARED, file, offset) }?;
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, size: size as usize })
+    }
+
+    /// Where it is in this process.
+    pub fn start(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and whoever uses it holds `self`.
+        if let Err(error) = unsafe { munmap(self.start.as_ptr().cast(), self.size) } {
+            tracing::error!(%error, "unmapping memory of a device");
+        }
+    }
 }
 
 /// One BAR.
@@ -27,7 +72,7 @@ pub(crate) struct Bar {
     /// Not the bus itself: it owns the bridge to configuration space, which owns the function, which owns this.
     pub(crate) bus: Weak<Bus>,
     pub(crate) window: Arc<Window>,
-    pub(crate) areas: Vec<(u64, Arc<MmapRegion>)>,
+    pub(crate) areas: Vec<(u64, Arc<DeviceMemory>)>,
     pub(crate) bells: Vec<Bell>,
     pub(crate) maps: Arc<dyn GuestMaps>,
     pub(crate) doorbells: Arc<dyn Doorbells>,
@@ -36,14 +81,13 @@ pub(crate) struct Bar {
 }
 
 /// Maps what a region shows, but for pages that are ours (the table of MSI-X and its pending bits).
-pub(crate) fn areas(name: &str, region: &RegionFacts, ours: &[Range<u64>]) -> Vec<(u64, Arc<MmapRegion>)> {
+pub(crate) fn areas(name: &str, region: &RegionFacts, ours: &[Range<u64>]) -> Vec<(u64, Arc<DeviceMemory>)> {
     let Some(file) = &region.file else { return Vec::new() };
     let mut mapped = Vec::new();
     for area in &region.areas {
         let whole = area.offset.next_multiple_of(PAGE)..(area.offset + area.size) / PAGE * PAGE;
         for part in without(whole, ours) {
-            let at = FileOffset::from_arc(file.arc().clone(), file.start() + part.start);
-            match MmapRegion::from_file(at, (part.end - part.start) as usize) {
+            match DeviceMemory::map(file.arc(), file.start() + part.start, part.end - part.start) {
                 Ok(memory) => mapped.push((part.start, Arc::new(memory))),
                 Err(error) => tracing::warn!(device = name, ?part, %error, "not mapped, answered by messages"),
             }

@@ -1,5 +1,8 @@
 //! The function on the bus of a machine.
 
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -12,8 +15,9 @@ use wherry_pci::{
     BarKind, BarMap, ConfigError, ConfigSpace, Doorbells, Msi, MsiError, MsiForm, Msix, MsixError, MsixPlace,
     PciFunction, Written,
 };
-use wherry_state::Once;
+use wherry_state::{Once, StateUnit};
 
+use crate::attention::{GiveBack, Listener};
 use crate::bars::{Bar, GuestMaps, Window, areas};
 use crate::config::{COMMAND, STATUS, STATUS_INTX, Split};
 use crate::interrupts::Interrupts;
@@ -36,6 +40,15 @@ const BAR_IO: u8 = 1;
 const BAR_WIDE: u8 = 4;
 const BAR_PREFETCHABLE: u8 = 8;
 
+/// What a hypervisor is told of functions that the kernel has (`KVM_DEV_VFIO_FILE`): the kernel may want to know whose they are.
+pub trait HypervisorFiles: Send + Sync {
+    /// A function of the machine, or the group that it is of; which may be told more than once.
+    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()>;
+
+    /// One that was told is no more, for as many as it was told.
+    fn remove(&self, file: BorrowedFd<'_>);
+}
+
 /// What a function needs of its machine.
 #[derive(Clone)]
 pub struct PassthroughParts {
@@ -47,6 +60,8 @@ pub struct PassthroughParts {
     pub doorbells: Arc<dyn Doorbells>,
     /// What shows memory of a BAR to the guest.
     pub maps: Arc<dyn GuestMaps>,
+    /// What is told of functions that the kernel has.
+    pub files: Arc<dyn HypervisorFiles>,
     /// Where interrupts go.
     pub router: Arc<dyn Router>,
     /// The input that the function's pin leads to.
@@ -59,6 +74,8 @@ pub struct PassthroughParts {
     pub crew: Arc<Crew>,
     /// What is kept over a live update.
     pub registry: Arc<Registry>,
+    /// Who hears that a function is wanted back by the host.
+    pub give_back: GiveBack,
 }
 
 /// A function cannot be made.
@@ -102,6 +119,14 @@ pub enum PassthroughError {
         /// What does not agree.
         reason: String,
     },
+    /// The hypervisor does not take it.
+    #[error("{name}: telling the hypervisor of it: {source}")]
+    Hypervisor {
+        /// The device.
+        name: String,
+        /// Why not.
+        source: io::Error,
+    },
     /// A thread cannot be made.
     #[error("making a thread: {0}")]
     Thread(#[source] std::io::Error),
@@ -130,6 +155,12 @@ pub struct Function {
     /// What its owner left when it came to rest for another process.
     pub(crate) left: Mutex<Option<Vec<u8>>>,
     pub(crate) sharer: Sharer,
+    /// It has been shown the memory of the machine.
+    shown: AtomicBool,
+    files: Arc<dyn HypervisorFiles>,
+    give_back: GiveBack,
+    /// Listens to its owner while it is started.
+    listener: Mutex<Option<Listener>>,
     /// The owner has gone; said once.
     lost: OnceLock<String>,
 }
@@ -146,24 +177,27 @@ impl Function {
     where
         E: From<PassthroughError>,
     {
-        let shelf = Self::shelf(&parts.registry, instance);
+        let shelf = Self::shelf(&parts.registry, owner.kind(), instance);
         let events = Events::kept(shelf.clone());
         let (mut config, split, interrupts) = make(&owner, parts, &events)?;
         let express = config.capabilities().into_iter().find(|(id, _)| *id == EXPRESS).map(|(_, at)| at);
         place(&mut config)?;
-        if !owner.is_inherited() {
-            for block in parts.ram.blocks() {
-                let spec = block.spec();
-                owner.map_dma(spec.guest_base, spec.size, block.fd(), 0).map_err(PassthroughError::Owner)?;
-            }
+        // What is pinned stays where it is, also when it is received, or given back: so that waits until all is there.
+        let waits = owner.facts().pins && parts.faults.is_some() && !owner.is_inherited();
+        if !waits {
+            show(&*owner, &parts.ram).map_err(PassthroughError::Owner)?;
         }
         owner.keep(&shelf).map_err(PassthroughError::Owner)?;
+        if let Some(file) = owner.hypervisor_file() {
+            let failed = |source| PassthroughError::Hypervisor { name: owner.name().into(), source };
+            parts.files.add(file).map_err(failed)?;
+        }
         let this = Arc::new_cyclic(|this: &Weak<Self>| {
             let mut bars = BarMap::default();
             for (index, kind, _) in config.bars() {
                 bars.set_target(index, Arc::new(bar(this, &*owner, &interrupts, parts, index, kind)));
             }
-            let name = format!("{}[{instance}]", crate::UNIT);
+            let name = format!("{}[{instance}]", owner.kind());
             Self {
                 interrupts,
                 split,
@@ -178,6 +212,10 @@ impl Function {
                 registry: parts.registry.clone(),
                 left: Mutex::default(),
                 sharer: Sharer::new(parts.ram.clone(), parts.faults.clone()),
+                shown: AtomicBool::new(!waits),
+                files: parts.files.clone(),
+                give_back: parts.give_back.clone(),
+                listener: Mutex::default(),
                 lost: OnceLock::new(),
                 owner,
             }
@@ -188,14 +226,20 @@ impl Function {
     }
 
     /// Where its descriptors are that are kept over a live update.
-    pub fn shelf(registry: &Arc<Registry>, instance: u32) -> Shelf {
-        Shelf::new(registry.clone(), format!("{}{instance}", crate::UNIT))
+    pub fn shelf(registry: &Arc<Registry>, kind: &str, instance: u32) -> Shelf {
+        Shelf::new(registry.clone(), format!("{kind}{instance}"))
+    }
+
+    /// Shows it the memory of the machine, if that has waited: it is all there.
+    pub(crate) fn show(&self) -> Result<(), OwnerError> {
+        if self.shown.swap(true, Ordering::AcqRel) { Ok(()) } else { show(&*self.owner, self.sharer.ram()) }
     }
 
     /// Why another process cannot go on with it, if so.
     pub fn cannot_keep(&self) -> Option<String> {
-        let why = self.lost.get()?;
-        Some(format!("{} (it has gone: {why}; unplug it)", self.owner.name()))
+        let gone = |why| format!("it has gone: {why}; unplug it");
+        let why = self.lost.get().map(gone).or_else(|| self.owner.cannot_keep())?;
+        Some(format!("{} ({why})", self.owner.name()))
     }
 
     /// Who owns it.
@@ -219,9 +263,8 @@ impl Function {
             return None;
         }
         self.owner.facts().migration.is_none().then(|| {
-            format!(
-                "{name} cannot give its state (no migration by STOP_COPY): use a device process that can, or unplug it"
-            )
+            let instead = if self.owner.facts().pins { "" } else { "use a device process that can, or " };
+            format!("{name} cannot give its state (no migration by STOP_COPY): {instead}unplug it")
         })
     }
 
@@ -244,6 +287,28 @@ impl Function {
         // The first reason stays.
         let _ = self.lost.set(why);
         self.sharer.end();
+    }
+
+    /// Its owner says that it has failed. It is left alone from now on, but for a reset, after which it writes to no memory.
+    pub(crate) fn fail(&self) {
+        let why = "it has signalled an error that it does not recover from";
+        tracing::error!(device = self.owner.name(), "{why}; it reads as ones from now on");
+        self.lose(why.into());
+        if self.owner.facts().resettable {
+            self.note("resetting it", self.owner.reset());
+        }
+    }
+
+    /// Listens to its owner, or no longer: another process is about to.
+    pub(crate) fn listen(&self, on: bool) -> io::Result<()> {
+        let mut listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner);
+        if !on {
+            *listener = None;
+        } else if listener.is_none() {
+            let (function, attention) = (self.member.function().clone(), self.owner.attention());
+            *listener = Listener::start(function, self.id(), attention, self.give_back.clone())?;
+        }
+        Ok(())
     }
 
     /// Waits until a device at rest has no transactions pending, where it can tell.
@@ -364,6 +429,17 @@ impl Function {
         }
         self.follow(registers);
     }
+}
+
+/// Shows an owner all memory, or has it know that it was shown it.
+fn show(owner: &dyn Owner, ram: &Ram) -> Result<(), OwnerError> {
+    ram.blocks().iter().try_for_each(|block| {
+        let (address, size) = (block.spec().guest_base, block.spec().size);
+        match owner.is_inherited() {
+            true => owner.inherit_dma(address, size, block, 0),
+            false => owner.map_dma(address, size, block, 0),
+        }
+    })
 }
 
 /// Our part of configuration space, and the interrupts in it.
@@ -524,5 +600,8 @@ impl Drop for Function {
         self.member.quit();
         self.sharer.end();
         self.registers().bars.unmap_all();
+        if let Some(file) = self.owner.hypervisor_file() {
+            self.files.remove(file);
+        }
     }
 }

@@ -6,8 +6,12 @@ use std::time::Instant;
 
 use vm_memory::FileOffset;
 use wherry_handover::Shelf;
-use wherry_vfio_user::payload::Area;
+use wherry_interrupt::Event;
+use wherry_memory::Block;
+use wherry_vfio_user::payload::{Area, pci_irq};
 use wherry_vfio_user::{State, VfioUserError};
+
+use crate::vfio::VfioError;
 
 /// A kind of interrupts (`VFIO_PCI_*_IRQ_INDEX`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +22,24 @@ pub enum Irq {
     Msi,
     /// Messages of a table.
     Msix,
+}
+
+/// The number of a kind.
+pub(crate) fn number(irq: Irq) -> u32 {
+    match irq {
+        Irq::Intx => pci_irq::INTX,
+        Irq::Msi => pci_irq::MSI,
+        Irq::Msix => pci_irq::MSIX,
+    }
+}
+
+/// What an owner signals that is not the guest's: eventfds, where it has such (`VFIO_PCI_ERR_IRQ_INDEX`, `VFIO_PCI_REQ_IRQ_INDEX`).
+#[derive(Clone, Default)]
+pub struct Attention {
+    /// The function has failed, and cannot go on without a reset.
+    pub error: Option<Arc<Event>>,
+    /// The function is wanted back.
+    pub request: Option<Arc<Event>>,
 }
 
 /// A region of the function.
@@ -76,6 +98,8 @@ pub struct Facts {
     pub logging: bool,
     /// It can wait for pages that are missing: it takes part in postcopy.
     pub faults: bool,
+    /// What is mapped for it is pinned: it stays where it is, and all of it is there.
+    pub pins: bool,
 }
 
 /// The owner did not do what it was asked, or cannot be reached.
@@ -84,18 +108,30 @@ pub enum OwnerError {
     /// A process that speaks vfio-user.
     #[error(transparent)]
     VfioUser(#[from] VfioUserError),
+    /// The kernel.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
 }
 
 impl OwnerError {
     /// It has gone, and will not come back.
     pub fn is_lost(&self) -> bool {
-        let Self::VfioUser(error) = self;
-        matches!(error, VfioUserError::Closed { .. } | VfioUserError::Socket { .. } | VfioUserError::Protocol { .. })
+        use VfioUserError::{Closed, Protocol, Socket};
+        match self {
+            Self::VfioUser(error) => matches!(error, Closed { .. } | Socket { .. } | Protocol { .. }),
+            Self::Vfio(error) => error.is_lost(),
+        }
     }
 }
 
 /// Whoever owns a PCI function. Every request has a deadline. All methods may be called from any thread.
 pub trait Owner: Send + Sync {
+    /// What it is: [`VFIO_USER`](crate::VFIO_USER) or [`VFIO`](crate::VFIO).
+    fn kind(&self) -> &'static str;
+
+    /// Which one of that kind on this host, such as `/run/device.sock`.
+    fn label(&self) -> String;
+
     /// The function is let go: whoever waits for an answer of the owner is told that there will be none.
     fn close(&self);
 
@@ -104,6 +140,15 @@ pub trait Owner: Send + Sync {
 
     /// What the function is.
     fn facts(&self) -> &Facts;
+
+    /// By what the hypervisor is to know of it, if it is to (`KVM_DEV_VFIO_FILE`).
+    fn hypervisor_file(&self) -> Option<BorrowedFd<'_>>;
+
+    /// What it signals that is not the guest's.
+    fn attention(&self) -> Attention;
+
+    /// Why another process cannot go on with it, if so.
+    fn cannot_keep(&self) -> Option<String>;
 
     /// Puts all that another process needs to go on with it on this shelf.
     fn keep(&self, shelf: &Shelf) -> Result<(), OwnerError>;
@@ -133,14 +178,17 @@ pub trait Owner: Send + Sync {
     /// Writes configuration space.
     fn write_config(&self, offset: u64, data: &[u8]) -> Result<(), OwnerError>;
 
-    /// Lets the function read and write memory: a file from an offset on, at an address of the guest.
-    fn map_dma(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<(), OwnerError>;
+    /// Lets the function read and write memory: a block from an offset on, at an address of the guest.
+    fn map_dma(&self, address: u64, size: u64, block: &Arc<Block>, offset: u64) -> Result<(), OwnerError>;
+
+    /// The process before this one has mapped it so.
+    fn inherit_dma(&self, address: u64, size: u64, block: &Arc<Block>, offset: u64) -> Result<(), OwnerError>;
 
     /// What is mapped from now on is not all there: the userfaultfd of whoever touches it. Nothing is mapped yet.
     fn begin_faults(&self) -> Result<OwnedFd, OwnerError>;
 
     /// As [`map_dma`](Self::map_dma), of memory that is not all there: the address at which the owner has it, in its own process.
-    fn map_missing(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<u64, OwnerError>;
+    fn map_missing(&self, address: u64, size: u64, block: &Arc<Block>, offset: u64) -> Result<u64, OwnerError>;
 
     /// All memory is there.
     fn end_faults(&self) -> Result<(), OwnerError>;

@@ -47,7 +47,7 @@ impl Sharer {
         let userfault = userfault.map_err(|e| format!("{}: its userfaultfd: {e}", owner.name()))?;
         let map = |block: &Arc<wherry_memory::Block>| {
             let spec = block.spec();
-            let base = owner.map_missing(spec.guest_base, spec.size, block.fd(), 0).map_err(|e| e.to_string())?;
+            let base = owner.map_missing(spec.guest_base, spec.size, block, 0).map_err(|e| e.to_string())?;
             Ok(Mapping { base, len: spec.size, block: spec.id, offset: 0 })
         };
         let mappings = self.ram.blocks().iter().map(map).collect::<Result<Vec<_>, String>>()?;

@@ -123,7 +123,7 @@ struct SavedMigration {
 
 impl SavedOwner {
     pub(crate) fn of(facts: &Facts, connection: Vec<u8>) -> Self {
-        let Facts { bars, config, intx, msi, msix, resettable, migration, logging, faults } = facts.clone();
+        let Facts { bars, config, intx, msi, msix, resettable, migration, logging, faults, pins: _ } = facts.clone();
         let bell = |Bell { offset, len, data, .. }| SavedBell { offset, len, data };
         let region = |RegionFacts { size, file, areas, bells }| SavedRegion {
             size,

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use wherry_state::{Saved, SavedState, Section, StateError, StateUnit, UnitError, UnitId};
 
-use crate::UNIT;
 use crate::function::Function;
 use crate::saved::{SavedGathering, SavedKept, SavedPassthrough};
 use crate::worker::{Crew, Late, Step};
@@ -29,7 +28,7 @@ impl Function {
 
 impl StateUnit for Function {
     fn id(&self) -> UnitId {
-        UnitId::new(UNIT, self.instance)
+        UnitId::new(self.owner().kind(), self.instance)
     }
 
     fn depends_on(&self) -> &[&str] {
@@ -62,6 +61,7 @@ impl StateUnit for Function {
         if self.registry.is_leaving() {
             // It runs on: the next process of the machine shows it the same memory, and its interrupts wait.
             self.interrupts.leave_masked();
+            self.listen(false).map_err(UnitError::failed)?;
             let left = self.owner().rest(deadline).map_err(|error| {
                 self.report("leaving it to another process", &error);
                 UnitError::failed(error)
@@ -169,6 +169,7 @@ impl StateUnit for Function {
         self.left.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.interrupts.resume(self.owner()).map_err(UnitError::failed)?;
         self.owner().go_on();
+        self.listen(true).map_err(UnitError::failed)?;
         let deadline = Instant::now() + RUN_LIMIT;
         self.crew.hand(&self.member, Step::Run, deadline);
         if let Err(late) = self.member.wait(deadline) {
@@ -208,7 +209,7 @@ impl StateUnit for Gathering {
     }
 
     fn depends_on(&self) -> &[&str] {
-        &[UNIT]
+        &[crate::VFIO_USER, crate::VFIO]
     }
 
     fn schema(&self) -> u32 {

@@ -11,12 +11,13 @@ use rustix::fs::SealFlags;
 use rustix::io::Errno;
 use vm_memory::FileOffset;
 use wherry_handover::Shelf;
+use wherry_memory::Block;
 use wherry_vfio_user::client::{NoMemory, RegionReply};
 use wherry_vfio_user::payload::{Area, IoFd, IrqSet, device_flags, feature, pci_irq, pci_region, region_flags};
 use wherry_vfio_user::{Client, Options, State, VfioUserError};
 
 use crate::config::SIZE;
-use crate::owner::{Bell, Facts, Irq, MigrationFacts, Owner, OwnerError, RegionFacts};
+use crate::owner::{Attention, Bell, Facts, Irq, MigrationFacts, Owner, OwnerError, RegionFacts, number};
 use crate::saved::SavedOwner;
 
 /// Pages of a log, if the device lets us choose.
@@ -170,15 +171,15 @@ fn can_be_mapped(file: &OwnedFd, offset: u64, size: u64) -> Result<(), String> {
     end.map(|_| ()).ok_or_else(|| format!("its file has {} bytes, and it begins at {offset:#x}", stat.st_size))
 }
 
-fn number(irq: Irq) -> u32 {
-    match irq {
-        Irq::Intx => pci_irq::INTX,
-        Irq::Msi => pci_irq::MSI,
-        Irq::Msix => pci_irq::MSIX,
-    }
-}
-
 impl Owner for VfioUser {
+    fn kind(&self) -> &'static str {
+        crate::VFIO_USER
+    }
+
+    fn label(&self) -> String {
+        self.socket.display().to_string()
+    }
+
     fn close(&self) {
         self.client.close();
     }
@@ -189,6 +190,18 @@ impl Owner for VfioUser {
 
     fn facts(&self) -> &Facts {
         &self.facts
+    }
+
+    fn hypervisor_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn attention(&self) -> Attention {
+        Attention::default()
+    }
+
+    fn cannot_keep(&self) -> Option<String> {
+        None
     }
 
     fn keep(&self, shelf: &Shelf) -> Result<(), OwnerError> {
@@ -245,16 +258,21 @@ impl Owner for VfioUser {
         Ok(self.client.write(pci_region::CONFIG, offset, data)?)
     }
 
-    fn map_dma(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<(), OwnerError> {
-        Ok(self.client.dma_map(address, size, Some((file, offset)), true, true)?)
+    fn map_dma(&self, address: u64, size: u64, block: &Arc<Block>, offset: u64) -> Result<(), OwnerError> {
+        Ok(self.client.dma_map(address, size, Some((block.fd(), offset)), true, true)?)
+    }
+
+    /// The device knows, and nobody else has to.
+    fn inherit_dma(&self, _: u64, _: u64, _: &Arc<Block>, _: u64) -> Result<(), OwnerError> {
+        Ok(())
     }
 
     fn begin_faults(&self) -> Result<OwnedFd, OwnerError> {
         Ok(self.client.begin_faults()?)
     }
 
-    fn map_missing(&self, address: u64, size: u64, file: BorrowedFd<'_>, offset: u64) -> Result<u64, OwnerError> {
-        Ok(self.client.dma_map_missing(address, size, (file, offset))?)
+    fn map_missing(&self, address: u64, size: u64, block: &Arc<Block>, offset: u64) -> Result<u64, OwnerError> {
+        Ok(self.client.dma_map_missing(address, size, (block.fd(), offset))?)
     }
 
     fn end_faults(&self) -> Result<(), OwnerError> {

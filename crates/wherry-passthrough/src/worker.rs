@@ -131,6 +131,10 @@ impl Member {
         self.function.upgrade().map_or_else(|| "a device".into(), |function| function.owner().name().into())
     }
 
+    pub(crate) fn function(&self) -> &Weak<Function> {
+        &self.function
+    }
+
     pub(crate) fn has_step(&self) -> bool {
         lock(&self.handed).is_some()
     }
@@ -318,6 +322,7 @@ fn load(function: &Function, member: &Member, anew: bool) -> Done {
     function.arrived(bytes, took);
     // It is told to use it now, so memory that is not all there has to be known by then.
     function.sharer.share(&**owner)?;
+    function.show().map_err(text)?;
     owner.set_state(State::Stop).map_err(text)?;
     function.introduce().map_err(text)?;
     let told = member.pieces.finished();

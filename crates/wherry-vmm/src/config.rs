@@ -8,6 +8,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use wherry_memory::PageSize;
+use wherry_passthrough::vfio::BadAddress;
+pub use wherry_passthrough::vfio::HostAddress;
+use wherry_passthrough::{VFIO, VFIO_USER};
 pub use wherry_virtio::blk::ImageFormat;
 pub use wherry_virtio::console::ConsoleTarget;
 pub use wherry_virtio::vhost::{MOST_QUEUES, VhostSpec};
@@ -57,12 +60,44 @@ pub struct PciConfig {
     pub console: Option<ConsoleTarget>,
     /// Virtio devices whose rings other processes serve.
     pub vhost_user: Vec<VhostSpec>,
-    /// Functions that other processes own: the sockets at which they are found.
-    pub vfio_user: Vec<PathBuf>,
+    /// Functions that somebody else owns, in the order in which the guest sees them.
+    pub functions: Vec<FunctionSource>,
     /// A source of random numbers. A destination has one if the machine does, whatever this says.
     pub rng: bool,
     /// A balloon. A destination has one if the machine does, whatever this says.
     pub balloon: bool,
+}
+
+/// Where a PCI function is that somebody else owns.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FunctionSource {
+    /// Another process serves it at this socket.
+    VfioUser(PathBuf),
+    /// The kernel has it: one of this host, which is bound to VFIO.
+    Vfio(HostAddress),
+}
+
+impl fmt::Display for FunctionSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::VfioUser(socket) => write!(f, "{VFIO_USER}={}", socket.display()),
+            Self::Vfio(address) => write!(f, "{VFIO}={address}"),
+        }
+    }
+}
+
+impl FromStr for FunctionSource {
+    type Err = String;
+
+    /// As on the command line: `vfio-user=SOCKET`, `vfio=ADDRESS`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((VFIO_USER, "")) => Err("give the socket of a device process".into()),
+            Some((VFIO_USER, socket)) => Ok(Self::VfioUser(socket.into())),
+            Some((VFIO, address)) => address.parse().map(Self::Vfio).map_err(|error: BadAddress| error.to_string()),
+            _ => Err(format!("{text:?} is neither vfio-user=SOCKET nor vfio=ADDRESS")),
+        }
+    }
 }
 
 /// A disk.

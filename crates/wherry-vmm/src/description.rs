@@ -48,7 +48,7 @@ pub struct VmDescription {
 /// A device. One that an older reader does not know has a state unit that it does not know either.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct DeviceDescription {
-    /// What it is: `disk`, `net`, `console`, `rng`, `balloon`, `vhost-user`, `vfio-user`.
+    /// What it is: `disk`, `net`, `console`, `rng`, `balloon`, `vhost-user`, `vfio-user`, `vfio`.
     #[prost(string, tag = "1")]
     pub kind: String,
     /// What it is connected to at the writer's, for people.

@@ -304,10 +304,11 @@ pub struct Process {
     /// symbolic link to it) or file:PATH (output is appended). A receiver needs one if the VM has one
     #[arg(long, value_name = "TARGET", value_parser = console)]
     pub console: Option<wherry_vmm::config::ConsoleTarget>,
-    /// A device that another process serves, once for each: vhost-user-blk=SOCKET, vhost-user-net=SOCKET, or vhost-user=SOCKET,id=N
+    /// A device that somebody else has, once for each. vfio=ADDRESS is a PCI function of this host that is bound to vfio-pci, such as
+    /// vfio=0000:3b:00.1. The others are served by other processes: vhost-user-blk=SOCKET, vhost-user-net=SOCKET, or vhost-user=SOCKET,id=N
     /// for a virtio device of another type; with `,queues=N` it has so many rings. vfio-user=SOCKET is a whole PCI function. A
-    /// receiver needs processes for the same devices in the same order
-    #[arg(long, value_name = "KIND=SOCKET", value_parser = device)]
+    /// receiver needs the same devices in the same order
+    #[arg(long, value_name = "KIND=PLACE", value_parser = device)]
     pub device: Vec<DeviceSpec>,
     /// Where the serial port leads: stdio, file:PATH, socket:PATH or null
     #[arg(long, value_name = "TARGET", default_value = "stdio", value_parser = serial)]
@@ -323,15 +324,15 @@ pub struct Process {
 impl Process {
     /// What the devices of its VM on the PCI bus are connected to, without those that need nothing of this host.
     pub fn pci(&self) -> wherry_vmm::config::PciConfig {
-        let (mut vhost_user, mut vfio_user) = (Vec::new(), Vec::new());
+        let (mut vhost_user, mut functions) = (Vec::new(), Vec::new());
         for device in &self.device {
             match device {
                 DeviceSpec::Vhost(spec) => vhost_user.push(spec.clone()),
-                DeviceSpec::VfioUser(socket) => vfio_user.push(socket.clone()),
+                DeviceSpec::Function(source) => functions.push(source.clone()),
             }
         }
         let (disks, nets, console) = (self.disk.clone(), self.net.clone(), self.console.clone());
-        wherry_vmm::config::PciConfig { disks, nets, console, vhost_user, vfio_user, ..Default::default() }
+        wherry_vmm::config::PciConfig { disks, nets, console, vhost_user, functions, ..Default::default() }
     }
 }
 
@@ -432,8 +433,8 @@ pub struct DeviceAdd {
     /// Which process, and how to report.
     #[command(flatten)]
     pub control: Control,
-    /// A function that another process owns: vfio-user=SOCKET
-    #[arg(value_name = "KIND=SOCKET", value_parser = plug)]
+    /// A function that another process owns, vfio-user=SOCKET, or one of this host, vfio=ADDRESS
+    #[arg(value_name = "KIND=PLACE", value_parser = plug)]
     pub device: String,
 }
 

@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::FileOffset;
 use wherry_handover::{Registry, Shelf};
 use wherry_interrupt::Input;
 use wherry_interrupt::fake::FakeRouter;
-use wherry_memory::{BlockId, BlockSpec, PageSize, Ram};
+use wherry_memory::{Block, BlockId, BlockSpec, PageSize, Ram};
 use wherry_passthrough::{
-    Bell, Crew, Facts, Function, GuestMaps, Irq, MigrationFacts, Owner, OwnerError, PassthroughError, PassthroughParts,
-    RegionFacts, State,
+    Attention, Bell, Crew, DeviceMemory, Facts, Function, GuestMaps, HypervisorFiles, Irq, MigrationFacts, Owner,
+    OwnerError, PassthroughError, PassthroughParts, RegionFacts, State,
 };
 use wherry_pci::bus::Bus;
 use wherry_pci::{ConfigSpace, Doorbell, Doorbells};
@@ -66,6 +66,7 @@ pub struct FakeOwner {
     pub inherited: bool,
     /// How many owners have to be asked to stop before any of them does.
     pub meeting: Option<Arc<Meeting>>,
+    pub attention: Attention,
 }
 
 /// Some owners that wait for each other.
@@ -122,6 +123,7 @@ impl FakeOwner {
             closed: AtomicBool::new(false),
             inherited: false,
             meeting: None,
+            attention: Attention::default(),
         }
     }
 
@@ -169,6 +171,26 @@ impl FakeOwner {
 }
 
 impl Owner for FakeOwner {
+    fn kind(&self) -> &'static str {
+        wherry_passthrough::VFIO_USER
+    }
+
+    fn label(&self) -> String {
+        "a".into()
+    }
+
+    fn hypervisor_file(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    fn attention(&self) -> Attention {
+        self.attention.clone()
+    }
+
+    fn cannot_keep(&self) -> Option<String> {
+        None
+    }
+
     fn close(&self) {
         self.closed.store(true, Ordering::Release);
     }
@@ -229,15 +251,19 @@ impl Owner for FakeOwner {
         self.asked(format!("write config at {offset:#x}: {data:x?}")).map(|_| ())
     }
 
-    fn map_dma(&self, address: u64, size: u64, _: BorrowedFd<'_>, _: u64) -> Result<(), OwnerError> {
+    fn map_dma(&self, address: u64, size: u64, _: &Arc<Block>, _: u64) -> Result<(), OwnerError> {
         self.asked(format!("map {size:#x} at {address:#x}")).map(|_| ())
+    }
+
+    fn inherit_dma(&self, _: u64, _: u64, _: &Arc<Block>, _: u64) -> Result<(), OwnerError> {
+        Ok(())
     }
 
     fn begin_faults(&self) -> Result<OwnedFd, OwnerError> {
         Err(self.refuse("faults"))
     }
 
-    fn map_missing(&self, _: u64, _: u64, _: BorrowedFd<'_>, _: u64) -> Result<u64, OwnerError> {
+    fn map_missing(&self, _: u64, _: u64, _: &Arc<Block>, _: u64) -> Result<u64, OwnerError> {
         Err(self.refuse("faults"))
     }
 
@@ -364,16 +390,30 @@ impl Owner for FakeOwner {
 pub struct FakeGuest {
     pub shown: Mutex<Vec<(u64, usize)>>,
     pub bells: Mutex<Vec<Doorbell>>,
+    pub files: Mutex<Vec<i32>>,
+    /// Functions that are wanted back.
+    pub wanted: Mutex<Vec<String>>,
 }
 
 impl GuestMaps for FakeGuest {
-    fn map(&self, address: u64, memory: &Arc<MmapRegion>) -> io::Result<u32> {
+    fn map(&self, address: u64, memory: &Arc<DeviceMemory>) -> io::Result<u32> {
         self.shown.lock().unwrap().push((address, memory.size()));
         Ok(self.shown.lock().unwrap().len() as u32)
     }
 
     fn unmap(&self, map: u32) {
         self.shown.lock().unwrap()[map as usize - 1] = (0, 0);
+    }
+}
+
+impl HypervisorFiles for FakeGuest {
+    fn add(&self, file: BorrowedFd<'_>) -> io::Result<()> {
+        self.files.lock().unwrap().push(file.as_raw_fd());
+        Ok(())
+    }
+
+    fn remove(&self, file: BorrowedFd<'_>) {
+        self.files.lock().unwrap().retain(|other| *other != file.as_raw_fd());
     }
 }
 
@@ -389,8 +429,8 @@ impl Doorbells for FakeGuest {
     }
 }
 
-pub struct Rig {
-    pub owner: Arc<FakeOwner>,
+pub struct Rig<O = FakeOwner> {
+    pub owner: Arc<O>,
     pub function: Arc<Function>,
     pub router: Arc<FakeRouter>,
     pub bus: Arc<Bus>,
@@ -408,10 +448,13 @@ impl Rig {
     pub fn in_crew(owner: FakeOwner, instance: u32, crew: Arc<Crew>) -> Self {
         Self::with(owner, instance, crew, Registry::new())
     }
+}
 
-    pub fn with(owner: FakeOwner, instance: u32, crew: Arc<Crew>, registry: Arc<Registry>) -> Self {
+impl<O: Owner + 'static> Rig<O> {
+    pub fn with(owner: O, instance: u32, crew: Arc<Crew>, registry: Arc<Registry>) -> Self {
         let (owner, router) = (Arc::new(owner), Arc::new(FakeRouter::default()));
         let (bus, guest) = (Arc::new(Bus::new()), Arc::new(FakeGuest::default()));
+        let wanting = guest.clone();
         let spec = BlockSpec { id: BlockId(0), guest_base: 0, size: RAM, page_size: PageSize::Base };
         let ram = Arc::new(Ram::create(&[spec]).unwrap());
         let parts = PassthroughParts {
@@ -419,16 +462,19 @@ impl Rig {
             io_bus: Arc::new(Bus::new()),
             doorbells: guest.clone(),
             maps: guest.clone(),
+            files: guest.clone(),
             router: router.clone(),
             pin_input: PIN,
             ram: ram.clone(),
             faults: None,
             crew: crew.clone(),
             registry: registry.clone(),
+            give_back: Arc::new(move |id| wanting.wanted.lock().unwrap().push(id.to_string())),
         };
         let place = |config: &mut ConfigSpace| -> Result<(), PassthroughError> {
-            config.set_bar(0, BAR0).unwrap();
-            config.set_bar(2, BAR0 + 0x10_0000).unwrap();
+            for index in config.bars().map(|(index, ..)| index).collect::<Vec<_>>() {
+                config.set_bar(index, BAR0 + index as u64 / 2 * 0x10_0000).unwrap();
+            }
             Ok(())
         };
         let function = Function::new(owner.clone(), instance, &parts, place).unwrap();

@@ -226,7 +226,7 @@ pub struct DeviceInfo {
     pub number: u64,
     /// What it is called, such as `vfio-user0`; it keeps the name when the VM moves.
     pub name: String,
-    /// What it is: `disk`, `net`, `console`, `rng`, `balloon`, `vhost-user` or `vfio-user`.
+    /// What it is: `disk`, `net`, `console`, `rng`, `balloon`, `vhost-user`, `vfio-user` or `vfio`.
     pub kind: String,
     /// Where it is on PCI bus 0, such as `00:03.0`.
     pub address: String,
@@ -273,7 +273,7 @@ pub struct UpdateInfo {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceAddRequest {
-    /// The device as on the command line: `vfio-user=SOCKET`.
+    /// The device as on the command line: `vfio-user=SOCKET` or `vfio=ADDRESS`.
     pub device: String,
 }
 

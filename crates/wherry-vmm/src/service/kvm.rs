@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -26,7 +26,7 @@ use crate::api::types::{
     UpdateMode, UpdateRequest,
 };
 use crate::builder::{LocalConfig, VmBuilder};
-use crate::config::MachineConfig;
+use crate::config::{FunctionSource, MachineConfig};
 use crate::update::{self, Hosting, ReplaceError, Replaced, TakenOver};
 use crate::vm::{self, DeviceConfig, DeviceStatus, ExitReason, PlugError, UnplugError, Unplugging, Vm};
 
@@ -113,11 +113,11 @@ impl Guest for KvmGuest {
 
     fn plug(&mut self, device: &str) -> Result<DeviceInfo, ServiceError> {
         let refused = |code, message| ServiceError { code, message: format!("plugging {device}: {message}") };
-        let Some(socket) = device.strip_prefix("vfio-user=").filter(|socket| !socket.is_empty()) else {
-            let why = "only vfio-user=SOCKET can be plugged into a VM that runs; give it others at its start";
-            return Err(refused(ErrorCode::BadRequest, why.into()));
-        };
-        let plugged = self.vm.plug(Path::new(socket)).map_err(|error| match error {
+        let source: FunctionSource = device.parse().map_err(|why| {
+            let only = "only functions that somebody else owns can be plugged into a VM that runs";
+            refused(ErrorCode::BadRequest, format!("{why} ({only})"))
+        })?;
+        let plugged = self.vm.plug(&source).map_err(|error| match error {
             PlugError::Owner(_) | PlugError::Function(_) | PlugError::Units(_) | PlugError::Start(_) => {
                 refused(ErrorCode::Failed, error.to_string())
             }

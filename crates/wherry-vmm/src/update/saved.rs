@@ -8,7 +8,9 @@ use prost::Message;
 use wherry_virtio::blk::ImageFormat;
 
 use super::HostState;
-use crate::config::{ConsoleTarget, DiskConfig, Kernel, MachineConfig, NetConfig, PciConfig, SerialTarget, VhostSpec};
+use crate::config::{
+    ConsoleTarget, DiskConfig, FunctionSource, Kernel, MachineConfig, NetConfig, PciConfig, SerialTarget, VhostSpec,
+};
 use crate::vm::DeviceConfig;
 
 /// The process.
@@ -70,6 +72,9 @@ struct SavedDevices {
     vhost_user: Vec<SavedVhost>,
     #[prost(bytes = "vec", repeated, tag = "6")]
     vfio_user: Vec<Vec<u8>>,
+    /// Functions of this host, by their addresses there.
+    #[prost(string, repeated, tag = "9")]
+    vfio: Vec<String>,
     #[prost(bool, tag = "7")]
     rng: bool,
     #[prost(bool, tag = "8")]
@@ -157,13 +162,21 @@ impl From<&DeviceConfig> for SavedDevices {
             id: spec.id.into(),
             queues: spec.queues.into(),
         };
+        let (mut vfio_user, mut vfio) = (Vec::new(), Vec::new());
+        for source in &pci.functions {
+            match source {
+                FunctionSource::VfioUser(socket) => vfio_user.push(bytes(socket)),
+                FunctionSource::Vfio(address) => vfio.push(address.to_string()),
+            }
+        }
         Self {
             serial: Some(serial),
             disks: pci.disks.iter().map(disk).collect(),
             nets: pci.nets.iter().map(net).collect(),
             console,
             vhost_user: pci.vhost_user.iter().map(vhost).collect(),
-            vfio_user: pci.vfio_user.iter().map(|socket| bytes(socket)).collect(),
+            vfio_user,
+            vfio,
             rng: pci.rng,
             balloon: pci.balloon,
         }
@@ -210,12 +223,15 @@ impl TryFrom<SavedDevices> for DeviceConfig {
             let (id, queues) = (number("id", spec.id)?, number("rings", spec.queues)?);
             Ok::<_, String>(VhostSpec { socket: path(spec.socket), id, queues })
         };
+        let address = |text: String| text.parse().map(FunctionSource::Vfio).map_err(|error| format!("{error}"));
+        let sockets = saved.vfio_user.into_iter().map(path).map(FunctionSource::VfioUser).map(Ok);
+        let functions = sockets.chain(saved.vfio.into_iter().map(address)).collect::<Result<_, String>>()?;
         let pci = PciConfig {
             disks: saved.disks.into_iter().map(disk).collect::<Result<_, _>>()?,
             nets: saved.nets.into_iter().map(net).collect::<Result<_, _>>()?,
             console: console.transpose()?,
             vhost_user: saved.vhost_user.into_iter().map(vhost).collect::<Result<_, _>>()?,
-            vfio_user: saved.vfio_user.into_iter().map(path).collect(),
+            functions,
             rng: saved.rng,
             balloon: saved.balloon,
         };
@@ -311,7 +327,7 @@ mod tests {
             ],
             console: Some(ConsoleTarget::Pty("/p".into())),
             vhost_user: vec![VhostSpec { socket: "/v".into(), id: 2, queues: 3 }],
-            vfio_user: vec!["/f".into()],
+            functions: vec![FunctionSource::VfioUser("/f".into()), "vfio=3b:00.1".parse().unwrap()],
             rng: true,
             balloon: true,
         };

@@ -16,7 +16,8 @@ use wherry_state::StateUnit;
 use wherry_virtio::PciParts;
 use wherry_virtio::balloon::Balloon;
 
-use super::hotplug::{Signal, Slots};
+use super::files::DeviceFiles;
+use super::hotplug::{Signal, Slots, Wanted};
 use super::router::KvmRouter;
 use super::slot::DeviceSlots;
 use super::virtio::{Backing, PciDevices, Shown};
@@ -117,11 +118,13 @@ impl Devices {
             events: Events::own(),
             registry: backing.registry().clone(),
         };
+        let wanted = Arc::new(Wanted::default());
         let passed = PassthroughParts {
             memory_bus: mmio.clone(),
             io_bus: pio.clone(),
             doorbells: router.clone(),
             maps: DeviceSlots::new(vm.clone()),
+            files: DeviceFiles::new(vm.clone()),
             router: router.clone(),
             // Of a place that no device has.
             pin_input: Input(PciRoot::interrupt_input(0, 1)),
@@ -129,6 +132,7 @@ impl Devices {
             faults: shown.faults.clone(),
             crew: Crew::new(),
             registry: backing.registry().clone(),
+            give_back: wanted.handler(),
         };
         let made = PciDevices::make(&description.devices, &backing, &pci, shown, parts, &passed);
         let (pci_devices, occupants) = made?;
@@ -143,7 +147,8 @@ impl Devices {
         }
         units.extend(pci_devices.units());
         let balloon = pci_devices.balloon().is_some();
-        let slots = Slots { signal, controller, pci: pci.clone(), parts: passed, balloon };
+        let host = backing.host().clone();
+        let slots = Slots { signal, controller, pci: pci.clone(), parts: passed, balloon, host, wanted };
         Ok((Self { buses: Buses { pio, mmio }, units, serial, pci, acpi, pci_devices, backing }, slots))
     }
 

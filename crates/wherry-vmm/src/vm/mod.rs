@@ -13,6 +13,7 @@ mod assemble;
 mod devices;
 mod error;
 mod exit;
+mod files;
 mod host;
 mod hotplug;
 pub(crate) mod ioctl;
@@ -51,7 +52,7 @@ use self::devices::Devices;
 use self::hotplug::{Board, Fixed, Hotplug};
 use self::virtio::Shown;
 use crate::boot::{self, Entry, KernelSource, entry_state};
-use crate::config::{Kernel, MachineConfig};
+use crate::config::{FunctionSource, Kernel, MachineConfig};
 use crate::cpu_model;
 use crate::description::{FeatureMsr, VERSION, VmDescription};
 use crate::dirty_log::KvmDirtyLog;
@@ -355,10 +356,9 @@ impl Vm {
         move || board.upgrade().map(|board| board.statuses()).unwrap_or_default()
     }
 
-    /// Plugs the function of the process that listens at a socket, and tells the guest. Takes as long as that process does to
-    /// answer, up to a deadline for each request.
-    pub fn plug(&self, socket: &Path) -> Result<DeviceStatus, PlugError> {
-        let prepared = self.board().prepare(socket)?;
+    /// Plugs a function, and tells the guest. Takes as long as its owner does to answer, which has a deadline for each request.
+    pub fn plug(&self, source: &FunctionSource) -> Result<DeviceStatus, PlugError> {
+        let prepared = self.board().prepare(source)?;
         // Between a first start and this one the function would not be started, or twice.
         let _user = self.user.lock().unwrap_or_else(PoisonError::into_inner);
         if self.notice.reason().is_some() {

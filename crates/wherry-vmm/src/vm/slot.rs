@@ -7,10 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use vm_memory::MmapRegion;
 use vmm_sys_util::errno::Error;
 use wherry_memory::Block;
-use wherry_passthrough::GuestMaps;
+use wherry_passthrough::{DeviceMemory, GuestMaps};
 
 /// The slot of a RAM block. It keeps the block, and so its mapping, alive.
 #[derive(Clone, Debug)]
@@ -43,7 +42,7 @@ const FIRST: u32 = 16;
 pub(super) struct DeviceSlots {
     vm: Arc<VmFd>,
     /// What is shown in each slot, and where. Held while KVM is asked.
-    shown: Mutex<BTreeMap<u32, (u64, Arc<MmapRegion>)>>,
+    shown: Mutex<BTreeMap<u32, (u64, Arc<DeviceMemory>)>>,
 }
 
 impl DeviceSlots {
@@ -51,13 +50,13 @@ impl DeviceSlots {
         Arc::new(Self { vm, shown: Mutex::default() })
     }
 
-    fn set(&self, slot: u32, address: u64, memory: &MmapRegion, size: u64) -> io::Result<()> {
+    fn set(&self, slot: u32, address: u64, memory: &DeviceMemory, size: u64) -> io::Result<()> {
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,
             guest_phys_addr: address,
             memory_size: size,
-            userspace_addr: memory.as_ptr() as u64,
+            userspace_addr: memory.start() as u64,
         };
         // SAFETY: the range is that mapping, which is kept in `shown` for as long as the slot is there; or the slot is deleted.
         Ok(unsafe { self.vm.set_user_memory_region(region) }?)
@@ -65,7 +64,7 @@ impl DeviceSlots {
 }
 
 impl GuestMaps for DeviceSlots {
-    fn map(&self, address: u64, memory: &Arc<MmapRegion>) -> io::Result<u32> {
+    fn map(&self, address: u64, memory: &Arc<DeviceMemory>) -> io::Result<u32> {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = (FIRST..).find(|slot| !shown.contains_key(slot)).unwrap_or(u32::MAX);
         self.set(slot, address, memory, memory.size() as u64)?;

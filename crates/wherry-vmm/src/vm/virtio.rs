@@ -9,7 +9,8 @@ use wherry_fault::FaultService;
 use wherry_handover::{KeptId, Registry, RegistryError, Shelf};
 use wherry_interrupt::{Events, Input};
 use wherry_memory::{DirtySource, PageSize, Ram};
-use wherry_passthrough::{OwnerError, PassthroughParts};
+use wherry_passthrough::vfio::VfioHost;
+use wherry_passthrough::{OwnerError, PassthroughParts, VFIO, VFIO_USER};
 use wherry_pci::FunctionAddress;
 use wherry_state::StateUnit;
 use wherry_virtio::balloon::Balloon;
@@ -22,7 +23,7 @@ use wherry_virtio::{Device, PciParts, TransportError, VirtioPci};
 
 use super::VmError;
 use super::devices::DeviceConfig;
-use super::passthrough::{Owners, Plugged, VFIO_USER};
+use super::passthrough::{InheritError, Owners, Plugged, is_function};
 use crate::config::{DiskConfig, NetConfig, PciConfig, SerialTarget};
 use crate::description::{DeviceDescription, Place};
 use crate::pci::{PciError, PciRoot};
@@ -52,9 +53,12 @@ pub(crate) enum BackingError {
     /// A back end.
     #[error(transparent)]
     Vhost(#[from] VhostError),
-    /// A device process.
+    /// The owner of a function.
     #[error(transparent)]
     Owner(#[from] OwnerError),
+    /// The owner of a function that the process before this one has.
+    #[error(transparent)]
+    Inherit(#[from] InheritError),
     /// A descriptor that was to be kept over an update.
     #[error(transparent)]
     Kept(#[from] RegistryError),
@@ -69,6 +73,8 @@ pub(crate) struct Backing {
     console: Option<Arc<Outside>>,
     backends: Vec<Backend>,
     owners: Owners,
+    /// The functions of this host that it uses.
+    host: Arc<VfioHost>,
     /// What of it is kept over an update.
     registry: Arc<Registry>,
 }
@@ -93,7 +99,8 @@ impl Backing {
         let console =
             config.console.as_ref().map(|target| Outside::open(target, &registry).map(Arc::new)).transpose()?;
         let (backends, owners) = Default::default();
-        Ok(Self { connections, disks, taps, console, backends, owners, registry })
+        let host = Arc::new(VfioHost::new(registry.clone()));
+        Ok(Self { connections, disks, taps, console, backends, owners, host, registry })
     }
 
     /// Connects to the device processes that the configuration names.
@@ -101,7 +108,7 @@ impl Backing {
         let connect = |(n, spec): (usize, &VhostSpec)| Ok(Backend::connect(spec)?.kept_on(shelf(&self.registry, n)));
         let backends = self.connections.pci.vhost_user.iter().enumerate().map(connect);
         self.backends = backends.collect::<Result<_, BackingError>>()?;
-        self.owners = Owners::connect(&self.connections.pci.vfio_user)?;
+        self.owners = Owners::connect(&self.connections.pci.functions, &self.host)?;
         Ok(self)
     }
 
@@ -113,7 +120,7 @@ impl Backing {
             Backend::inherit(spec, device.features, &device.config, shelf(&self.registry, n))
         };
         self.backends = self.connections.pci.vhost_user.iter().zip(ours).enumerate().map(inherit).collect();
-        self.owners = Owners::inherit(described, &self.registry)?;
+        self.owners = Owners::inherit(described, &self.registry, &self.host)?;
         Ok(self)
     }
 
@@ -121,7 +128,9 @@ impl Backing {
     pub(crate) fn bare(serial: &SerialTarget) -> Self {
         let connections = DeviceConfig { serial: serial.clone(), pci: PciConfig::default() };
         let (disks, taps, backends) = (Vec::new(), Vec::new(), Vec::new());
-        Self { connections, disks, taps, console: None, backends, owners: Owners::default(), registry: Registry::new() }
+        let (registry, owners) = (Registry::new(), Owners::default());
+        let host = Arc::new(VfioHost::new(registry.clone()));
+        Self { connections, disks, taps, console: None, backends, owners, host, registry }
     }
 
     /// Describes the devices of a machine that is made of this.
@@ -252,7 +261,7 @@ impl Backing {
             ));
         }
         reasons.extend(self.owners.lacking(described));
-        let known = [DISK, NET, CONSOLE, RNG, BALLOON, VHOST_USER, VFIO_USER];
+        let known = [DISK, NET, CONSOLE, RNG, BALLOON, VHOST_USER, VFIO_USER, VFIO];
         for device in described.iter().filter(|device| !known.contains(&device.kind.as_str())) {
             reasons.push(format!("a device {:?}", device.kind.chars().take(40).collect::<String>()));
         }
@@ -289,6 +298,11 @@ impl Backing {
             format!("the vhost-user back end at {socket} does not take part in postcopy (no PAGEFAULT)")
         });
         backend.or_else(|| self.owners.cannot_follow())
+    }
+
+    /// The functions of this host that the machine uses.
+    pub(super) fn host(&self) -> &Arc<VfioHost> {
+        &self.host
     }
 
     /// Its functions are on the bus: whoever owns them is held by them alone, so that they can go.
@@ -400,8 +414,9 @@ impl PciDevices {
             let instance = described.place.map_or(earlier as u32, |place| place.instance);
             let place = Some(Place { slot: address.device().into(), instance });
             let occupant = DeviceDescription { place, ..described.clone() };
-            if described.kind == VFIO_USER {
-                let owner = backing.owners.get(earlier).ok_or_else(|| lacks("a vfio-user device".into()))?;
+            if is_function(&described.kind) {
+                let owner = backing.owners.get(&described.kind, earlier);
+                let owner = owner.ok_or_else(|| lacks(format!("a {} device", described.kind)))?;
                 let pin_input = Input(PciRoot::interrupt_input(address.device(), 1));
                 let parts = PassthroughParts { pin_input, ..passed.clone() };
                 let plugged = Plugged::make(owner.clone(), instance, pci, &parts);

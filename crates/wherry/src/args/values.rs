@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use wherry_netlab::Shape;
 use wherry_vmm::api::types::UpdateMode;
-use wherry_vmm::config::ImageFormat;
+use wherry_vmm::config::{FunctionSource, ImageFormat};
 
 use super::Mode;
 
@@ -116,26 +116,25 @@ pub(super) fn mac(text: &str) -> Result<[u8; 6], String> {
     }
 }
 
-/// A device of another process.
+/// A device that somebody else has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceSpec {
     /// It serves the rings of a virtio device.
     Vhost(wherry_vmm::config::VhostSpec),
-    /// It owns a PCI function, and is found at this socket.
-    VfioUser(std::path::PathBuf),
+    /// A PCI function.
+    Function(FunctionSource),
 }
 
-/// Reads a device of another process.
+/// Reads a device that somebody else has.
 pub(super) fn device(text: &str) -> Result<DeviceSpec, String> {
     let (kind, rest) = text.split_once('=').ok_or("use KIND=SOCKET, such as vhost-user-blk=/run/disk.sock")?;
     let mut id = match kind {
-        "vfio-user" if rest.is_empty() => return Err("give the socket of a device process".into()),
-        "vfio-user" => return Ok(DeviceSpec::VfioUser(rest.into())),
+        "vfio-user" | "vfio" => return text.parse().map(DeviceSpec::Function),
         "vhost-user-blk" => Some(2),
         "vhost-user-net" => Some(1),
         "vhost-user" => None,
         other => {
-            let kinds = "vhost-user-blk, vhost-user-net, vhost-user or vfio-user";
+            let kinds = "vhost-user-blk, vhost-user-net, vhost-user, vfio-user or vfio";
             return Err(format!("unknown kind of device {other:?}: use {kinds}"));
         }
     };
@@ -167,12 +166,13 @@ pub(super) fn device(text: &str) -> Result<DeviceSpec, String> {
 /// A device that can be plugged, as the API takes it: its socket by its whole path, since the VM's process may be elsewhere.
 pub(super) fn plug(text: &str) -> Result<String, String> {
     match device(text)? {
-        DeviceSpec::VfioUser(socket) => {
+        DeviceSpec::Function(FunctionSource::VfioUser(socket)) => {
             let socket = std::path::absolute(socket).map_err(|error| format!("its socket: {error}"))?;
             let socket = socket.to_str().ok_or("its socket has a path that is no text")?;
             Ok(format!("vfio-user={socket}"))
         }
-        DeviceSpec::Vhost(_) => Err("only vfio-user=SOCKET can be plugged into a VM that runs".into()),
+        DeviceSpec::Function(source) => Ok(source.to_string()),
+        DeviceSpec::Vhost(_) => Err("only vfio-user=SOCKET and vfio=ADDRESS can be plugged into a VM that runs".into()),
     }
 }
 

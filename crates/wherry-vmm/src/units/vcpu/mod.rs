@@ -270,7 +270,7 @@ impl StateUnit for VcpuUnit {
     }
 
     fn depends_on(&self) -> &[&str] {
-        &["clock", "irqchip", "pit", "serial", "rtc", "pci-host", "acpi", "vfio-user"]
+        &["clock", "irqchip", "pit", "serial", "rtc", "pci-host", "acpi", "vfio-user", "vfio"]
     }
 
     fn schema(&self) -> u32 {

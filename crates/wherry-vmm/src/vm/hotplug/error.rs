@@ -1,6 +1,5 @@
 //! Why a device was not plugged or unplugged.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use wherry_passthrough::OwnerError;
@@ -18,13 +17,13 @@ pub enum PlugError {
     /// A journey is under way.
     #[error("devices neither come nor go while the VM moves or its memory follows; wait until that is over")]
     Held,
-    /// That socket is in use.
-    #[error("{name} is connected to {} already", .socket.display())]
+    /// That one is in use.
+    #[error("{name} is {at} already")]
     Taken {
         /// The device.
         name: String,
-        /// Its socket.
-        socket: PathBuf,
+        /// Where it is on this host.
+        at: String,
     },
     /// Memory of the machine may be given back.
     #[error(
@@ -64,7 +63,7 @@ pub enum UnplugError {
         there: Vec<String>,
     },
     /// It came with the machine, and stays.
-    #[error("{0} cannot be unplugged: only functions of other processes (vfio-user) can")]
+    #[error("{0} cannot be unplugged: only functions that somebody else owns (vfio-user, vfio) can")]
     Stays(String),
     /// It is on its way out.
     #[error("{0} is being unplugged already")]

@@ -21,21 +21,23 @@ mod error;
 mod table;
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use wherry_interrupt::Input;
 use wherry_memory::DirtySource;
-use wherry_passthrough::{Function, FunctionIdentity, Gathering, Owner as _, PassthroughParts, VfioUser};
+use wherry_passthrough::vfio::VfioHost;
+use wherry_passthrough::{Function, FunctionIdentity, Gathering, GiveBack, PassthroughParts, VFIO, VFIO_USER};
 use wherry_state::{StateStream, StateUnit, Units, UnitsError};
 
 pub use self::error::{PlugError, UnplugError};
 use self::table::Entry;
 pub(super) use self::table::Signal;
 pub use self::table::{DeviceState, DeviceStatus};
-use super::passthrough::{Plugged, VFIO_USER, describe};
+use super::passthrough::{Plugged, connect, describe};
 use super::virtio::Occupant;
+use crate::config::FunctionSource;
 use crate::description::{DeviceDescription, Place};
 use crate::hotplug::PciHotplug;
 use crate::pci::PciRoot;
@@ -43,9 +45,21 @@ use crate::pci::PciRoot;
 /// How long taking away a device may take that the guest has let go: its process has a deadline for each request.
 const LEAVE_LIMIT: Duration = Duration::from_secs(60);
 
-/// Whether two paths are of one socket.
-fn is_same(one: &Path, other: &Path) -> bool {
+/// Whether a device with this label is the function that is there.
+fn is_same(label: &str, source: &FunctionSource) -> bool {
+    let (one, other) = match source {
+        FunctionSource::Vfio(address) => return label == address.to_string(),
+        FunctionSource::VfioUser(socket) => (Path::new(label), socket),
+    };
     one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
+}
+
+/// What such a function is in a description.
+fn kind_of(source: &FunctionSource) -> &'static str {
+    match source {
+        FunctionSource::VfioUser(_) => VFIO_USER,
+        FunctionSource::Vfio(_) => VFIO,
+    }
 }
 
 /// What a board is made of.
@@ -57,6 +71,10 @@ pub(in crate::vm) struct Slots {
     pub(super) parts: PassthroughParts,
     /// It has a balloon.
     pub(super) balloon: bool,
+    /// The functions of this host that it uses.
+    pub(super) host: Arc<VfioHost>,
+    /// Where the board is found by whoever hears that a function is wanted back.
+    pub(super) wanted: Arc<Wanted>,
 }
 
 /// What a machine has whatever is plugged. Units of functions stand between the two lists.
@@ -100,7 +118,11 @@ impl Board {
                 controller.allow(entry.occupant.address.device());
             }
         }
-        Ok(Arc::new(Self { slots, fixed, gathering, live: RwLock::new(live), changing: Mutex::default() }))
+        let wanted = slots.wanted.clone();
+        let this = Arc::new(Self { slots, fixed, gathering, live: RwLock::new(live), changing: Mutex::default() });
+        // It is set once: this is the only board of the machine.
+        let _ = wanted.0.set(Arc::downgrade(&this));
+        Ok(this)
     }
 
     /// The state units, as long as nothing comes or goes.
@@ -175,9 +197,9 @@ impl Board {
         }
     }
 
-    /// Makes the function of the device at a socket, with all it needs but its place on the bus.
-    pub(super) fn prepare(&self, socket: &Path) -> Result<Prepared<'_>, PlugError> {
-        let Slots { signal, controller, pci, parts, balloon } = &self.slots;
+    /// Makes a function that is there, with all it needs but its place on the bus.
+    pub(super) fn prepare(&self, source: &FunctionSource) -> Result<Prepared<'_>, PlugError> {
+        let Slots { signal, controller, pci, parts, balloon, host, .. } = &self.slots;
         if controller.is_none() {
             return Err(PlugError::NoHotplug);
         }
@@ -191,9 +213,10 @@ impl Board {
                 return Err(PlugError::Held);
             }
             let ours: Vec<_> = table.entries.iter().map(|entry| &entry.occupant.description).collect();
-            let ours = || ours.iter().filter(|description| description.kind == VFIO_USER);
-            if let Some(other) = ours().find(|other| is_same(Path::new(&other.label), socket)) {
-                return Err(PlugError::Taken { name: other.name(), socket: socket.into() });
+            let kind = kind_of(source);
+            let ours = || ours.iter().filter(|description| description.kind == kind);
+            if let Some(other) = ours().find(|other| is_same(&other.label, source)) {
+                return Err(PlugError::Taken { name: other.name(), at: source.to_string() });
             }
             let taken: Vec<_> = ours().filter_map(|description| Some(description.place?.instance)).collect();
             let instance = (0..).find(|instance| !taken.contains(instance)).unwrap_or_default();
@@ -203,13 +226,13 @@ impl Board {
             return Err(PlugError::Balloon);
         }
         let address = pci.free_device()?;
-        let owner = VfioUser::connect(socket)?;
+        let owner = connect(source, host)?;
         let identity = FunctionIdentity::of(owner.facts());
         let slot = u32::from(address.device());
-        let description = DeviceDescription { place: Some(Place { slot, instance }), ..describe(&owner, &identity) };
+        let description = DeviceDescription { place: Some(Place { slot, instance }), ..describe(&*owner, &identity) };
         let pin_input = Input(PciRoot::interrupt_input(address.device(), 1));
         let parts = PassthroughParts { pin_input, ..parts.clone() };
-        let plugged = Plugged::make(Arc::new(owner), instance, pci, &parts)?;
+        let plugged = Plugged::make(owner, instance, pci, &parts)?;
         let functions = functions.iter().chain([&plugged.function]);
         let live = match live(&self.fixed, &self.gathering, functions) {
             Ok(live) => live,
@@ -242,7 +265,7 @@ impl Board {
             controller.plugged(address.device());
         }
         signal.changed.notify_all();
-        tracing::info!(device = status.name, %address, socket = status.label, "plugged");
+        tracing::info!(device = status.name, %address, at = status.label, "plugged");
         Ok(status)
     }
 
@@ -362,6 +385,37 @@ fn live<'a>(
     }
     units.extend(fixed.after.iter().cloned());
     Ok(Live { units: Arc::new(Units::new(units)?), dirty_sources: dirty_sources.into() })
+}
+
+/// How long a guest is given to let a function go that the host wants back. The host asks again after 10 s.
+const GIVE_BACK_LIMIT: Duration = Duration::from_secs(9);
+
+/// Functions that the host wants back: their guest is asked for them, like for one that is unplugged.
+#[derive(Default)]
+pub(in crate::vm) struct Wanted(OnceLock<Weak<Board>>);
+
+impl Wanted {
+    /// Who hears of one. What comes of it is heard by a thread of its own, `give-back`, which ends with the guest's answer, the machine,
+    /// or the time for it.
+    pub(in crate::vm) fn handler(self: &Arc<Self>) -> GiveBack {
+        let this = self.clone();
+        Arc::new(move |unit| {
+            let Some(board) = this.0.get().and_then(Weak::upgrade) else { return };
+            let name = format!("{}{}", unit.name, unit.instance);
+            let unplugging = match board.ask(&name) {
+                Ok(unplugging) => unplugging,
+                Err(error) => return tracing::warn!(%error, "giving a device back to the host"),
+            };
+            drop(board);
+            let wait = move || match unplugging.wait(GIVE_BACK_LIMIT) {
+                Ok(device) => tracing::info!(device = device.name, "given back to the host"),
+                Err(error) => tracing::warn!(%error, "giving a device back to the host"),
+            };
+            if let Err(error) = std::thread::Builder::new().name("give-back".into()).spawn(wait) {
+                tracing::error!(%error, "making a thread");
+            }
+        })
+    }
 }
 
 /// While it lives no device comes or goes.
