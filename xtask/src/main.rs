@@ -1,12 +1,13 @@
 //! `cargo xtask`: everything that is done to the project rather than by it.
 //!
-//! - [`suite`] runs `cargo test` and counts; [`fuzz`] builds and runs the fuzz targets; [`lab`] runs Wherry with real
+//! - [`suite`] runs `cargo test` and counts, with an earlier build of the program beside this one ([`previous`]); [`fuzz`] builds and runs the fuzz targets; [`lab`] runs Wherry with real
 //!   Linux guests in a nested virtual machine. `cargo xtask test` is all three, with one closing line.
 //! - [`debian`] installs what a machine lacks, [`process`] bounds everything that is started, [`tally`] counts.
 
 mod debian;
 mod fuzz;
 mod lab;
+mod previous;
 mod process;
 mod suite;
 mod tally;
@@ -182,6 +183,9 @@ fn labs() -> Result<Tally> {
 fn finish(tally: &Tally, deny_skips: bool) -> bool {
     for line in &tally.said {
         println!("{line}");
+    }
+    for part in &tally.left_out {
+        println!("no part of this run: {part}");
     }
     for skip in &tally.skips {
         println!("skipped: {skip}");

@@ -1,13 +1,15 @@
 //! `cargo test` over the workspace: run it, show everything it prints, count what it says.
 //!
 //! The counts come from the output of the standard test harness. A test that cannot run on this machine prints a
-//! line that starts with `SKIPPED` and returns; the harness calls that "ok", here it is counted as skipped.
+//! line that starts with `SKIPPED` and returns; the harness calls that "ok", here it is counted as skipped. One that is no part of
+//! a run prints `LEFT OUT` and returns, and is not counted at all.
 
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
 
+use crate::previous::{self, Previous};
 use crate::process::{Ending, Next, command, stream};
 use crate::tally::Tally;
 
@@ -18,7 +20,17 @@ const LIMIT: Duration = Duration::from_secs(40 * 60);
 pub fn run(filter: &[String]) -> Result<Tally> {
     let mut cargo = cargo_test();
     cargo.args(["--workspace", "--no-fail-fast", "--", "--show-output"]).args(filter);
-    counted(cargo)
+    let previous = previous::program();
+    if let Ok(Previous::Built(program)) = &previous {
+        cargo.env("WHERRY_PREVIOUS", program);
+    }
+    let mut tally = counted(cargo)?;
+    match previous {
+        Ok(Previous::Built(_)) => {}
+        Ok(Previous::LeftOut(why)) => tally.left_out.push(format!("tests with an earlier build: {why}")),
+        Err(error) => tally.fail(format!("the program of an earlier build: {error:#}")),
+    }
+    Ok(tally)
 }
 
 /// Runs the test that cuts links, with so many cuts.
@@ -67,7 +79,7 @@ enum Section {
     /// Between reports, or in the list of results.
     #[default]
     Results,
-    /// Captured output of one test; the flag says whether it was counted as skipped.
+    /// Captured output of one test; the flag says whether it was counted as skipped or left out.
     Output { test: String, counted: bool },
 }
 
@@ -80,7 +92,7 @@ struct Count {
     failing: bool,
     /// What the failed test that is being reported has printed.
     output: Vec<String>,
-    /// Tests that the harness calls passed and that only said why they could not run.
+    /// Tests that the harness calls passed and that only said why they could not run, or are not to.
     unheld: u64,
     started: u64,
     reported: u64,
@@ -103,6 +115,8 @@ impl Count {
             self.result(result);
         } else if line.starts_with("SKIPPED") {
             self.skipped(line);
+        } else if line.starts_with("LEFT OUT") {
+            self.left_out();
         } else if let Some(name) = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED")) {
             self.tally.fail(format!("{}: {name}", self.binary));
         } else if let Some((name, why)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ignored")) {
@@ -133,6 +147,16 @@ impl Count {
                 self.tally.skip(format!("{}: {test}: {line}", self.binary));
                 self.unheld += 1;
             }
+        }
+    }
+
+    fn left_out(&mut self) {
+        if let Section::Output { counted, .. } = &mut self.section
+            && !*counted
+            && !self.failing
+        {
+            *counted = true;
+            self.unheld += 1;
         }
     }
 
@@ -210,6 +234,13 @@ test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         assert_eq!(tally.to_string(), "5 passed, 0 failed, 2 skipped");
         assert!(tally.skips.iter().any(|skip| skip.contains("one: SKIPPED: no /dev/kvm")), "{tally:?}");
         assert!(tally.skips.iter().any(|skip| skip.contains("three: ignored, needs a moon")), "{tally:?}");
+    }
+
+    #[test]
+    fn a_test_that_is_left_out_is_neither_passed_nor_skipped() {
+        let tally =
+            counted(&GOOD.replace("SKIPPED: no", "LEFT OUT one: no").replace("SKIPPED: really", "LEFT OUT"), true);
+        assert_eq!(tally.to_string(), "5 passed, 0 failed, 1 skipped");
     }
 
     #[test]

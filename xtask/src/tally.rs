@@ -13,6 +13,8 @@ pub struct Tally {
     pub skips: Vec<String>,
     /// What failed checks printed, the end of it, line by line.
     pub said: Vec<String>,
+    /// What is no part of this run, and why, one line each.
+    pub left_out: Vec<String>,
 }
 
 impl Tally {
@@ -32,6 +34,7 @@ impl Tally {
         self.failures.extend(part.failures);
         self.skips.extend(part.skips);
         self.said.extend(part.said);
+        self.left_out.extend(part.left_out);
     }
 
     /// True if this is a good result: nothing failed, and nothing was skipped where that counts.

@@ -11,6 +11,7 @@ pub mod vhost;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -51,14 +52,21 @@ pub fn listens(socket: &Path) -> bool {
     all.lines().any(|line| line.split_whitespace().nth(3) == Some(LISTENS) && line.ends_with(&format!(" {path}")))
 }
 
-/// A directory for sockets and records of one test.
+/// A directory for sockets and records of one test, and the program that is started in it.
 pub struct Place {
-    dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
+    program: PathBuf,
 }
 
 impl Place {
     pub fn new() -> Self {
-        Self { dir: tempfile::Builder::new().prefix("wherry-test-").tempdir().unwrap() }
+        let dir = tempfile::Builder::new().prefix("wherry-test-").tempdir().unwrap();
+        Self { dir: Arc::new(dir), program: env!("CARGO_BIN_EXE_wherry").into() }
+    }
+
+    /// The same directory with another program.
+    pub fn of(&self, program: &Path) -> Self {
+        Self { dir: self.dir.clone(), program: program.into() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -67,7 +75,7 @@ impl Place {
 
     /// The program, with records of its own.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_wherry"));
+        let mut command = Command::new(&self.program);
         command
             .args(arguments)
             .env("WHERRY_RECORDS", self.path("records"))
