@@ -24,6 +24,7 @@ fn main() {
         "src/disk.rs",
         "src/edu.rs",
         "src/hotplug.rs",
+        "src/net.rs",
         "src/ram.rs",
         "src/testdma.rs",
     ] {

@@ -57,6 +57,14 @@ enum Task {
         #[arg(long)]
         seed: Option<u64>,
     },
+    /// Update guests whose disk, network and device are at work many times in a row (docs/live-update.md); `test` does a sample of it.
+    Updates {
+        /// How often each.
+        #[arg(long, default_value_t = 1000)]
+        updates: u32,
+        /// Only the guest whose test has this in its name: `by_msix`, `by_msi`, `pin`, `masks`.
+        guest: Option<String>,
+    },
     /// Run the accelerator's conformance list with a move before every call of each item, one run for each; `test` does a
     /// sample of it.
     Conformance {
@@ -119,6 +127,9 @@ fn main() -> ExitCode {
         Task::Cuts { cuts, seed } => {
             debian::ensure(&debian::TESTS).and_then(|()| suite::cuts(cuts, seed)).map(|tally| finish(&tally, true))
         }
+        Task::Updates { updates, guest } => debian::ensure(&debian::TESTS)
+            .and_then(|()| suite::updates(updates, guest.as_deref()))
+            .map(|tally| finish(&tally, true)),
         Task::Conformance { every_host, item } => {
             suite::conformance(every_host, item.as_deref()).map(|tally| finish(&tally, true))
         }

@@ -43,6 +43,14 @@ pub fn cuts(cuts: u32, seed: Option<u64>) -> Result<Tally> {
     counted(cargo)
 }
 
+/// Runs the tests that update guests in a row, so often.
+pub fn updates(updates: u32, guest: Option<&str>) -> Result<Tally> {
+    let mut cargo = cargo_test();
+    cargo.args(["-p", "wherry", "--test", "update_everything", "--", "--show-output", "--test-threads", "1"]);
+    cargo.args(guest).env("WHERRY_UPDATES", updates.to_string());
+    counted(cargo)
+}
+
 /// Runs the conformance list of the accelerator with every move, optimised: there are thousands of runs.
 pub fn conformance(every_host: bool, item: Option<&str>) -> Result<Tally> {
     let mut cargo = cargo_test();

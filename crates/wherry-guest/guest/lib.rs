@@ -22,7 +22,7 @@
 //! | [`mmio`], [`port`], [`serial`] | device access, the probe port, text output |
 //! | [`time`] | the TSC and its frequency |
 //! | [`pci`], [`virtio`] | PCI functions, and virtio devices with their rings |
-//! | [`report`], [`params`], [`data`], [`disk`], [`accel`], [`edu`], [`hotplug`], [`ram`], [`testdma`] | shared with the host side of this crate |
+//! | [`report`], [`params`], [`data`], [`disk`], [`accel`], [`edu`], [`hotplug`], [`net`], [`ram`], [`testdma`] | shared with the host side of this crate |
 //!
 //! Drivers come as modules beside these: an MSI's vector is one of [`interrupt::DEVICE_VECTORS`], and a driver polls
 //! [`interrupt::count`] for it from ring 3.
@@ -48,6 +48,8 @@ pub mod interrupt;
 mod mem;
 pub mod memory;
 pub mod mmio;
+#[path = "../src/net.rs"]
+pub mod net;
 #[path = "../src/params.rs"]
 pub mod params;
 pub mod pci;

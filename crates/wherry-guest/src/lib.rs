@@ -11,6 +11,7 @@
 //! - [`disk`]: what it writes to a disk
 //! - [`edu`]: QEMU's educational device, as its driver sees it
 //! - [`hotplug`]: the ports by which devices come and go
+//! - [`net`]: the frames it sends
 //! - [`ram`]: which RAM it uses
 //! - [`testdma`]: the test device for DMA, as its driver sees it
 //! - [`snapshot`]: the report pages decoded, for programs that do not map them
@@ -20,6 +21,7 @@ pub mod data;
 pub mod disk;
 pub mod edu;
 pub mod hotplug;
+pub mod net;
 pub mod params;
 pub mod ram;
 pub mod report;

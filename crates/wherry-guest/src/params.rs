@@ -98,6 +98,8 @@ pub struct Params {
     pub disk_depth: u16,
     /// `disk_wait=interrupt|poll`.
     pub disk_wait: DiskWait,
+    /// `net=on|off`: send frames through the first virtio network device, which have to come back. Default off.
+    pub net: bool,
     /// `testdma=ring|wait`: work with the test device for DMA. `None` (default): leave it alone.
     pub testdma: Option<DmaLoad>,
     /// `testdma_interrupt=msix|msi|intx`.
@@ -230,6 +232,7 @@ impl Default for Params {
             disk: None,
             disk_depth: 32,
             disk_wait: DiskWait::Interrupt,
+            net: false,
             testdma: None,
             testdma_interrupt: DmaInterrupt::Msix,
             testdma_vectors: 1,
@@ -270,7 +273,7 @@ impl fmt::Display for ParamError<'_> {
 impl core::error::Error for ParamError<'_> {}
 
 const NAMES: &str = "one of data, from, rate, pattern, hot, verify, write, precheck, shadow, seed, cpus, idle, tsc_khz, run, \
-                     disk, disk_depth, disk_wait, testdma, testdma_interrupt, testdma_vectors, testdma_entries, testdma_buffer, \
+                     disk, disk_depth, disk_wait, net, testdma, testdma_interrupt, testdma_vectors, testdma_entries, testdma_buffer, \
                      testdma_pool, testdma_mask, testdma_plug, testdma_eject, accel, accel_bell, accel_depth, accel_bytes, accel_key, \
                      edu, edu_bytes, edu_raises, fault, each with '=' and a value";
 const SIZE: &str = "a number of bytes, with K, M, G or T behind it if wanted";
@@ -358,6 +361,7 @@ impl Params {
                     _ => return Err("interrupt or poll"),
                 }
             }
+            "net" => self.net = switch(value)?,
             "testdma" => {
                 self.testdma = Some(match value {
                     "ring" => DmaLoad::Ring,

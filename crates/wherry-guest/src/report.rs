@@ -161,6 +161,8 @@ pub enum FailureKind {
     Accel = 11,
     /// The educational device does not do what it should, or an interrupt of it was lost.
     Edu = 12,
+    /// A network device does not do what it should, or a frame came that should not.
+    Net = 13,
 }
 
 impl FailureKind {
@@ -180,6 +182,7 @@ impl FailureKind {
             10 => Self::Testdma,
             11 => Self::Accel,
             12 => Self::Edu,
+            13 => Self::Net,
             _ => return None,
         })
     }
@@ -297,6 +300,8 @@ pub struct Header {
     pub accel: AccelReport,
     /// The load of the educational device.
     pub edu: EduReport,
+    /// The network load.
+    pub net: NetReport,
 }
 
 /// The disk load of vCPU 0.
@@ -497,6 +502,37 @@ pub struct EduReport {
     pub first_found: AtomicU64,
 }
 
+/// The network load of vCPU 0.
+#[repr(C)]
+pub struct NetReport {
+    /// 1 when there is a network load.
+    pub present: AtomicU32,
+    /// Most frames under way.
+    pub window: AtomicU32,
+    /// Frames sent.
+    pub sent: AtomicU64,
+    /// Frames that came back, in order.
+    pub received: AtomicU64,
+    /// Those of them that were right.
+    pub verified: AtomicU64,
+    /// Frames of others.
+    pub foreign: AtomicU64,
+    /// Frames that were wrong, and whatever else was.
+    pub errors: AtomicU64,
+    /// Interrupts of the device.
+    pub interrupts: AtomicU64,
+    /// Longest time from one frame that came back to the next, in ns.
+    pub longest_ns: AtomicU64,
+    /// The first frame that was wrong.
+    pub first_number: AtomicU64,
+    /// In it, which word; all ones for its length, one less for its number.
+    pub first_word: AtomicU64,
+    /// What should be there.
+    pub first_expected: AtomicU64,
+    /// What was there.
+    pub first_found: AtomicU64,
+}
+
 /// Words that the host may write. The guest fills them from its parameters before any vCPU is [`Phase::Filling`].
 ///
 /// To change the load: write the new values, then add 1 to [`Control::sequence`]. A vCPU has taken them when its
@@ -656,7 +692,9 @@ const _: () = {
     assert!(size_of::<AccelReport>() == 216);
     assert!(offset_of!(Header, edu) == 976);
     assert!(size_of::<EduReport>() == 152);
-    assert!(size_of::<Header>() == 1128);
+    assert!(offset_of!(Header, net) == 1128);
+    assert!(size_of::<NetReport>() == 96);
+    assert!(size_of::<Header>() == 1224);
     assert!(size_of::<Control>() == 48);
     assert!(size_of::<VerifyError>() == 56);
     assert!(size_of::<Fault>() == 48);

@@ -7,8 +7,8 @@ use core::mem::offset_of;
 
 use crate::report::{
     AccelReport, CpuPage, DiskReport, EduReport, Extent, FailureKind, Fault, GAP_BUCKETS, Header, MAGIC, MAX_CPUS,
-    MAX_ERRORS, MAX_EXTENTS, MESSAGE_BYTES, MismatchKind, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS, TestdmaReport,
-    VERSION, VerifyError, touch_bucket_start,
+    MAX_ERRORS, MAX_EXTENTS, MESSAGE_BYTES, MismatchKind, NetReport, PAGE_SIZE, Phase, REPORT_SIZE, TOUCH_BUCKETS,
+    TestdmaReport, VERSION, VerifyError, touch_bucket_start,
 };
 
 /// Why there is no snapshot.
@@ -225,6 +225,26 @@ pub struct Snapshot {
     pub accel: Option<AccelSnapshot>,
     /// The load of the educational device, if there is one.
     pub edu: Option<EduSnapshot>,
+    /// The network load, if there is one.
+    pub net: Option<NetSnapshot>,
+}
+
+/// The network load; the fields are those of [`NetReport`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the fields are documented at `report::NetReport`")]
+pub struct NetSnapshot {
+    pub window: u32,
+    pub sent: u64,
+    pub received: u64,
+    pub verified: u64,
+    pub foreign: u64,
+    pub errors: u64,
+    pub interrupts: u64,
+    pub longest_ns: u64,
+    pub first_number: u64,
+    pub first_word: u64,
+    pub first_expected: u64,
+    pub first_found: u64,
 }
 
 /// The disk load; the fields are those of [`DiskReport`].
@@ -398,6 +418,7 @@ impl Snapshot {
             testdma: testdma(&header),
             accel: accel(&header),
             edu: edu(&header),
+            net: net(&header),
             cpus: pages.take(cpus).map(|page| CpuSnapshot::decode(&Words(page))).collect(),
         })
     }
@@ -475,6 +496,26 @@ fn disk(header: &Words<'_>) -> Option<DiskSnapshot> {
         first_expected: long(offset_of!(DiskReport, first_expected)),
         first_found: long(offset_of!(DiskReport, first_found)),
         in_flight: short(offset_of!(DiskReport, in_flight)),
+    })
+}
+
+fn net(header: &Words<'_>) -> Option<NetSnapshot> {
+    let at = |field: usize| offset_of!(Header, net) + field;
+    let long = |field: usize| header.u64(at(field));
+    let short = |field: usize| header.u32(at(field));
+    (short(offset_of!(NetReport, present)) == 1).then(|| NetSnapshot {
+        window: short(offset_of!(NetReport, window)),
+        sent: long(offset_of!(NetReport, sent)),
+        received: long(offset_of!(NetReport, received)),
+        verified: long(offset_of!(NetReport, verified)),
+        foreign: long(offset_of!(NetReport, foreign)),
+        errors: long(offset_of!(NetReport, errors)),
+        interrupts: long(offset_of!(NetReport, interrupts)),
+        longest_ns: long(offset_of!(NetReport, longest_ns)),
+        first_number: long(offset_of!(NetReport, first_number)),
+        first_word: long(offset_of!(NetReport, first_word)),
+        first_expected: long(offset_of!(NetReport, first_expected)),
+        first_found: long(offset_of!(NetReport, first_found)),
     })
 }
 

@@ -12,6 +12,7 @@ mod canary;
 mod disk;
 mod edu;
 mod handed;
+mod net;
 mod setup;
 mod testdma;
 mod worker;

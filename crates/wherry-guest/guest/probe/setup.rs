@@ -7,6 +7,7 @@ use core::sync::atomic::Ordering::{Relaxed, Release};
 use crate::accel::{self, Accel};
 use crate::disk::{self, Disk};
 use crate::edu::{self, Edu};
+use crate::net::{self, Net};
 use crate::testdma::{self, Testdma};
 use wherry_guest_kernel::boot::BootInfo;
 use wherry_guest_kernel::data::ENTRY_BYTES;
@@ -149,6 +150,9 @@ fn lay_out(boot: &BootInfo, setup: &mut Setup) {
     header.ram_bytes.store(ram.total(), Relaxed);
     if let Some(disk) = Disk::set_up(&setup.params, &mut ram, setup.tsc_hz) {
         disk::HANDED.put(disk);
+    }
+    if let Some(net) = Net::set_up(&setup.params, &mut ram, setup.tsc_hz) {
+        net::HANDED.put(net);
     }
     if let Some(testdma) = Testdma::set_up(&setup.params, &mut ram, setup.tsc_hz) {
         testdma::HANDED.put(testdma);

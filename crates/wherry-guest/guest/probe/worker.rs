@@ -18,6 +18,7 @@ use crate::accel::{self, Accel};
 use crate::canary::{self, Canary, Lost};
 use crate::disk::{self, Disk};
 use crate::edu::{self, Edu};
+use crate::net::{self, Net};
 use crate::setup::Setup;
 use crate::testdma::{self, Testdma};
 
@@ -59,6 +60,8 @@ pub struct Worker {
     next_canary: u64,
     /// vCPU 0's, if there is one.
     disk: Option<Disk>,
+    /// vCPU 0's, if there is one.
+    net: Option<Net>,
     /// vCPU 0's, if there is one.
     testdma: Option<Testdma>,
     /// vCPU 0's, if there is one.
@@ -137,6 +140,7 @@ impl Worker {
             canary: Canary::set(cpu),
             next_canary: 0,
             disk: if cpu == 0 { disk::HANDED.take() } else { None },
+            net: if cpu == 0 { net::HANDED.take() } else { None },
             testdma: if cpu == 0 { testdma::HANDED.take() } else { None },
             accel: if cpu == 0 { accel::HANDED.take() } else { None },
             edu: if cpu == 0 { edu::HANDED.take() } else { None },
@@ -186,6 +190,7 @@ impl Worker {
                 self.finish();
             }
             let mut busy = self.disk.as_mut().is_some_and(|disk| disk.work(now));
+            busy |= self.net.as_mut().is_some_and(|net| net.work(now));
             busy |= self.testdma.as_mut().is_some_and(|testdma| testdma.work(now));
             busy |= self.accel.as_mut().is_some_and(|accel| accel.work(now));
             busy |= self.edu.as_mut().is_some_and(|edu| edu.work(now));
@@ -226,6 +231,7 @@ impl Worker {
     /// if an interrupt has come since there were so many of them.
     fn rest(&mut self, now: u64, interrupts: u32) {
         let mut next = self.testdma.as_ref().map_or(u64::MAX, Testdma::next_turn).min(now + self.setup.tsc_hz / 10);
+        next = next.min(self.net.as_ref().map_or(u64::MAX, Net::next_turn));
         if self.pages != 0 && self.load.verify_permille != 0 {
             next = next.min(self.load.next_verify);
         }
@@ -584,9 +590,10 @@ impl Worker {
         loop {
             let now = self.tick();
             let disk = self.disk.as_mut().is_some_and(|disk| disk.finish(now));
+            let net = self.net.as_mut().is_some_and(|net| net.finish(now));
             let accel = self.accel.as_mut().is_some_and(|accel| accel.finish(now));
             let edu = self.edu.as_mut().is_some_and(|edu| edu.finish(now));
-            if !self.testdma.as_mut().is_some_and(Testdma::finish) && !disk && !accel && !edu {
+            if !self.testdma.as_mut().is_some_and(Testdma::finish) && !disk && !net && !accel && !edu {
                 break;
             }
         }
@@ -595,11 +602,12 @@ impl Worker {
             self.registers_lost(lost);
         }
         let disk_errors = self.disk.as_ref().map_or(0, Disk::errors);
+        let net_errors = self.net.as_ref().map_or(0, Net::errors);
         let dma_errors = self.testdma.as_ref().map_or(0, Testdma::errors);
         let accel_errors = self.accel.as_ref().map_or(0, Accel::errors);
         let edu_errors = self.edu.as_ref().map_or(0, Edu::errors);
         let own_errors = self.out.verify_errors.load(Relaxed) + self.out.register_errors.load(Relaxed);
-        let errors = own_errors + disk_errors + dma_errors + accel_errors + edu_errors;
+        let errors = own_errors + disk_errors + net_errors + dma_errors + accel_errors + edu_errors;
         serial::line(format_args!(
             "vCPU {} finished: {} pages dirtied, {} verified, {errors} errors, largest gap {} us",
             self.cpu,

@@ -5,8 +5,9 @@ use std::mem::offset_of;
 use wherry_guest::data::{ENTRY_BYTES, page_tag};
 use wherry_guest::params::Params;
 use wherry_guest::report::{
-    AccelReport, CONTROL_GPA, Control, CpuPage, DiskReport, EduReport, Fault, Header, MAX_CPUS, PORT_GPA, PORT_ID,
-    PORT_REG_EVENT, PORT_REG_ID, PORT_REG_POWEROFF, REPORT_GPA, TestdmaReport, VERSION, VerifyError, cpu_page_gpa,
+    AccelReport, CONTROL_GPA, Control, CpuPage, DiskReport, EduReport, Fault, Header, MAX_CPUS, NetReport, PORT_GPA,
+    PORT_ID, PORT_REG_EVENT, PORT_REG_ID, PORT_REG_POWEROFF, REPORT_GPA, TestdmaReport, VERSION, VerifyError,
+    cpu_page_gpa,
 };
 
 const DOCUMENT: &str = include_str!("../../../../docs/probe-guest.md");
@@ -58,7 +59,7 @@ fn the_tables_list_every_field_with_offset_and_size() {
         3,
         fields!(Header: magic, version, cpu_slots, cpus, cpus_online, failure, failure_cpu, tsc_khz, tsc_source,
             port_present, ram_bytes, data_pages, table_gpa, shadow_gpa, seed, extent_count, message_len, extents,
-            message, disk, testdma, accel, edu),
+            message, disk, testdma, accel, edu, net),
         size_of::<Header>(),
     );
     check(
@@ -90,6 +91,13 @@ fn the_tables_list_every_field_with_offset_and_size() {
         fields!(EduReport: present, interrupt, bytes, gone, asked, answered, dmas, verified, rechecked, errors, interrupts, spurious,
             lost, stalled, longest_ns, latency_ns, pool_gpa, first_sequence, first_at, first_expected, first_found),
         size_of::<EduReport>(),
+    );
+    check(
+        "### Network",
+        2,
+        fields!(NetReport: present, window, sent, received, verified, foreign, errors, interrupts, longest_ns, first_number,
+            first_word, first_expected, first_found),
+        size_of::<NetReport>(),
     );
     check(
         "### Control",

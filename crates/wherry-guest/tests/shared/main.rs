@@ -5,6 +5,7 @@ mod accel;
 mod data;
 mod document;
 mod image;
+mod net;
 mod params;
 mod ram;
 mod snapshot;

@@ -20,7 +20,7 @@ fn every_parameter_is_understood() {
     let line = "data=512M from=3G rate=max pattern=hot hot=12.5% verify=0% write=line precheck=off shadow=full seed=0x10 \
                 cpus=2 idle=halt tsc_khz=2600000 run=1500 disk=1G disk_depth=64 disk_wait=poll testdma=wait \
                 testdma_interrupt=intx testdma_vectors=16 testdma_entries=2 testdma_buffer=64K testdma_pool=1M \
-                testdma_mask=on testdma_plug=on testdma_eject=500 accel=wait accel_bell=poll accel_depth=256 accel_bytes=1M \
+                net=on testdma_mask=on testdma_plug=on testdma_eject=500 accel=wait accel_bell=poll accel_depth=256 accel_bytes=1M \
                 accel_key=7 edu=intx edu_bytes=64 edu_raises=5 fault=gp";
     let expected = Params {
         data: Some(512 << 20),
@@ -49,6 +49,7 @@ fn every_parameter_is_understood() {
         testdma_mask: true,
         testdma_plug: true,
         testdma_eject: 500,
+        net: true,
         accel: Some(AccelLoad::Wait),
         accel_bell: AccelBell::Poll,
         accel_depth: 256,

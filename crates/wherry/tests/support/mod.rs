@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 pub mod disk;
+pub mod net;
 pub mod testdma;
 pub mod update;
 pub mod vhost;
