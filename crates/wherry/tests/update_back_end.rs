@@ -82,6 +82,16 @@ fn the_process_of_a_disk_is_replaced_again_and_again_under_a_guest_with_64_reque
                 holder = Holder::behind(&place, "0");
                 memory.wait_for_requests(&format!("after update {n} of the VM"));
             }
+            // And both at once.
+            if n % 3 == 2 {
+                let asked = disk.asking(&[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+                updated(&place.control("0", &["update", "--json"]), &format!("VM, with update {n}"));
+                let job = updated(&asked.wait_with_output().unwrap(), &format!("update {n}, with the VM's"));
+                disk.is_now(&job, "which was replaced with its VM's");
+                holder.await_end("which was replaced with its disk's");
+                holder = Holder::behind(&place, "0");
+                memory.wait_for_requests(&format!("after both updates {n}"));
+            }
         }
         let (descriptors, threads, own) = figures[0];
         let grown = |now: &(usize, usize, u64)| now.0 > descriptors + 2 || now.1 > threads + 2 || now.2 > own + 4096;
