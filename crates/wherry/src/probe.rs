@@ -83,7 +83,18 @@ impl ProbeRam {
         Ok(self.beat(cpu)?.count)
     }
 
-    fn beat(&self, cpu: usize) -> io::Result<Beat> {
+    /// The largest gap of a vCPU since its gaps were measured anew, and the TSC at its end; both in ticks.
+    pub fn largest_gap(&self, cpu: usize, khz: u64) -> io::Result<(u64, u64)> {
+        const { assert!(std::mem::offset_of!(CpuPage, gap_max_tsc) == std::mem::offset_of!(CpuPage, gap_max_ns) + 8) };
+        let mut words = [0; 16];
+        let at = heartbeat_gpa(cpu) + std::mem::offset_of!(CpuPage, gap_max_ns) as u64;
+        self.file.read_exact_at(&mut words, at)?;
+        let words = u128::from_le_bytes(words);
+        Ok(((u128::from(words as u64) * u128::from(khz) / 1_000_000) as u64, (words >> 64) as u64))
+    }
+
+    /// A vCPU's last heartbeat.
+    pub fn beat(&self, cpu: usize) -> io::Result<Beat> {
         const { assert!(std::mem::offset_of!(CpuPage, heartbeat_tsc) == std::mem::offset_of!(CpuPage, heartbeat) + 8) };
         let mut words = [0; 16];
         self.file.read_exact_at(&mut words, heartbeat_gpa(cpu))?;
@@ -135,9 +146,11 @@ impl ProbeRam {
 
 /// A heartbeat: its number, and the guest's TSC at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Beat {
-    count: u64,
-    tsc: u64,
+pub struct Beat {
+    /// Its number.
+    pub count: u64,
+    /// The TSC.
+    pub tsc: u64,
 }
 
 /// Our time of a guest's TSC, learnt from looking at its heartbeats: one is never younger than the look that sees it,

@@ -17,6 +17,7 @@
 //! With `--link` the guest moves between two network namespaces over a slow link instead, and that alone is measured.
 
 mod accel;
+mod brownout;
 mod device;
 mod disk;
 mod qemu;

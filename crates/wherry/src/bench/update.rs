@@ -3,6 +3,8 @@
 //!
 //! What is compared is the largest gap that the guest itself sees in its heartbeat, which any VMM can be asked; the parts are what
 //! the old process reports. One guest works at a time; the others are paused.
+//!
+//! Of the first guest the brownout is measured, too ([`brownout`]).
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,6 +14,7 @@ use serde::Serialize;
 use wherry_migration::progress::Blackout;
 use wherry_vmm::api::types::VmState;
 
+use super::brownout::{self, MOMENTS, Pulse};
 use super::device::Device;
 use super::{Figures, START, pause, qemu, qemu_ram, resume, working};
 use crate::args::{Bench, Peer};
@@ -24,6 +27,11 @@ use crate::{HAPPENED, control, runtime};
 /// Undisturbed between two turns: the guest catches up with what it could not write while it was paused.
 const CALM: Duration = Duration::from_millis(300);
 
+/// What the brownout is compared with.
+const BEFORE: Duration = Duration::from_millis(500);
+/// How long the guest is looked at after a switch.
+const AFTER: Duration = Duration::from_millis(1100);
+
 /// A guest to measure.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
@@ -31,11 +39,13 @@ struct Shape {
     cpus: u32,
     /// Vectors of its device; none: it has no device.
     vectors: u32,
+    /// Its brownout is measured.
+    brownout: bool,
 }
 
 impl Shape {
     fn name(&self) -> String {
-        let Self { memory, cpus, vectors } = *self;
+        let Self { memory, cpus, vectors, .. } = *self;
         let device = if vectors > 0 { format!(", device with {vectors} vectors") } else { String::new() };
         format!("{}, {cpus} vCPUs{device}", report::bytes(memory))
     }
@@ -56,6 +66,8 @@ struct Row {
     passing: Figures,
     load: Figures,
     start: Figures,
+    /// What the guest has lost in the first 10 ms, 100 ms and second after it, where that is measured.
+    lost: [Figures; 3],
 }
 
 impl Row {
@@ -78,11 +90,12 @@ struct Guest {
     _device: Option<Device>,
     ram: ProbeRam,
     row: Row,
+    brownout: bool,
 }
 
 impl Guest {
     async fn start(options: &Bench, directory: &Path, shape: Shape) -> Result<Self> {
-        let Shape { memory, cpus, vectors } = shape;
+        let Shape { memory, cpus, vectors, .. } = shape;
         let file = format!("{memory}-{cpus}-{vectors}");
         let mut cmdline = format!("data={} rate={}", options.data, options.rate);
         let vectors = vectors.to_string();
@@ -102,13 +115,28 @@ impl Guest {
         working(&ram).await?;
         pause(&holder).await?;
         let row = Row { guest: shape.name(), ..Row::default() };
-        Ok(Self { holder, _device: device, ram, row })
+        Ok(Self { holder, _device: device, ram, row, brownout: shape.brownout })
     }
 
     async fn turn(&mut self) -> Result<()> {
         resume(&self.holder).await?;
         tokio::time::sleep(CALM).await;
+        let pulse = match self.brownout {
+            true => Some(Pulse::feel(self.ram.again()?)?),
+            false => None,
+        };
+        if pulse.is_some() {
+            tokio::time::sleep(BEFORE).await;
+        }
+        let calm = self.ram.beat(0)?.tsc;
         let (update, job) = renew(&mut self.holder, &self.ram).await?;
+        if let Some(pulse) = pulse {
+            let khz = self.ram.snapshot()?.context("the guest's report has vanished")?.tsc_khz;
+            let gap = self.ram.largest_gap(0, khz)?;
+            tokio::time::sleep(AFTER).await;
+            let lost = brownout::lost(&pulse.finish()?, khz, calm, gap)?;
+            self.row.lost.iter_mut().zip(lost).for_each(|(figures, lost)| figures.push(lost));
+        }
         let blackout = job.blackout.context("the old process reports no blackout")?;
         self.row.add(update.guest_gap_us, update.whole_us, &blackout);
         pause(&self.holder).await
@@ -168,12 +196,13 @@ pub(super) fn bench(options: &Bench) -> Result<u8> {
 }
 
 async fn measure(options: &Bench, directory: &Path) -> Result<Vec<Row>> {
-    let base = Shape { memory: options.memory, cpus: 1, vectors: 0 };
+    let first = Shape { memory: options.memory, cpus: 1, vectors: 0, brownout: true };
+    let base = Shape { brownout: false, ..first };
     let sizes = [4 * options.memory, 16 * options.memory].map(|memory| Shape { memory, ..base });
     let cpus = [2, 4].map(|cpus| Shape { cpus, ..base });
     let vectors = [1, 8, 64].map(|vectors| Shape { vectors, ..base });
     let mut guests = Vec::new();
-    for shape in [base].into_iter().chain(sizes).chain(cpus).chain(vectors) {
+    for shape in [first].into_iter().chain(sizes).chain(cpus).chain(vectors) {
         guests.push(Guest::start(options, directory, shape).await?);
     }
     let kernel = directory.join("probe");
@@ -224,6 +253,15 @@ fn text(rows: &[Row], options: &Bench) -> String {
             text.push_str(&format!("\n{}: {ratio:.2} times as long as {}", row.guest, own.guest));
         }
     }
+    text.push_str(&format!(
+        "\n\nAfter it, to faults of pages that are touched for the first time, {} loses\n\n",
+        own.guest
+    ));
+    let mut table = vec![["in the first", "time"].map(String::from).to_vec()];
+    for (moment, lost) in MOMENTS.iter().zip(&own.lost) {
+        table.push(vec![format!("{} ms", moment.as_millis()), lost.text()]);
+    }
+    text.push_str(&report::table(&table));
     text.push_str("\nWanted: a median of 1 ms at most, whatever the memory.\n");
     text
 }
