@@ -185,7 +185,7 @@ fn test(only: &[Part], deny_skips: bool, filter: &[String]) -> Result<bool> {
 fn labs() -> Result<Tally> {
     let mut all = lab::run(lab::Lab::Linux { full: false })?;
     all.add(lab::run(lab::Lab::Devices { full: false, vhost: false })?);
-    all.add(lab::run(lab::Lab::Vfio)?);
+    all.add(lab::run(lab::Lab::Vfio { full: false })?);
     all.add(lab::run(lab::Lab::QemuFrontEnd { moves: 1 })?);
     Ok(all)
 }

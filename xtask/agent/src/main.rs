@@ -60,7 +60,17 @@ enum Command {
         vhost: bool,
     },
     /// Pass devices of this machine through.
-    Vfio,
+    Vfio {
+        /// More of everything.
+        #[arg(long)]
+        full: bool,
+    },
+    /// In a guest: use the educational device that was passed through to it.
+    Uio {
+        /// Pages that are brought there and back.
+        #[arg(long)]
+        rounds: u64,
+    },
     /// Run a Linux guest in QEMU with its root on a disk of `wherry device blk`, and have QEMU migrate it.
     QemuFrontEnd {
         /// Our program.
@@ -90,7 +100,8 @@ fn main() -> ExitCode {
         Command::Linux { full, kernel, label } => linux::run(full, &kernel, &label),
         Command::Blk => blk::run(),
         Command::Devices { full, vhost } => devices::run(full, vhost),
-        Command::Vfio => vfio::run(),
+        Command::Vfio { full } => vfio::run(full),
+        Command::Uio { rounds } => vfio::uio::run(rounds).inspect_err(|error| println!("{error:#}")).is_ok(),
         Command::QemuFrontEnd { wherry, kernel, initrd, image, directory, moves } => {
             front_end::run(&qemu::Parts { wherry, kernel, initrd, image, directory }, moves)
         }

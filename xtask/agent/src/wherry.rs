@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use wherry_netlab::Namespace;
 
 /// A Wherry process that owns, or waits for, a VM.
@@ -31,10 +31,21 @@ impl Vmm {
 
     /// The same, in a network namespace.
     pub fn start_in(namespace: Option<&Namespace>, name: &str, arguments: &[&str]) -> Result<Self> {
+        Self::start_with(namespace, name, arguments, &[])
+    }
+
+    /// The same, with this in its environment.
+    pub fn start_with(
+        namespace: Option<&Namespace>,
+        name: &str,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         let api = PathBuf::from(format!("/tmp/{name}.api"));
         let serial = PathBuf::from(format!("/tmp/{name}.serial"));
         let mut command = Command::new("wherry");
         command.args(arguments).arg("--api").arg(&api).arg(format!("--serial=socket:{}", serial.display()));
+        command.envs(environment.iter().copied());
         if let Some(namespace) = namespace {
             namespace.hold(&mut command)?;
         }
@@ -84,6 +95,39 @@ impl Vmm {
         self.end(limit).context("a process that was replaced must go away")?;
         self.successor = Some(pidfd_open(pid, PidfdFlags::empty())?);
         Ok(blackout)
+    }
+}
+
+impl Vmm {
+    /// Begins an update and kills the new process where it is held, which it says by a file with its process ID. The update has failed when this
+    /// returns.
+    pub fn update_killed(&self, held: &Path, limit: Duration) -> Result<()> {
+        let mut update = Command::new("wherry")
+            .args(["update", "--api", path(&self.api)])
+            .stdin(Stdio::null())
+            .spawn()
+            .context("cannot start wherry update")?;
+        let result = self.kill_held(held, limit).and_then(|()| wait(&mut update, limit));
+        let _ = update.kill();
+        let _ = update.wait();
+        let status =
+            result?.with_context(|| format!("waited {limit:?} for an update to fail whose process was killed"))?;
+        ensure!(!status.success(), "an update whose process was killed has ended well");
+        Ok(())
+    }
+
+    fn kill_held(&self, held: &Path, limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        let pid = loop {
+            let pid = std::fs::read_to_string(held).ok().and_then(|text| Pid::from_raw(text.trim().parse().ok()?));
+            if let Some(pid) = pid {
+                break pid;
+            }
+            ensure!(start.elapsed() < limit, "waited {limit:?} for the new process to come to {}", held.display());
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        ensure!(pid.as_raw_nonzero().get() as u32 != self.child.id(), "the old process is held at {}", held.display());
+        kill_process(pid, Signal::KILL).with_context(|| format!("killing process {pid:?} of {}", self.name))
     }
 }
 

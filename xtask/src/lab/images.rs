@@ -31,6 +31,8 @@ const ROOT_INIT: &str = include_str!("root-init.sh");
 
 /// Modules of the inner kernel for a guest with devices.
 const INNER_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "ext4"];
+/// Modules of the outer kernel in a guest that has it, with devices that were passed through.
+const PASSTHROUGH_MODULES: [&str; 5] = ["nvme", "igbvf", "uio_pci_generic", "crc32c_generic", "ext4"];
 /// Modules of the outer kernel for the network that such a guest is in.
 const NETWORK_MODULES: [&str; 3] = ["tun", "veth", "bridge"];
 
@@ -93,6 +95,18 @@ impl Images {
         tree.image(&home().join("root.img"))
     }
 
+    /// Writes the initial RAM file system of a guest with devices that were passed through, for the outer kernel: their drivers, busybox, fio, our agent.
+    fn inner_passthrough_initramfs(&self, agent: &Path) -> Result<PathBuf> {
+        let mut archive = Initramfs::new();
+        archive.copy("bin/busybox", 0o755, &self.busybox)?;
+        archive.symlink("bin/sh", "busybox");
+        archive.file("init", 0o755, INNER_INIT.as_bytes());
+        archive.copy("bin/fio", 0o755, &fio::program(&self.packages, &home())?)?;
+        archive.copy("bin/lab-agent", 0o755, agent)?;
+        archive.modules(&self.outer.modules, &PASSTHROUGH_MODULES)?;
+        write(&home().join("inner-passthrough.cpio"), archive)
+    }
+
     /// A guest with its root on a disk, ready to be started; the caller has the lock.
     pub fn disk_guest(&self) -> Result<DiskGuest> {
         let (initrd, image) = (self.inner_root_initramfs()?, self.inner_root()?);
@@ -124,10 +138,18 @@ impl Images {
         if content.qemu {
             add_qemu(&mut archive)?;
         }
-        archive.modules(&self.outer.modules, &modules)?;
-        for binary in binaries(&content.binaries)? {
-            archive.copy(&format!("lab/bin/{}", file_name(&binary)), 0o755, &binary)?;
+        let binaries = binaries(&content.binaries)?;
+        for binary in &binaries {
+            archive.copy(&format!("lab/bin/{}", file_name(binary)), 0o755, binary)?;
         }
+        if content.passthrough {
+            modules.extend(NETWORK_MODULES);
+            self.add_programs(&mut archive)?;
+            let agent = binaries.iter().find(|binary| file_name(binary) == "lab-agent");
+            let agent = agent.context("a guest with such devices has the lab-agent in it")?;
+            archive.copy("lab/inner-passthrough.cpio", 0o644, &self.inner_passthrough_initramfs(agent)?)?;
+        }
+        archive.modules(&self.outer.modules, &modules)?;
         archive.copy("lab/vmlinuz", 0o644, &self.inner.image)?;
         archive.copy("lab/vmlinuz-outer", 0o644, &self.outer.image)?;
         archive.copy("lab/inner.cpio", 0o644, &self.inner_initramfs()?)?;
@@ -138,10 +160,15 @@ impl Images {
         write(&home().join(format!("{name}.cpio")), archive)
     }
 
-    /// Adds what a guest with a disk and a network needs around it: the disk, `ip` for the network, `e2fsck`.
+    /// Adds what a guest with a disk and a network needs around it: the disk, and programs.
     fn add_devices(&self, archive: &mut Initramfs) -> Result<()> {
         archive.copy("lab/root.img", 0o644, &self.inner_root()?)?;
         archive.copy("lab/inner-root.cpio", 0o644, &self.inner_root_initramfs()?)?;
+        self.add_programs(archive)
+    }
+
+    /// Adds `ip` for the network, and `e2fsck`.
+    fn add_programs(&self, archive: &mut Initramfs) -> Result<()> {
         // Once each: both programs have libraries in common.
         let mut files = BTreeMap::new();
         for (package, program, place) in
@@ -201,6 +228,8 @@ pub struct Content {
     pub files: Vec<PathBuf>,
     /// The inner guest's disk and what its network is made with.
     pub devices: bool,
+    /// A guest for devices that are passed through, and what its network is made with.
+    pub passthrough: bool,
     /// The QEMU that is installed here.
     pub qemu: bool,
 }

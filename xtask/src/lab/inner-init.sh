@@ -12,6 +12,12 @@ mount -t tmpfs tmp /tmp
 ifconfig lo 127.0.0.1 up
 cd /tmp
 
+if [ -e /lab/modules.order ]; then
+    while read -r module; do
+        insmod "/lab/modules/$module" || echo "INNER: $module does not load"
+    done </lab/modules.order
+fi
+
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty -echo -onlcr
 echo "INNER READY Linux $(uname -r), $(nproc) CPUs, up $(cut -d' ' -f1 /proc/uptime) s"

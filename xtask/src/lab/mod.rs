@@ -62,7 +62,11 @@ pub enum Lab {
         moves: u32,
     },
     /// Devices behind an IOMMU, passed through by VFIO.
-    Vfio,
+    Vfio {
+        /// More of everything.
+        #[arg(long)]
+        full: bool,
+    },
     /// Measure the disk of a guest of Wherry beside that of one of QEMU, in the same machine.
     Blk,
     /// Boot the outer machine with the present Wherry and run a shell script of yours in it.
@@ -105,7 +109,7 @@ pub fn run(lab: Lab) -> Result<Tally> {
         Lab::Linux { full } => linux::run(full),
         Lab::Devices { full, vhost } => devices::run(full, vhost),
         Lab::QemuFrontEnd { moves } => front_end::run(moves),
-        Lab::Vfio => vfio::run(),
+        Lab::Vfio { full } => vfio::run(full),
         Lab::Blk => blk::run(),
         Lab::Direct => direct(),
         Lab::Kvm => {

@@ -13,14 +13,15 @@ use crate::process::output;
 use crate::tally::Tally;
 
 /// Everything is emulated twice; this is several times what it takes.
-const LIMIT: Duration = Duration::from_secs(8 * 60);
+const LIMIT: Duration = Duration::from_secs(12 * 60);
+const FULL_LIMIT: Duration = Duration::from_secs(40 * 60);
 
 /// Modules of the outer kernel: VFIO, and drivers of what is passed through. Those of virtual functions are left out, so that nobody takes them.
-const MODULES: [&str; 4] = ["vfio-pci", "vfio_iommu_type1", "nvme", "igb"];
+const MODULES: [&str; 5] = ["vfio-pci", "vfio_iommu_type1", "nvme", "igb", "uio_pci_generic"];
 
 /// What is behind the IOMMU, in the words of QEMU's `-device`. Virtual functions of the NVMe subsystem have nothing until they are given some of the
 /// flexible queues (`vq`) and vectors (`vi`).
-const DEVICES: [&str; 7] = [
+const DEVICES: [&str; 9] = [
     "edu,addr=4",
     "pcie-root-port,id=port-nvme,chassis=1,slot=1,addr=5",
     "nvme-subsys,id=subsystem",
@@ -29,14 +30,18 @@ const DEVICES: [&str; 7] = [
     "nvme-ns,bus=nvme,drive=namespace,nsid=1",
     "pcie-root-port,id=port-nic,chassis=2,slot=2,addr=6",
     "igb,bus=port-nic,netdev=cable",
+    // Two functions that the IOMMU does not tell apart.
+    "edu,addr=7.0,multifunction=on",
+    "edu,addr=7.1",
 ];
 
-/// Runs the lab.
-pub fn run() -> Result<Tally> {
+/// Runs the lab; `full` for more than a change is tested with.
+pub fn run(full: bool) -> Result<Tally> {
     let content = Content {
-        script: "lab-agent vfio".to_owned(),
-        binaries: vec!["lab-agent"],
+        script: if full { "lab-agent vfio --full" } else { "lab-agent vfio" }.to_owned(),
+        binaries: vec!["lab-agent", "wherry"],
         modules: MODULES.map(str::to_owned).to_vec(),
+        passthrough: true,
         ..Content::default()
     };
     let mut lab = Outer::prepare("vfio", &content)?;
@@ -51,7 +56,7 @@ pub fn run() -> Result<Tally> {
     .into_iter()
     .flat_map(|(option, value)| [option.to_owned(), value])
     .collect();
-    lab.run(LIMIT)
+    lab.run(if full { FULL_LIMIT } else { LIMIT })
 }
 
 /// The file behind the namespace of the NVMe subsystem: an empty ext4 file system. It goes with this.

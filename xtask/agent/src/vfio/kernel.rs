@@ -1,24 +1,22 @@
 //! VFIO asked directly, without Wherry: so a lab whose devices cannot be passed through is told apart from a Wherry that cannot.
 
-use std::ffi::c_void;
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use vfio_bindings::bindings::vfio as sys;
 use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val};
-use wherry_guest::edu::{BUFFER, REGISTERS_BYTES, cause, command, register};
+use wherry_guest::edu::REGISTERS_BYTES;
 
+use super::edu::{Mapped, PAGE, round_trip};
 use super::pci::Function;
 
 /// For an interrupt; the device's DMA takes 100 ms.
 const LIMIT: Duration = Duration::from_secs(30);
 /// Where the memory for DMA is, as the device sees it.
 const IOVA: u64 = 0x10_0000;
-const PAGE: usize = 4096;
 
 /// A request of VFIO, by its number in linux/vfio.h.
 fn request(number: u32) -> u64 {
@@ -129,49 +127,26 @@ impl Taken {
         self.listen(kind, Some(&event))?;
         let bar = self.regions[0];
         ensure!(bar.size == REGISTERS_BYTES, "BAR 0 has {} bytes", bar.size);
-        let bar = Mapped::new(PAGE, Some((&self.device, bar.offset))).context("mapping BAR 0")?;
-        let buffers = Mapped::new(2 * PAGE, None)?;
-        let (registers, memory) = (bar.start.cast::<u32>(), buffers.start.cast::<u64>());
+        let registers = Mapped::of(&self.device, bar.offset, PAGE).context("mapping BAR 0")?;
+        let memory = Mapped::new(2 * PAGE)?;
         let map = sys::vfio_iommu_type1_dma_map {
             argsz: size_of::<sys::vfio_iommu_type1_dma_map>() as u32,
             flags: sys::VFIO_DMA_MAP_FLAG_READ | sys::VFIO_DMA_MAP_FLAG_WRITE,
-            vaddr: memory as u64,
+            vaddr: memory.address(),
             iova: IOVA,
             size: 2 * PAGE as u64,
         };
         // SAFETY: as above, of memory that stays until it is unmapped below, or the container is closed, which is when this fails.
         done(unsafe { ioctl_with_ref(&self.container, request(13), &map) }, "VFIO_IOMMU_MAP_DMA")?;
-        // SAFETY: registers of the device, in the page that is mapped.
-        let write = |at: u64, value: u64| unsafe { registers.byte_add(at as usize).write_volatile(value as u32) };
-        // SAFETY: as above.
-        let read = |at: u64| unsafe { registers.byte_add(at as usize).read_volatile() };
-        let word = |n: usize| 0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(n as u64 + u64::from(kind) + 1);
-        for n in 0..PAGE / 8 {
-            // SAFETY: of the first page; the device has nothing to do.
-            unsafe { memory.add(n).write_volatile(word(n)) };
-        }
-        for (from, to, more) in [(IOVA, u64::from(BUFFER), 0), (u64::from(BUFFER), IOVA + PAGE as u64, command::TO_RAM)]
-        {
-            write(register::SOURCE, from);
-            write(register::DESTINATION, to);
-            write(register::COUNT, PAGE as u64);
-            write(register::COMMAND, (command::START | command::INTERRUPT | more).into());
+        let wait = || {
             let limit = Timespec { tv_sec: LIMIT.as_secs() as i64, tv_nsec: 0 };
             let came = poll(&mut [PollFd::new(&event.as_fd(), PollFlags::IN)], Some(&limit))?;
-            let raised = read(register::RAISED);
-            ensure!(came == 1, "waited {LIMIT:?} for an interrupt of kind {kind}; the device raises {raised:#x}");
+            ensure!(came == 1, "waited {LIMIT:?} for an interrupt of kind {kind}");
             rustix::io::read(&event, &mut [0; 8])?;
-            ensure!(raised == cause::DMA, "the device raises {raised:#x} after its DMA");
-            write(register::ACKNOWLEDGE, raised.into());
-            if kind == sys::VFIO_PCI_INTX_IRQ_INDEX {
-                self.unmask_pin()?;
-            }
-        }
-        for n in 0..PAGE / 8 {
-            // SAFETY: of the second page; the device has nothing to do.
-            let found = unsafe { memory.add(PAGE / 8 + n).read_volatile() };
-            ensure!(found == word(n), "word {n} came back as {found:#x}, not {:#x}", word(n));
-        }
+            Ok(())
+        };
+        let again = || if kind == sys::VFIO_PCI_INTX_IRQ_INDEX { self.unmask_pin() } else { Ok(()) };
+        round_trip(&registers, &memory, [IOVA, IOVA + PAGE as u64], kind.into(), wait, again)?;
         let unmap = sys::vfio_iommu_type1_dma_unmap {
             argsz: size_of::<sys::vfio_iommu_type1_dma_unmap>() as u32,
             iova: IOVA,
@@ -182,38 +157,6 @@ impl Taken {
         done(unsafe { ioctl_with_ref(&self.container, request(14), &unmap) }, "VFIO_IOMMU_UNMAP_DMA")?;
         // The next kind can be used only when this one is not.
         self.listen(kind, None)
-    }
-}
-
-/// Memory of this process; it goes with the value. A mapped BAR keeps its function taken.
-#[derive(Debug)]
-struct Mapped {
-    start: *mut c_void,
-    len: usize,
-}
-
-#[expect(unsafe_code, reason = "maps memory")]
-impl Mapped {
-    /// New memory, or that of a file from an offset on.
-    fn new(len: usize, file: Option<(&File, u64)>) -> Result<Self> {
-        let both = ProtFlags::READ | ProtFlags::WRITE;
-        let anywhere = std::ptr::null_mut();
-        // SAFETY: a new mapping.
-        let start = unsafe {
-            match file {
-                Some((file, offset)) => mmap(anywhere, len, both, MapFlags::SHARED, file, offset)?,
-                None => mmap_anonymous(anywhere, len, both, MapFlags::PRIVATE)?,
-            }
-        };
-        Ok(Self { start, len })
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        #[expect(unsafe_code, reason = "unmaps memory")]
-        // SAFETY: it is ours, and nobody has an address of it any more. An error cannot be dealt with.
-        let _ = unsafe { munmap(self.start, self.len) };
     }
 }
 

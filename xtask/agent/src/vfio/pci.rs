@@ -37,6 +37,11 @@ impl Function {
         found.map(Self).with_context(|| format!("there is no PCI function {vendor:04x}:{device:04x}"))
     }
 
+    /// The one at this address.
+    pub fn at(address: &str) -> Self {
+        Self(address.to_owned())
+    }
+
     /// Its directory, or a file there.
     pub fn path(&self, name: &str) -> PathBuf {
         Path::new(DEVICES).join(&self.0).join(name)
