@@ -18,7 +18,7 @@ pub enum PlugError {
     #[error("devices neither come nor go while the VM moves or its memory follows; wait until that is over")]
     Held,
     /// That one is in use.
-    #[error("{name} is {at} already")]
+    #[error("{name} is connected to {at} already")]
     Taken {
         /// The device.
         name: String,
