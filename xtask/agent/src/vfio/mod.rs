@@ -1,8 +1,8 @@
 //! Passthrough: devices of the outer machine in guests of Wherry.
 //!
 //! The machine has an IOMMU with interrupt remapping, QEMU's educational device, an NVMe subsystem and an `igb` NIC, both with
-//! virtual functions, and a device of two functions that share an IOMMU group. [`pci`] binds functions, [`nvme`] gives a virtual function queues,
-//! [`kernel`] asks VFIO without Wherry. Then come guests: [`probe`] and [`linux`]; and [`refusals`].
+//! virtual functions, and a device of two functions that share an IOMMU group. [`pci`] binds functions, [`mod@nvme`] gives a virtual function queues,
+//! [`kernel`] asks VFIO without Wherry. Then come guests: [`probe`] and [`mod@linux`]; and [`mod@refusals`].
 
 mod edu;
 mod kernel;
