@@ -201,15 +201,6 @@ fn a_guest_with_everything_at_work_is_updated_in_a_row_while_its_device_interrup
 #[test]
 fn a_guest_with_everything_at_work_is_updated_in_a_row_while_its_device_interrupts_by_its_pin() {
     let test = "a_guest_with_everything_at_work_is_updated_in_a_row_while_its_device_interrupts_by_its_pin";
-    // KVM raises a level-triggered eventfd from a worker of the kernel. With both processors busy with disk and network that worker was seen
-    // (by tracing kvm and sched) to come only after more than a second, with and without updates, which the guest takes for a loss. So
-    // this is no test of every change; `update_devices` updates a guest that uses the pin and nothing else.
-    if std::env::var_os("WHERRY_UPDATES").is_none() {
-        println!(
-            "LEFT OUT {test}: on a busy host its interrupts are late by more than a second, with or without updates"
-        );
-        return;
-    }
     is_updated_with(test, "testdma=wait testdma_interrupt=intx");
 }
 
