@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use prost::Message;
-use vfio_bindings::bindings::vfio as sys;
 use vm_memory::FileOffset;
 use wherry_handover::Shelf;
 use wherry_interrupt::Event;
@@ -17,6 +16,7 @@ use wherry_vfio_user::payload::{Area, IrqSet, RegionInfo, Words, device_flags, p
 use super::address::HostAddress;
 use super::error::VfioError;
 use super::features::Features;
+use super::iommufd::Iommufd;
 use super::kernel::{Calls, request, whole};
 use super::saved::SavedHold;
 use super::space::{Space, Way};
@@ -148,7 +148,7 @@ impl Vfio {
         let hot_reset = info.flags & device_flags::RESET == 0 && asking.is_alone();
         facts.resettable = hot_reset || info.flags & device_flags::RESET != 0;
         let features = Features::ask(calls.clone(), held.file.clone(), address);
-        facts.migration = features.migration()?;
+        facts.migration = features.migration();
         facts.logging = features.logs() || held.table.is_some();
         // Kinds that the kernel does not know it refuses.
         let has = |index| asking.irqs(index).is_ok_and(|count| count > 0);
@@ -250,9 +250,15 @@ impl Vfio {
         self.send_irqs(IrqSet { flags: action | IrqSet::NONE, index, start: 0, count }.encode(&[]))
     }
 
-    fn iommu(&self) -> Option<(&super::iommufd::Iommufd, u32)> {
+    /// The answer to what is asked only of an owner that takes part in postcopy.
+    fn waits_not(&self) -> OwnerError {
+        self.call("waiting for memory")(std::io::ErrorKind::Unsupported.into()).into()
+    }
+
+    /// By what the IOMMU tells what it writes, where it cannot by itself.
+    fn tracker(&self) -> Option<(&Iommufd, u32)> {
         match (&self.held.space.way, self.held.table) {
-            (Way::Iommufd(iommufd), Some(table)) => Some((iommufd, table)),
+            (Way::Iommufd(iommufd), Some(table)) if !self.features.logs() => Some((iommufd, table)),
             _ => None,
         }
     }
@@ -413,15 +419,15 @@ impl Owner for Vfio {
     }
 
     fn begin_faults(&self) -> Result<OwnedFd, OwnerError> {
-        Err(self.call("waiting for memory")(std::io::ErrorKind::Unsupported.into()).into())
+        Err(self.waits_not())
     }
 
     fn map_missing(&self, _: u64, _: u64, _: &Arc<Block>, _: u64) -> Result<u64, OwnerError> {
-        Err(self.call("waiting for memory")(std::io::ErrorKind::Unsupported.into()).into())
+        Err(self.waits_not())
     }
 
     fn end_faults(&self) -> Result<(), OwnerError> {
-        Err(self.call("waiting for memory")(std::io::ErrorKind::Unsupported.into()).into())
+        Err(self.waits_not())
     }
 
     fn signal(&self, irq: Irq, start: u32, events: &[BorrowedFd<'_>]) -> Result<(), OwnerError> {
@@ -476,18 +482,17 @@ impl Owner for Vfio {
     }
 
     fn start_log(&self, ranges: &[(u64, u64)]) -> Result<u64, OwnerError> {
-        match self.iommu().filter(|_| !self.features.logs()) {
+        match self.tracker() {
             None => Ok(self.features.start_log(ranges)?),
             Some((iommufd, table)) => {
                 iommufd.track(table, true).map_err(self.call("having the IOMMU track what it writes"))?;
-                // What was written before counts as written, and is asked for no more.
                 Ok(wherry_memory::GRANULE)
             }
         }
     }
 
     fn stop_log(&self) -> Result<(), OwnerError> {
-        match self.iommu().filter(|_| !self.features.logs()) {
+        match self.tracker() {
             None => Ok(self.features.stop_log()?),
             Some((iommufd, table)) => {
                 Ok(iommufd.track(table, false).map_err(self.call("having the IOMMU track no longer"))?)
@@ -496,7 +501,7 @@ impl Owner for Vfio {
     }
 
     fn read_log(&self, address: u64, bytes: u64, page: u64) -> Result<Vec<u64>, OwnerError> {
-        match self.iommu().filter(|_| !self.features.logs()) {
+        match self.tracker() {
             None => Ok(self.features.read_log(address, bytes, page)?),
             Some((iommufd, table)) => {
                 let written = iommufd.written(table, address, bytes, page);
@@ -505,6 +510,3 @@ impl Owner for Vfio {
         }
     }
 }
-
-const _: () =
-    assert!(sys::VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED == 2, "the layout of a reset's information is that of 6.6");

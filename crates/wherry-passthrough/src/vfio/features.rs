@@ -78,14 +78,12 @@ impl Features {
     }
 
     /// What it can do of a migration.
-    pub(super) fn migration(&self) -> Result<Option<MigrationFacts>, VfioError> {
+    pub(super) fn migration(&self) -> Option<MigrationFacts> {
         let mut flags = [0; 8];
-        if self.feature(feature::MIGRATION, feature::GET, &mut flags).is_err() {
-            return Ok(None);
-        }
+        self.feature(feature::MIGRATION, feature::GET, &mut flags).ok()?;
         let flags = u64::from_ne_bytes(flags);
         let facts = MigrationFacts { pre_copy: flags & feature::PRE_COPY != 0, p2p: flags & feature::P2P != 0 };
-        Ok((flags & feature::STOP_COPY != 0).then_some(facts))
+        (flags & feature::STOP_COPY != 0).then_some(facts)
     }
 
     /// `struct vfio_device_feature_mig_state`: a state, and a descriptor.

@@ -14,7 +14,7 @@ use super::iommufd::Iommufd;
 use super::kernel::{Calls, Kernel, Linux, request};
 use super::saved::SavedHold;
 use super::space::{Space, Way};
-use super::sysfs::Places;
+use super::sysfs::{Places, open};
 use super::type1::{Group, Type1};
 
 /// The functions of this host that one machine uses. All of them share one space of memory, which lasts as long as one of them does.
@@ -64,8 +64,7 @@ impl VfioHost {
         };
         let held = match node {
             Some(node) => {
-                let file = std::fs::File::options().read(true).write(true).open(&node);
-                let file = Arc::new(OwnedFd::from(file.map_err(VfioError::opening(address, &node))?));
+                let file = Arc::new(open(&node, address)?);
                 let make = || Iommufd::open(&self.calls, &self.places, &self.registry, address);
                 let space = self.space(space, || make().map(Way::Iommufd))?;
                 let table = match &space.way {

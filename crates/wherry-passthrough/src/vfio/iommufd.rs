@@ -19,7 +19,7 @@ use super::address::HostAddress;
 use super::error::VfioError;
 use super::kernel::{Calls, request};
 use super::space::Range;
-use super::sysfs::Places;
+use super::sysfs::{Places, open};
 
 const IOMMUFD: &str = "vfio/iommufd";
 /// A mapping at an address of ours, to be read and written.
@@ -49,9 +49,7 @@ impl Iommufd {
         registry: &Registry,
         device: HostAddress,
     ) -> Result<Self, VfioError> {
-        let node = places.iommufd_node();
-        let file = std::fs::File::options().read(true).write(true).open(&node);
-        let file = OwnedFd::from(file.map_err(VfioError::opening(device, &node))?);
+        let file = open(&places.iommufd_node(), device)?;
         let mut alloc = sys::iommu_ioas_alloc { size: size::<sys::iommu_ioas_alloc>(), ..Default::default() };
         // SAFETY: there are no addresses in it.
         unsafe { calls.with(file.as_fd(), request::iommufd(sys::IOMMUFD_CMD_IOAS_ALLOC), &mut alloc) }

@@ -29,7 +29,6 @@ pub(crate) mod request {
     pub(crate) const DEVICE_GET_IRQ_INFO: u32 = BASE + 9;
     pub(crate) const DEVICE_SET_IRQS: u32 = BASE + 10;
     pub(crate) const DEVICE_RESET: u32 = BASE + 11;
-    /// Of a container. Of a device: `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`.
     pub(crate) const DEVICE_GET_PCI_HOT_RESET_INFO: u32 = BASE + 12;
     /// Of a container. Of a device: `VFIO_DEVICE_PCI_HOT_RESET`.
     pub(crate) const IOMMU_MAP_DMA: u32 = BASE + 13;

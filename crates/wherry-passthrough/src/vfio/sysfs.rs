@@ -1,5 +1,7 @@
 //! What sysfs says of a function: its group, its driver, and those with whom it shares the group.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use super::address::HostAddress;
@@ -22,6 +24,12 @@ impl Default for Places {
 
 /// Drivers that do no DMA of their own, so that a group is viable with them.
 const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
+
+/// Opens a device node, for a function.
+pub(super) fn open(node: &Path, address: HostAddress) -> Result<OwnedFd, VfioError> {
+    let file = File::options().read(true).write(true).open(node);
+    file.map(OwnedFd::from).map_err(VfioError::opening(address, node))
+}
 
 fn last(path: &Path) -> Option<String> {
     let target = std::fs::read_link(path).ok()?;

@@ -15,7 +15,7 @@ use super::address::HostAddress;
 use super::error::VfioError;
 use super::kernel::{Calls, request};
 use super::space::Range;
-use super::sysfs::Places;
+use super::sysfs::{Places, open};
 
 const CONTAINER: &str = "vfio/container";
 const GROUP: &str = "vfio/group";
@@ -34,10 +34,6 @@ pub(super) struct Group {
     pub(super) file: Arc<OwnedFd>,
 }
 
-fn open(node: &std::path::Path) -> io::Result<OwnedFd> {
-    Ok(std::fs::File::options().read(true).write(true).open(node)?.into())
-}
-
 fn kept(registry: &Registry, id: KeptId, file: OwnedFd, device: HostAddress) -> Result<Arc<OwnedFd>, VfioError> {
     registry.add(id, file).map_err(|error| VfioError::Lacks { device, reason: error.to_string() })
 }
@@ -50,8 +46,7 @@ impl Type1 {
         registry: &Registry,
         device: HostAddress,
     ) -> Result<Self, VfioError> {
-        let node = places.container_node();
-        let file = open(&node).map_err(VfioError::opening(device, &node))?;
+        let file = open(&places.container_node(), device)?;
         let version = calls.number(file.as_fd(), request::GET_API_VERSION, 0);
         let version = version.map_err(VfioError::call(device, "asking for the version of VFIO"))?;
         let has = |what| calls.number(file.as_fd(), request::CHECK_EXTENSION, what).unwrap_or(0) > 0;
@@ -81,12 +76,11 @@ impl Type1 {
         let calls = &self.calls;
         let mut set = self.set.lock().unwrap_or_else(PoisonError::into_inner);
         let node = places.group_node(group);
-        let file = open(&node).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => {
-                VfioError::NotViable { address: device, group, others: places.in_the_way(group) }
-            }
-            _ => VfioError::opening(device, &node)(error),
-        })?;
+        if !node.exists() {
+            // The kernel makes the node when one of the group is bound.
+            return Err(VfioError::NotViable { address: device, group, others: places.in_the_way(group) });
+        }
+        let file = open(&node, device)?;
         let mut status = [8u32.to_ne_bytes(), [0; 4]].concat();
         calls
             .bytes(file.as_fd(), request::GROUP_GET_STATUS, &mut status)
