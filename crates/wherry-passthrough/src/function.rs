@@ -340,7 +340,8 @@ impl Function {
             return;
         }
         let released = self.interrupts.silence(&self.owner).and_then(|()| {
-            for block in self.sharer.ram().blocks() {
+            let shown = self.shown.load(Ordering::Acquire);
+            for block in self.sharer.ram().blocks().iter().filter(|_| shown) {
                 self.owner.unmap_dma(block.spec().guest_base, block.spec().size)?;
             }
             if self.owner.facts().resettable { self.owner.reset() } else { Ok(()) }

@@ -42,13 +42,18 @@ impl StateUnit for Function {
     fn drain(&self, _deadline: Instant) -> Result<(), UnitError> {
         match self.blocker() {
             Some(reason) => Err(UnitError::failed(reason)),
-            None if self.registry.is_leaving() => self.interrupts.relay(true).map_err(UnitError::failed),
+            None if self.registry.is_leaving() => {
+                // Not in the blackout: a thread ends here.
+                self.listen(false).map_err(UnitError::failed)?;
+                self.interrupts.relay(true).map_err(UnitError::failed)
+            }
             None => Ok(()),
         }
     }
 
     fn undrain(&self) -> Result<(), UnitError> {
-        self.interrupts.relay(false).map_err(UnitError::failed)
+        let attached = self.interrupts.relay(false).map_err(UnitError::failed);
+        attached.and(self.listen(true).map_err(UnitError::failed))
     }
 
     /// vCPUs may still use it.
@@ -61,7 +66,6 @@ impl StateUnit for Function {
         if self.registry.is_leaving() {
             // It runs on: the next process of the machine shows it the same memory, and its interrupts wait.
             self.interrupts.leave_masked();
-            self.listen(false).map_err(UnitError::failed)?;
             let left = self.owner().rest(deadline).map_err(|error| {
                 self.report("leaving it to another process", &error);
                 UnitError::failed(error)

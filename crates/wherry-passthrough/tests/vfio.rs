@@ -165,6 +165,29 @@ fn why_a_function_cannot_be_used_is_told_with_what_can_be_done() {
 }
 
 #[test]
+fn one_that_cannot_be_reset_by_itself_is_reset_by_its_bus_if_nothing_else_is_on_that() {
+    let open = |on_bus: &[u8], iommufd: bool| {
+        let kernel = host();
+        if iommufd {
+            kernel.add_node(EDU, "vfio0");
+        }
+        kernel.lock().on_bus = Some(on_bus.to_vec());
+        let owner = kernel.host(Registry::new()).open(address()).unwrap();
+        kernel.take_asked();
+        (owner, kernel)
+    };
+    for (iommufd, groups) in [(false, 1), (true, 0)] {
+        let (owner, kernel) = open(&[address().devfn()], iommufd);
+        assert!(owner.facts().resettable);
+        owner.reset().unwrap();
+        assert_eq!(kernel.take_asked(), [format!("reset the bus, with {groups} groups")]);
+    }
+    for others in [&[address().devfn(), address().devfn() + 1][..], &[address().devfn() + 1]] {
+        assert!(!open(others, false).0.facts().resettable, "somebody else would be reset, too");
+    }
+}
+
+#[test]
 fn two_functions_share_memory_and_a_group() {
     let kernel = host();
     kernel.add("0000:00:04.1", Some("vfio-pci"), None);
@@ -342,6 +365,7 @@ fn one_that_has_failed_is_reset_and_gone_and_one_that_is_wanted_back_is_asked_fo
     assert_eq!(*rig.guest.wanted.lock().unwrap(), ["vfio-user[0]"]);
     // Another process is about to listen.
     rig.registry.set_leaving(true);
+    rig.function.drain(rig.deadline()).unwrap();
     rig.function.finish_stop(rig.deadline()).unwrap();
     request.write(1).unwrap();
     rig.owner.take_asked();

@@ -38,6 +38,8 @@ pub struct Played {
     pub tracks: bool,
     /// Its driver has no features.
     pub plain: bool,
+    /// It cannot be reset by itself, and these are on its bus: device and function of each.
+    pub on_bus: Option<Vec<u8>>,
     /// The state of the function's migration, and what it was given.
     pub state: u32,
     pub loaded: Option<std::fs::File>,
@@ -174,7 +176,8 @@ impl FakeKernel {
                     Ok(memfd.into_raw_fd())
                 }
                 (7, true) => {
-                    words(argument, 4)[1..].copy_from_slice(&[3, 9, 5]);
+                    let flags = 2 | u32::from(self.lock().on_bus.is_none());
+                    words(argument, 4)[1..].copy_from_slice(&[flags, 9, 5]);
                     self.note("", 0)
                 }
                 (8, true) => {
@@ -198,7 +201,17 @@ impl FakeKernel {
                     self.note(&format!("irqs {} {:#x} {}+{} by {fds}", set[2], set[1], set[3], set[4]), 0)
                 }
                 (11, true) => self.note("reset", 0),
-                (12, true) => Err(failure(libc::ENODEV)),
+                (12, true) => {
+                    // Group, and segment, bus, device and function in the bytes of a word.
+                    let on_bus = self.lock().on_bus.clone().ok_or_else(|| failure(libc::ENODEV))?;
+                    words(argument, 3)[2] = on_bus.len() as u32;
+                    let devices = &mut words(argument, 3 + 2 * on_bus.len())[3..];
+                    for (device, devfn) in devices.chunks_exact_mut(2).zip(&on_bus) {
+                        device.copy_from_slice(&[7, u32::from(*devfn) << 24]);
+                    }
+                    self.note("", 0)
+                }
+                (13, true) => self.note(&format!("reset the bus, with {} groups", words(argument, 3)[2]), 0),
                 (13, false) => self.map(words(argument, 2)[1], argument),
                 (14, false) => self.unmap(words(argument, 2)[1], argument),
                 (17, true) => self.feature(argument),
