@@ -77,6 +77,16 @@ pub enum FunctionSource {
     Vfio(HostAddress),
 }
 
+impl FunctionSource {
+    /// What such a function is in a description.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::VfioUser(_) => VFIO_USER,
+            Self::Vfio(_) => VFIO,
+        }
+    }
+}
+
 impl fmt::Display for FunctionSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

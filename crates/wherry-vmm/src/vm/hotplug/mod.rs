@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use wherry_interrupt::Input;
 use wherry_memory::DirtySource;
 use wherry_passthrough::vfio::VfioHost;
-use wherry_passthrough::{Function, FunctionIdentity, Gathering, GiveBack, PassthroughParts, VFIO, VFIO_USER};
+use wherry_passthrough::{Function, FunctionIdentity, Gathering, GiveBack, PassthroughParts};
 use wherry_state::{StateStream, StateUnit, Units, UnitsError};
 
 pub use self::error::{PlugError, UnplugError};
@@ -52,14 +52,6 @@ fn is_same(label: &str, source: &FunctionSource) -> bool {
         FunctionSource::VfioUser(socket) => (Path::new(label), socket),
     };
     one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
-}
-
-/// What such a function is in a description.
-fn kind_of(source: &FunctionSource) -> &'static str {
-    match source {
-        FunctionSource::VfioUser(_) => VFIO_USER,
-        FunctionSource::Vfio(_) => VFIO,
-    }
 }
 
 /// What a board is made of.
@@ -213,8 +205,7 @@ impl Board {
                 return Err(PlugError::Held);
             }
             let ours: Vec<_> = table.entries.iter().map(|entry| &entry.occupant.description).collect();
-            let kind = kind_of(source);
-            let ours = || ours.iter().filter(|description| description.kind == kind);
+            let ours = || ours.iter().filter(|description| description.kind == source.kind());
             if let Some(other) = ours().find(|other| is_same(&other.label, source)) {
                 return Err(PlugError::Taken { name: other.name(), at: source.to_string() });
             }
